@@ -1,0 +1,481 @@
+/*
+ * dspark.h - the C ABI of dspark: stateless launchers for every kernel of the DSpark decode step.
+ *
+ * Rules that hold for every function here:
+ *   - A launcher validates its arguments, enqueues work on `stream` and returns. It never
+ * allocates, synchronises, reads the environment or keeps a pointer, and is safe inside stream
+ * capture.
+ *   - It returns a dspark_status. On failure nothing is launched, and dspark_last_error() gives a
+ *     message for this thread naming the parameter, what was expected and what came.
+ *   - Pointers are device pointers unless a comment says "host". NULL is an error unless a comment
+ *     says "may be NULL".
+ *   - Params structs begin with struct_size and are made by their DSPARK_*_INIT macro; fields are
+ *     only ever appended.
+ *   - Strides are in elements, int64. Prefix sums are int32 with a leading 0.
+ *   - `row` means one flattened token of the pass: rows of request r are
+ *     qo_indptr[r] .. qo_indptr[r+1]-1, in order of position.
+ *   - Values that change per step (lengths, page tables, positions, sampling parameters) are device
+ *     arrays; sizes given by value are bounds fixed at capture time.
+ */
+#ifndef DSPARK_H_
+#define DSPARK_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DSPARK_VERSION_MAJOR 0
+#define DSPARK_VERSION_MINOR 1
+#define DSPARK_VERSION_PATCH 0
+
+/* The crate builds the launchers under a suffixed name and re-exports the public one. */
+#ifndef DSPARK_FN
+#define DSPARK_FN(name) name
+#endif
+
+/* 0 = success. 1-99 the caller's arguments, 100-199 unsupported, 200-299 CUDA, 300-399 model and
+ * I/O, 900+ internal. Numbers are never reused. */
+typedef int32_t dspark_status;
+#define DSPARK_OK 0
+#define DSPARK_ERROR_NULL_POINTER 1
+#define DSPARK_ERROR_INVALID_ARGUMENT 2
+#define DSPARK_ERROR_STRUCT_SIZE 3
+#define DSPARK_ERROR_MISALIGNED 4
+#define DSPARK_ERROR_WORKSPACE_TOO_SMALL 5
+#define DSPARK_ERROR_UNSUPPORTED_DTYPE 100
+#define DSPARK_ERROR_UNSUPPORTED_SHAPE 101
+#define DSPARK_ERROR_UNSUPPORTED_DEVICE 102
+#define DSPARK_ERROR_CUDA 200
+#define DSPARK_ERROR_INTERNAL 900
+
+typedef int32_t dspark_dtype;
+#define DSPARK_DTYPE_F32 0
+#define DSPARK_DTYPE_BF16 1
+#define DSPARK_DTYPE_F16 2
+
+/* A CUDA stream (CUstream / cudaStream_t); 0 is the legacy default stream. */
+typedef struct CUstream_st* dspark_stream;
+
+/* Host functions, callable without a GPU. */
+
+/* "0.1.0"; static storage. */
+const char* DSPARK_FN(dspark_version)(void);
+/* The short name of a status, "DSPARK_ERROR_NULL_POINTER" for 1; static storage; never NULL. */
+const char* DSPARK_FN(dspark_status_name)(dspark_status status);
+/* Message of the last failed call of this thread; "" if there was none; valid until the next call.
+ */
+const char* DSPARK_FN(dspark_last_error)(void);
+
+/* ------------------------------------------------------------------------------------------------
+ * norm
+ * --------------------------------------------------------------------------------------------- */
+
+/*
+ * Computes      residual += delta (if delta is given); out = residual * rsqrt(mean(residual^2) +
+ * eps) * weight. Shapes        x, delta, out [num_rows, hidden_size]; weight [hidden_size]. Dtypes
+ * x, delta, weight, out: `dtype` (BF16, F16). Sums in f32. The rounded sum is what is normed.
+ * Layout        rows contiguous, row strides given.
+ * Alignment     pointers 16 bytes, strides and hidden_size multiples of 8.
+ * Aliasing      out may be x only when delta is NULL; else x, delta and out are distinct.
+ * Workspace     none.
+ * Determinism   bitwise, independent of num_rows.
+ * Stream/graph  capture-safe; nothing is read on the host.
+ * Errors        null or misaligned pointers, sizes < 0, hidden_size = 0 or not a multiple of 8.
+ */
+typedef struct dspark_rms_norm_params {
+  uint32_t struct_size;
+  dspark_dtype dtype;
+  int32_t num_rows;
+  int32_t hidden_size;
+  float eps;
+  void* x; /* [num_rows, hidden_size]; the residual, updated in place when delta is given */
+  const void* delta; /* [num_rows, hidden_size]; may be NULL */
+  const void* weight;
+  void* out;
+  int64_t stride_x_row;
+  int64_t stride_delta_row;
+  int64_t stride_out_row;
+} dspark_rms_norm_params;
+#define DSPARK_RMS_NORM_PARAMS_INIT {sizeof(dspark_rms_norm_params)}
+dspark_status DSPARK_FN(dspark_rms_norm)(const dspark_rms_norm_params* params,
+                                         dspark_stream stream);
+
+/* ------------------------------------------------------------------------------------------------
+ * gather and elementwise (family norm)
+ * --------------------------------------------------------------------------------------------- */
+
+/*
+ * Computes      out[i, :] = src[index[i], :] (index NULL: out[i, :] = src[i, :], a strided copy).
+ * Shapes        src [num_src_rows, num_cols]; index [num_rows] int32; out [num_rows, num_cols].
+ * Dtypes        src, out: `dtype` (F32, BF16, F16).
+ * Layout        rows contiguous, row strides given (a column window of a wider matrix is fine).
+ * Alignment     16 bytes gives the fast path; element alignment is enough.
+ * Aliasing      src and out must not overlap.
+ * Workspace     none.
+ * Determinism   exact copy. An index outside [0, num_src_rows) writes a row of zeros (padding rows
+ * use -1). Stream/graph  capture-safe. Errors        null or misaligned pointers, sizes < 0,
+ * num_cols = 0.
+ */
+typedef struct dspark_gather_rows_params {
+  uint32_t struct_size;
+  dspark_dtype dtype;
+  int32_t num_rows;
+  int32_t num_cols;
+  int32_t num_src_rows;
+  const void* src;
+  const int32_t* index; /* may be NULL */
+  void* out;
+  int64_t stride_src_row;
+  int64_t stride_out_row;
+} dspark_gather_rows_params;
+#define DSPARK_GATHER_ROWS_PARAMS_INIT {sizeof(dspark_gather_rows_params)}
+dspark_status DSPARK_FN(dspark_gather_rows)(const dspark_gather_rows_params* params,
+                                            dspark_stream stream);
+
+/*
+ * Computes      out = silu(gate) * up, with gate_up = [gate | up] along the columns.
+ * Shapes        gate_up [num_rows, 2 * ffn_size]; out [num_rows, ffn_size].
+ * Dtypes        `dtype` (BF16, F16); f32 inside.
+ * Layout        rows contiguous, row strides given.
+ * Alignment     pointers 16 bytes, strides and ffn_size multiples of 8.
+ * Aliasing      none allowed.
+ * Workspace     none.
+ * Determinism   bitwise.
+ * Stream/graph  capture-safe.
+ * Errors        null or misaligned pointers, sizes < 0, ffn_size = 0 or not a multiple of 8.
+ */
+typedef struct dspark_silu_mul_params {
+  uint32_t struct_size;
+  dspark_dtype dtype;
+  int32_t num_rows;
+  int32_t ffn_size;
+  const void* gate_up;
+  void* out;
+  int64_t stride_gate_up_row;
+  int64_t stride_out_row;
+} dspark_silu_mul_params;
+#define DSPARK_SILU_MUL_PARAMS_INIT {sizeof(dspark_silu_mul_params)}
+dspark_status DSPARK_FN(dspark_silu_mul)(const dspark_silu_mul_params* params,
+                                         dspark_stream stream);
+
+/* ------------------------------------------------------------------------------------------------
+ * rope
+ * --------------------------------------------------------------------------------------------- */
+
+/*
+ * Computes      per head of q and k: optional RMSNorm over head_dim, then rotate-half RoPE at
+ * positions[row]: angle = positions[row] * inv_freq[i] in f32, pairs (i, i + head_dim/2), scaled by
+ *               rope_scale. q goes to q_out; k (rotated) and v (as they are) go to the paged cache
+ * at slot seq_lens[r] + (row - qo_indptr[r]) of request r, or to k_out/v_out, or both. Shapes qkv
+ * [num_rows, (num_q_heads + 2 * num_kv_heads) * head_dim] = [q | k | v]; q_norm, k_norm [head_dim];
+ * q_out [num_rows, num_q_heads * head_dim]; k_out, v_out [num_rows, num_kv_heads
+ *               * head_dim]; k_cache, v_cache [num_pages, page_size, num_kv_heads, head_dim];
+ *               page_table [num_reqs, max_pages_per_req].
+ * Dtypes        activations and cache: `dtype` (BF16, F16); inv_freq f32 [head_dim/2]; ints int32.
+ * Layout        qkv, q_out, k_out, v_out by row stride; cache by stride_cache_{page,slot,head}.
+ * Alignment     pointers 16 bytes, strides multiples of 8; head_dim in {64, 128, 256}.
+ * Aliasing      none allowed between inputs and outputs.
+ * Workspace     none.
+ * Determinism   bitwise, independent of the batch.
+ * Stream/graph  capture-safe. Rows at or beyond qo_indptr[num_reqs] (padding) are skipped. A slot
+ * whose page id is negative, or past max_pages_per_req, is not written. Errors        null or
+ * misaligned pointers, unsupported head_dim, page_size = 0, sizes < 0.
+ */
+typedef struct dspark_qk_norm_rope_append_params {
+  uint32_t struct_size;
+  dspark_dtype dtype;
+  int32_t num_rows; /* bound on the rows of this pass */
+  int32_t num_reqs;
+  int32_t num_q_heads; /* 0: qkv holds [k | v] only and q_out is not written */
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t page_size;
+  int32_t max_pages_per_req;
+  float eps;        /* of the norms */
+  float rope_scale; /* multiplies cos and sin; 1 unless the rope type scales attention */
+  const void* qkv;
+  const void* q_norm; /* may be NULL: no norm on q */
+  const void* k_norm; /* may be NULL: no norm on k */
+  const float* inv_freq;
+  const int32_t* positions; /* [num_rows] */
+  const int32_t* qo_indptr; /* [num_reqs + 1] */
+  const int32_t* seq_lens;  /* [num_reqs]; entries of this cache before the pass */
+  const int32_t* page_table;
+  void* q_out;   /* may be NULL when num_q_heads is 0 */
+  void* k_cache; /* may be NULL (with v_cache): nothing is appended */
+  void* v_cache;
+  void* k_out; /* may be NULL (with v_out) */
+  void* v_out;
+  int64_t stride_qkv_row;
+  int64_t stride_q_out_row;
+  int64_t stride_kv_out_row; /* of k_out and v_out */
+  int64_t stride_cache_page;
+  int64_t stride_cache_slot;
+  int64_t stride_cache_head;
+} dspark_qk_norm_rope_append_params;
+#define DSPARK_QK_NORM_ROPE_APPEND_PARAMS_INIT {sizeof(dspark_qk_norm_rope_append_params)}
+dspark_status DSPARK_FN(dspark_qk_norm_rope_append)(const dspark_qk_norm_rope_append_params* params,
+                                                    dspark_stream stream);
+
+/* ------------------------------------------------------------------------------------------------
+ * attention
+ * --------------------------------------------------------------------------------------------- */
+
+/*
+ * dspark_verify_attention: causal attention of the rows of every request over its paged KV cache.
+ * dspark_draft_attention:  the drafter's block form: every row sees the committed cache and the
+ * whole block of its own request (k_block, v_block), in both directions.
+ *
+ * Computes      out[row, h] = softmax(scale * q[row, h] . K) V over the visible keys of request r.
+ *               verify: cache slots 0 .. seq_lens[r] + (row - qo_indptr[r]), the pass's own rows
+ * already appended. draft: cache slots 0 .. seq_lens[r]-1 and block rows qo_indptr[r] ..
+ *               qo_indptr[r+1]-1.
+ * Shapes        q, out [num_rows, num_q_heads, head_dim]; k_cache, v_cache [num_pages, page_size,
+ *               num_kv_heads, head_dim]; k_block, v_block [num_rows, num_kv_heads, head_dim];
+ *               page_table [num_reqs, max_pages_per_req] int32.
+ * Dtypes        `dtype` (BF16, F16); scores, softmax and accumulation f32.
+ * Layout        NHD: head_dim contiguous; q and out heads contiguous (head stride head_dim), row
+ * strides given; cache by stride_cache_{page,slot,head}; k_block/v_block heads contiguous, row
+ * stride given. Alignment     pointers 16 bytes, strides multiples of 8; head_dim in {64, 128};
+ * num_q_heads a multiple of num_kv_heads, group size 1..16; any page_size >= 1. Aliasing      none
+ * allowed. Workspace     dspark_attention_workspace_size bytes, 256-byte aligned; contents do not
+ * matter. Determinism   bitwise from run to run for the same params and lengths. Stream/graph
+ * capture-safe; replays for any lengths up to max_seq_len, which sizes the split. Requests without
+ * rows cost nothing; rows past qo_indptr[num_reqs] are not written. Errors        null or
+ * misaligned pointers, unsupported head_dim or group size, page_size = 0, workspace too small,
+ * sizes < 0.
+ */
+typedef struct dspark_attention_params {
+  uint32_t struct_size;
+  dspark_dtype dtype;
+  int32_t num_rows; /* bound on the rows of this pass */
+  int32_t num_reqs;
+  int32_t max_rows_per_req; /* bound on qo_indptr[r+1] - qo_indptr[r] */
+  int32_t max_seq_len;      /* bound on the keys of any request, the pass's own rows included */
+  int32_t num_q_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t page_size;
+  int32_t max_pages_per_req;
+  float scale;
+  const void* q;
+  const void* k_cache;
+  const void* v_cache;
+  const void* k_block; /* draft only; NULL for verify */
+  const void* v_block;
+  const int32_t* qo_indptr;
+  const int32_t* seq_lens;
+  const int32_t* page_table;
+  void* out;
+  void* workspace; /* may be NULL when workspace_bytes is 0 and the size function says 0 */
+  size_t workspace_bytes;
+  int64_t stride_q_row;
+  int64_t stride_out_row;
+  int64_t stride_cache_page;
+  int64_t stride_cache_slot;
+  int64_t stride_cache_head;
+  int64_t stride_block_row;
+} dspark_attention_params;
+#define DSPARK_ATTENTION_PARAMS_INIT {sizeof(dspark_attention_params)}
+/* Host. Bytes of workspace that the launch with these params needs; reads only sizes, no pointer.
+ */
+dspark_status DSPARK_FN(dspark_attention_workspace_size)(const dspark_attention_params* params,
+                                                         size_t* bytes);
+dspark_status DSPARK_FN(dspark_verify_attention)(const dspark_attention_params* params,
+                                                 dspark_stream stream);
+dspark_status DSPARK_FN(dspark_draft_attention)(const dspark_attention_params* params,
+                                                dspark_stream stream);
+
+/* ------------------------------------------------------------------------------------------------
+ * draft: the semi-autoregressive head
+ * --------------------------------------------------------------------------------------------- */
+
+typedef int32_t dspark_head_kind;
+#define DSPARK_HEAD_NONE 0 /* no bias: DFlash; the draft is sampled from the base logits */
+#define DSPARK_HEAD_VANILLA 1
+#define DSPARK_HEAD_GATED 2
+#define DSPARK_HEAD_RNN 3
+
+/*
+ * Computes      for k = 1..draft_len, left to right, x_0 = anchor: the Markov bias B_k of the head
+ * (gated and rnn use h_k), l_k = U_k + B_k, written over U_k; x_k sampled from softmax(l_k /
+ *               temperature) by Gumbel-max, or argmax l_k (lowest index wins) at temperature 0;
+ *               confidence_k = sigmoid(w . [h_k ; W1[x_{k-1}]] + b), or of h_k alone.
+ *               The draft law handed on is exactly softmax(logits / temperature) of what is
+ * written. Shapes        logits [num_reqs * draft_len, vocab_size] in: U, out: l; hidden [num_reqs
+ * * draft_len, hidden_size]; markov_w1, markov_w2 [vocab_size, markov_rank]; gated: proj_weight
+ *               [markov_rank, hidden_size + markov_rank] over [h ; w1], proj_bias [markov_rank];
+ * rnn: proj_weight [3 * markov_rank, 2 * markov_rank + hidden_size] over [s ; w1 ; h], proj_bias [3
+ * * markov_rank] = [g ; c ; o]; confidence_weight [hidden_size (+ markov_rank)]; draft_tokens,
+ * confidence [num_reqs, draft_len]. Dtypes        logits f32; hidden and weights `dtype` (BF16,
+ * F16); biases `dtype`; confidence f32; tokens int32. Products and sums f32. Layout        logits
+ * row stride given; everything else contiguous. Alignment     element alignment of pointers; 16
+ * bytes gives the fast path. markov_rank <= 1024. Aliasing      none allowed. Workspace
+ * dspark_draft_head_workspace_size bytes, 256-byte aligned; contents do not matter. Determinism
+ * bitwise, independent of the batch. Noise: Philox4x32-10, key = seeds[r], counter = (v / 4,
+ * position of x_k, DSPARK_PURPOSE_DRAFT, 0), word v % 4; x_k has position anchor_positions[r] + k.
+ * Stream/graph  capture-safe. A row of NaN or all -inf yields token 0 for that step.
+ * Errors        null pointers, unknown head, sizes < 0, markov_rank out of range, workspace too
+ * small.
+ */
+typedef struct dspark_draft_head_params {
+  uint32_t struct_size;
+  dspark_dtype dtype;
+  dspark_head_kind head;
+  int32_t num_reqs;
+  int32_t draft_len;
+  int32_t vocab_size;
+  int32_t hidden_size;
+  int32_t markov_rank;
+  int32_t confidence_with_markov; /* 0 or 1 */
+  float confidence_bias;
+  float* logits;
+  const void* hidden;            /* may be NULL for HEAD_NONE and HEAD_VANILLA without confidence */
+  const void* markov_w1;         /* NULL for HEAD_NONE */
+  const void* markov_w2;         /* NULL for HEAD_NONE */
+  const void* proj_weight;       /* gated, rnn */
+  const void* proj_bias;         /* gated, rnn */
+  const void* confidence_weight; /* may be NULL: no confidence is computed */
+  const int32_t* anchors;        /* [num_reqs] */
+  const int32_t* anchor_positions; /* [num_reqs] */
+  const float* temperature;        /* [num_reqs] */
+  const uint64_t* seeds;           /* [num_reqs] */
+  int32_t* draft_tokens;
+  float* confidence; /* may be NULL when confidence_weight is NULL */
+  void* workspace;
+  size_t workspace_bytes;
+  int64_t stride_logits_row;
+} dspark_draft_head_params;
+#define DSPARK_DRAFT_HEAD_PARAMS_INIT {sizeof(dspark_draft_head_params)}
+/* Host. Reads only sizes. */
+dspark_status DSPARK_FN(dspark_draft_head_workspace_size)(const dspark_draft_head_params* params,
+                                                          size_t* bytes);
+dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* params,
+                                           dspark_stream stream);
+
+/* ------------------------------------------------------------------------------------------------
+ * schedule
+ * --------------------------------------------------------------------------------------------- */
+
+/*
+ * Computes      survival[r, k] = prod over i <= k of sigmoid(logit(confidence[r, i]) /
+ * temperature[i]). Shapes        confidence, survival [num_reqs, draft_len]; temperature
+ * [draft_len]. Dtypes        f32. Layout        contiguous. Alignment     4 bytes. Aliasing
+ * survival may be confidence. Workspace     none. Determinism   bitwise, independent of the batch.
+ * A confidence that is NaN counts as 0; others are clamped to [0, 1]. Stream/graph  capture-safe.
+ * Errors        null pointers, sizes < 0.
+ */
+typedef struct dspark_survival_params {
+  uint32_t struct_size;
+  int32_t num_reqs;
+  int32_t draft_len;
+  const float* confidence;
+  const float* temperature; /* may be NULL: all 1 (uncalibrated) */
+  float* survival;
+} dspark_survival_params;
+#define DSPARK_SURVIVAL_PARAMS_INIT {sizeof(dspark_survival_params)}
+dspark_status DSPARK_FN(dspark_survival)(const dspark_survival_params* params,
+                                         dspark_stream stream);
+
+/* ------------------------------------------------------------------------------------------------
+ * verify: target law and acceptance
+ * --------------------------------------------------------------------------------------------- */
+
+/* Purposes keep the uses of randomness apart: no two draws of a request ever share a Philox
+ * counter. */
+#define DSPARK_PURPOSE_DRAFT 1
+#define DSPARK_PURPOSE_ACCEPT 2
+#define DSPARK_PURPOSE_RESIDUAL 3
+#define DSPARK_PURPOSE_BONUS 4
+
+/*
+ * Computes      for each request with 1 + verify_len rows of target logits: the target law p of
+ * each row (temperature, then top-k, top-p, min-p, each off when its value says so), and the
+ * accepted prefix of its drafts. Temperature 0 is greedy: accept iff draft = argmax (lowest index
+ *               wins), the next token is the argmax of the first row not matched. Temperature > 0
+ * is the token rule: accept x_k if u * q_k(x_k) < p_k(x_k); at the first rejection the recovered
+ *               token is drawn from normalise(max(p_k - q_k, 0)); when all are kept the bonus token
+ * is drawn from the last row's p. verify_len 0 samples from p of the only row. Filters       top-k
+ * keeps every token whose logit is at least the k-th largest; top-p keeps the smallest set {v :
+ * p(v) >= t} whose mass (renormalised after top-k) is at least top_p; min-p keeps p(v) >= min_p *
+ * max p. Ties at a threshold are all kept. Draft law     draft_logits NULL: q is the point mass on
+ * the draft token. Else q = softmax(draft_logits / temperature), row r * draft_len + k of
+ * draft_logits for x_{k+1} of request r. Shapes        target_logits [num_rows, vocab_size];
+ * draft_logits [num_reqs * draft_len, vocab_size]; draft_tokens [num_reqs, draft_len];
+ * num_accepted, next_tokens, status [num_reqs]. Dtypes        logits f32; tokens, lengths int32;
+ * laws in f32 with f32 sums (Kahan or tree). Layout        logits row strides given; the rest
+ * contiguous. Alignment     element alignment; 16 bytes gives the fast path. Aliasing      none
+ * allowed. target_logits are not changed. Workspace     dspark_accept_workspace_size bytes,
+ * 256-byte aligned; contents do not matter. Determinism   bitwise, independent of the batch.
+ * Philox4x32-10, key = seeds[r], counter = (v / 4 or 0, position, purpose, 0); the row k of request
+ * r decides position anchor_positions[r] + 1 + k. u = (x + 0.5) * 2^-32; a categorical draw is the
+ * argmin over v of E_v / weight(v), E_v = -log1p(-u_v). Stream/graph  capture-safe. Requests
+ * without rows get num_accepted 0, next_tokens -1, status 0. status[r] = 1 when a needed row holds
+ * NaN, +inf or only -inf: then num_accepted 0 and next_tokens -1. Errors        null pointers,
+ * sizes < 0, vocab_size = 0, workspace too small.
+ */
+typedef struct dspark_accept_params {
+  uint32_t struct_size;
+  int32_t num_rows; /* bound */
+  int32_t num_reqs;
+  int32_t draft_len; /* columns of draft_tokens; >= every verify_len */
+  int32_t vocab_size;
+  const float* target_logits;
+  const float* draft_logits;       /* may be NULL: point mass */
+  const int32_t* draft_tokens;     /* may be NULL when draft_len is 0 */
+  const int32_t* qo_indptr;        /* [num_reqs + 1] rows of each request: 0 or 1 + verify_len */
+  const int32_t* anchor_positions; /* [num_reqs] */
+  const float* temperature;        /* [num_reqs] */
+  const int32_t* top_k;            /* [num_reqs]; 0 = off */
+  const float* top_p;              /* [num_reqs]; 1 = off */
+  const float* min_p;              /* [num_reqs]; 0 = off */
+  const uint64_t* seeds;           /* [num_reqs] */
+  int32_t* num_accepted;
+  int32_t* next_tokens; /* the recovered or bonus token */
+  int32_t* status;
+  void* workspace;
+  size_t workspace_bytes;
+  int64_t stride_target_row;
+  int64_t stride_draft_row;
+} dspark_accept_params;
+#define DSPARK_ACCEPT_PARAMS_INIT {sizeof(dspark_accept_params)}
+/* Host. Reads only sizes. */
+dspark_status DSPARK_FN(dspark_accept_workspace_size)(const dspark_accept_params* params,
+                                                      size_t* bytes);
+dspark_status DSPARK_FN(dspark_accept)(const dspark_accept_params* params, dspark_stream stream);
+
+/*
+ * Computes      committed[r] = [x_1 .. x_n, next] with n = num_accepted[r], the rest -1;
+ * num_committed[r] = n + 1; seq_lens[r] += n + 1; anchors[r] = next. A request whose next token is
+ * -1 is left as it is (num_committed 0). Shapes        draft_tokens [num_reqs, draft_len];
+ * committed [num_reqs, draft_len + 1]; the rest [num_reqs]. Dtypes        int32. Layout contiguous.
+ * Alignment     4 bytes.
+ * Aliasing      none allowed.
+ * Workspace     none.
+ * Determinism   exact.
+ * Stream/graph  capture-safe.
+ * Errors        null pointers, sizes < 0.
+ */
+typedef struct dspark_commit_params {
+  uint32_t struct_size;
+  int32_t num_reqs;
+  int32_t draft_len;
+  const int32_t* draft_tokens; /* may be NULL when draft_len is 0 */
+  const int32_t* num_accepted;
+  const int32_t* next_tokens;
+  int32_t* committed;
+  int32_t* num_committed;
+  int32_t* seq_lens;
+  int32_t* anchors;
+} dspark_commit_params;
+#define DSPARK_COMMIT_PARAMS_INIT {sizeof(dspark_commit_params)}
+dspark_status DSPARK_FN(dspark_commit)(const dspark_commit_params* params, dspark_stream stream);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* DSPARK_H_ */

@@ -1,0 +1,83 @@
+//! Target and drafter families, and what they hand to each other.
+//!
+//! A [`Target`] runs rows through the model, appends their keys and values and leaves logits and [`Features`]. A
+//! [`Drafter`] sees the features of the rows that survived ([`Drafter::observe`]) and proposes tokens, a law and
+//! confidences ([`Drafter::propose`]); nothing else crosses.
+//!
+//! One page table serves all caches of a request: slot `s` of the target's cache and of the drafter's belong to position
+//! `s`. The anchor (last committed token, position `a`) has not been run through the target: all caches hold the `a`
+//! positions before it.
+
+use crate::error::Result;
+use crate::ops::{DraftLaw, Drafted, Ops, RowMap, SamplingParams};
+
+/// What a target pass leaves for the drafter, one row for each row of the pass.
+pub struct Features<'a, O: Ops> {
+    /// `[rows, num_taps * hidden_size]` residual stream after the tapped layers, in the drafter's order; `None` when the
+    /// target was loaded without taps.
+    pub taps: Option<&'a O::Mat>,
+    /// `[rows, hidden_size]` final-normed hidden states.
+    pub hidden: &'a O::Mat,
+}
+
+/// A target model with its own paged cache.
+pub trait Target<O: Ops> {
+    /// Tokens the model knows.
+    fn vocab_size(&self) -> usize;
+    /// Positions the model was made for.
+    fn max_position(&self) -> usize;
+    /// Runs `ids` (one per row of `map`), appends their keys and values, and computes the logits of the flat rows
+    /// `logit_rows` (`None`: all).
+    fn forward(
+        &mut self,
+        ops: &mut O,
+        ids: &[u32],
+        map: &RowMap,
+        logit_rows: Option<&[u32]>,
+    ) -> Result<()>;
+    /// Logits of the last pass, one row per asked row.
+    fn logits(&self) -> &O::Logits;
+    /// Features of all rows of the last pass.
+    fn features(&self) -> Features<'_, O>;
+}
+
+/// The requests of a propose call, one entry each.
+pub struct ProposeBatch<'a> {
+    /// Stable slot of the request, `0 .. max_num_reqs`.
+    pub slots: &'a [usize],
+    /// Last committed token.
+    pub anchors: &'a [u32],
+    /// One row per request, at the anchor's position (= its cache length).
+    pub map: &'a RowMap,
+    /// Sampling parameters.
+    pub sampling: &'a [SamplingParams],
+}
+
+/// A drafter with its own paged cache.
+pub trait Drafter<O: Ops> {
+    /// The longest draft it can make ("block_size").
+    fn max_draft_len(&self) -> usize;
+    /// Whether [`Drafted::confidence`] will be there.
+    fn has_confidence(&self) -> bool;
+    /// Takes in the rows of the target's last pass that are committed: the first `kept[r]` rows of each request of
+    /// `map` (the pass's own map). `slots [num_reqs]`; `next_tokens [map.num_rows()]` is the committed token that
+    /// follows each row, meaningful for kept rows.
+    fn observe(
+        &mut self,
+        ops: &mut O,
+        features: &Features<'_, O>,
+        map: &RowMap,
+        slots: &[usize],
+        kept: &[usize],
+        next_tokens: &[u32],
+    ) -> Result<()>;
+    /// Drafts `draft_len` tokens for each request. Cache pages must reach `draft_len` slots past the anchor.
+    fn propose(
+        &mut self,
+        ops: &mut O,
+        batch: &ProposeBatch<'_>,
+        draft_len: usize,
+    ) -> Result<Drafted>;
+    /// The law the last proposal was sampled from.
+    fn law(&self) -> DraftLaw<'_, O>;
+}

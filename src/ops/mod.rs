@@ -1,0 +1,329 @@
+//! Every operation the decode step needs, on typed values with checked shapes.
+//!
+//! The mental model: a pass works on *rows*, the flattened tokens of all requests. A [`RowMap`] says which rows belong
+//! to which request, where their keys and values live (pages) and at what position they stand. Activations are
+//! matrices `[rows, cols]` in the backend's own type ([`Ops::Mat`]), logits are always f32 ([`Ops::Logits`]).
+//! Buffers are made once with a largest row count and used with the current one ([`Matrix::set_rows`]).
+//!
+//! Two backends: `crate::reference::Reference` (plain Rust; oracle of every test and the backend without a GPU) and
+//! `ops::cuda::Cuda`.
+
+#[cfg(feature = "cuda")]
+pub mod cuda;
+mod rows;
+mod sampling;
+mod tensor;
+
+pub use rows::RowMap;
+pub use sampling::{Purpose, SamplingParams};
+pub use tensor::{Dtype, HostTensor};
+
+use crate::error::Result;
+
+/// A row-major matrix whose row count changes from pass to pass below a fixed bound.
+pub trait Matrix {
+    /// Rows in use.
+    fn rows(&self) -> usize;
+    /// Columns, fixed.
+    fn cols(&self) -> usize;
+    /// The most rows it can hold.
+    fn max_rows(&self) -> usize;
+    /// Uses `rows` rows from now on; contents are kept where they were.
+    ///
+    /// # Errors
+    /// `rows > max_rows`.
+    fn set_rows(&mut self, rows: usize) -> Result<()>;
+}
+
+/// Heads and scaling of one attention layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionSpec {
+    /// Query heads.
+    pub num_q_heads: usize,
+    /// Key/value heads; divides `num_q_heads`.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Multiplies scores, normally `head_dim^-0.5`.
+    pub scale: f32,
+    /// Epsilon of the per-head q/k norms.
+    pub norm_eps: f32,
+}
+
+/// Rotary embedding: angle of pair `i` at position `p` is `p * inv_freq[i]` (f32).
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeSpec {
+    /// `[head_dim / 2]`.
+    pub inv_freq: Vec<f32>,
+    /// Multiplies cos and sin; 1 unless the rope type scales attention.
+    pub scale: f32,
+}
+
+/// Size of a paged KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvGeometry {
+    /// Layers that have keys and values.
+    pub num_layers: usize,
+    /// Pages in the pool.
+    pub num_pages: usize,
+    /// Token slots in a page.
+    pub page_size: usize,
+    /// Key/value heads.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+/// Which sequential head a drafter has (spec: vanilla, gated, rnn; `None` is DFlash or an autoregressive drafter).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadKind {
+    /// No bias between positions.
+    None,
+    /// `B_k = W2 W1[x_{k-1}]`.
+    Vanilla,
+    /// `B_k = W2 (sigmoid(gate [h_k; W1 x]) * W1 x)`.
+    Gated,
+    /// A recurrent state over the block.
+    Rnn,
+}
+
+/// The weights of a semi-autoregressive head, in the backend's types.
+pub struct DraftHead<O: Ops> {
+    /// Which recurrence.
+    pub kind: HeadKind,
+    /// Markov rank r; 0 for [`HeadKind::None`].
+    pub rank: usize,
+    /// `[vocab, r]`, rows looked up by the previous token.
+    pub markov_w1: Option<O::Weight>,
+    /// `[vocab, r]`, rows are output tokens.
+    pub markov_w2: Option<O::Weight>,
+    /// gated `[r, d + r]` over `[h; w1]`; rnn `[3r, 2r + d]` over `[s; w1; h]`.
+    pub proj_weight: Option<O::Weight>,
+    /// gated `[r]`, rnn `[3r]` = `[g; c; o]`.
+    pub proj_bias: Option<O::Norm>,
+    /// The confidence head, if there is one.
+    pub confidence: Option<ConfidenceHead<O>>,
+}
+
+/// `sigmoid(w . [h_k ; W1 x_{k-1}] + b)`.
+pub struct ConfidenceHead<O: Ops> {
+    /// `[1, d + r]`, or `[1, d]` without the Markov part.
+    pub weight: O::Weight,
+    /// The bias.
+    pub bias: f32,
+    /// Whether `W1[x_{k-1}]` is part of the input.
+    pub with_markov: bool,
+}
+
+/// What the head drafted, on the host.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Drafted {
+    /// `[num_reqs * draft_len]`.
+    pub tokens: Vec<u32>,
+    /// `[num_reqs * draft_len]`, conditional confidences before calibration; `None` without a confidence head.
+    pub confidence: Option<Vec<f32>>,
+}
+
+/// What acceptance decided, on the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Accepted {
+    /// `[num_reqs]` drafts kept.
+    pub num_accepted: Vec<u32>,
+    /// `[num_reqs]` the recovered or bonus token.
+    pub next_tokens: Vec<u32>,
+}
+
+/// Where the q/k/v of [`Ops::qk_norm_rope`] go.
+pub enum KvSink<'a, O: Ops> {
+    /// Appended to the cache of `layer` at slots `seq_lens[r] + i` of the pass's requests.
+    Cache {
+        /// The cache.
+        kv: &'a mut O::KvCache,
+        /// Layer in it.
+        layer: usize,
+    },
+    /// Written to `[rows, 2 * num_kv_heads * head_dim]` = `[k | v]`: the block of a drafter never enters its cache.
+    Block(&'a mut O::Mat),
+}
+
+/// The law the drafts were sampled from, as acceptance needs it.
+pub enum DraftLaw<'a, O: Ops> {
+    /// A point mass on each draft token.
+    PointMass,
+    /// `softmax(logits / temperature)`, row `r * draft_len + k` for draft `k` of request `r`.
+    Logits(&'a O::Logits),
+}
+
+/// The operations. All shapes are checked; a mismatch is an [`crate::Error::Argument`].
+///
+/// Methods that return numbers to the host wait for the device; all others may only enqueue.
+pub trait Ops: Sized {
+    /// Activation matrix in the backend's activation type (reference f32, CUDA bf16).
+    type Mat: Matrix;
+    /// f32 matrix `[rows, vocab]`.
+    type Logits: Matrix;
+    /// Weight matrix `[out, in]`, kept as stored where the backend can.
+    type Weight: Matrix;
+    /// A vector: norm weight or bias.
+    type Norm;
+    /// Paged keys and values of every layer of one model.
+    type KvCache;
+    /// An uploaded [`RowMap`].
+    type Rows;
+    /// Uploaded rotary frequencies.
+    type Rope;
+
+    /// One line for people: "reference (2 threads)", "CUDA:0 NVIDIA H100".
+    fn describe(&self) -> String;
+    /// Waits until everything enqueued has run.
+    fn synchronize(&mut self) -> Result<()>;
+
+    // Loading and buffers.
+
+    /// One weight from one or more parts stacked along their rows (q, k, v; gate, up). All parts share the columns.
+    fn weight(&mut self, parts: &[HostTensor<'_>]) -> Result<Self::Weight>;
+    /// A vector `[n]`.
+    fn norm(&mut self, tensor: &HostTensor<'_>) -> Result<Self::Norm>;
+    /// Rotary frequencies.
+    fn rope(&mut self, spec: &RopeSpec) -> Result<Self::Rope>;
+    /// An activation buffer; `rows()` starts at 0.
+    fn mat(&mut self, max_rows: usize, cols: usize) -> Result<Self::Mat>;
+    /// A logits buffer; `rows()` starts at 0.
+    fn logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits>;
+    /// An empty cache.
+    fn kv_cache(&mut self, geometry: &KvGeometry) -> Result<Self::KvCache>;
+    /// An empty row map holder, to be filled by [`Ops::set_row_map`].
+    fn rows(&mut self) -> Result<Self::Rows>;
+    /// Uploads `map`.
+    fn set_row_map(&mut self, rows: &mut Self::Rows, map: &RowMap) -> Result<()>;
+    /// A host copy `[rows * cols]` (tests, traces, goldens).
+    fn read_mat(&mut self, mat: &Self::Mat) -> Result<Vec<f32>>;
+    /// A host copy `[rows * cols]`.
+    fn read_logits(&mut self, logits: &Self::Logits) -> Result<Vec<f32>>;
+    /// Fills from the host, `[rows * cols]`, setting `rows` (tests and tools).
+    fn write_mat(&mut self, values: &[f32], mat: &mut Self::Mat) -> Result<()>;
+    /// Fills from the host.
+    fn write_logits(&mut self, values: &[f32], logits: &mut Self::Logits) -> Result<()>;
+
+    // Rows.
+
+    /// `out[i] = table[ids[i]]`; sets `out`'s rows. An id past the table is an error.
+    fn embed(&mut self, table: &Self::Weight, ids: &[u32], out: &mut Self::Mat) -> Result<()>;
+    /// `out[i] = src[index[i]]`; sets `out`'s rows.
+    fn gather_rows(&mut self, src: &Self::Mat, index: &[u32], out: &mut Self::Mat) -> Result<()>;
+    /// `dst[dst_row + i, dst_col..dst_col + src.cols] = src[i]` for all rows of `src`; `dst`'s rows are not changed.
+    fn copy_into(
+        &mut self,
+        src: &Self::Mat,
+        dst: &mut Self::Mat,
+        dst_row: usize,
+        dst_col: usize,
+    ) -> Result<()>;
+    /// `dst[first + i * step] = src[i]`; `dst`'s rows are not changed.
+    fn copy_logits(
+        &mut self,
+        src: &Self::Logits,
+        dst: &mut Self::Logits,
+        first: usize,
+        step: usize,
+    ) -> Result<()>;
+
+    // Layers. Each sets the rows of its output to the rows of its input.
+
+    /// `out = x * rsqrt(mean(x^2) + eps) * w`.
+    fn rms_norm(
+        &mut self,
+        x: &Self::Mat,
+        weight: &Self::Norm,
+        eps: f32,
+        out: &mut Self::Mat,
+    ) -> Result<()>;
+    /// `residual += delta; out = rms_norm(residual)`.
+    fn add_rms_norm(
+        &mut self,
+        delta: &Self::Mat,
+        residual: &mut Self::Mat,
+        weight: &Self::Norm,
+        eps: f32,
+        out: &mut Self::Mat,
+    ) -> Result<()>;
+    /// `out = x W^T`.
+    fn linear(&mut self, x: &Self::Mat, weight: &Self::Weight, out: &mut Self::Mat) -> Result<()>;
+    /// `out = x W^T` in f32.
+    fn linear_logits(
+        &mut self,
+        x: &Self::Mat,
+        weight: &Self::Weight,
+        out: &mut Self::Logits,
+    ) -> Result<()>;
+    /// `out = silu(gate) * up` of `[gate | up]`.
+    fn silu_mul(&mut self, gate_up: &Self::Mat, out: &mut Self::Mat) -> Result<()>;
+
+    /// Per-head norms (where given: q's and k's weight `[head_dim]`) and RoPE of `qkv [rows, (Hq + 2 Hkv) D]`; q goes to
+    /// `q_out [rows, Hq D]`, k and v to `sink`. With `q_out` `None`, `qkv` is `[k | v]` alone.
+    fn qk_norm_rope(
+        &mut self,
+        spec: &AttentionSpec,
+        qkv: &Self::Mat,
+        norms: Option<(&Self::Norm, &Self::Norm)>,
+        rope: &Self::Rope,
+        rows: &Self::Rows,
+        q_out: Option<&mut Self::Mat>,
+        sink: KvSink<'_, Self>,
+    ) -> Result<()>;
+    /// Row i of request r sees cache slots `0 ..= seq_lens[r] + i` (its own key already appended).
+    fn verify_attention(
+        &mut self,
+        spec: &AttentionSpec,
+        q: &Self::Mat,
+        kv: &Self::KvCache,
+        layer: usize,
+        rows: &Self::Rows,
+        out: &mut Self::Mat,
+    ) -> Result<()>;
+    /// Every row of request r sees cache slots `0 .. seq_lens[r]` and all of the request's rows of `block` `[k | v]`.
+    fn draft_attention(
+        &mut self,
+        spec: &AttentionSpec,
+        q: &Self::Mat,
+        kv: &Self::KvCache,
+        layer: usize,
+        block: &Self::Mat,
+        rows: &Self::Rows,
+        out: &mut Self::Mat,
+    ) -> Result<()>;
+
+    // Laws.
+
+    /// Runs the semi-autoregressive head over `draft_len` steps. `logits [num_reqs * draft_len, vocab]` holds the base
+    /// logits and is overwritten with `l = U + B`; the draft law is exactly `softmax(l / temperature)` of what is
+    /// written. `hidden [num_reqs * draft_len, d]`. Draft k of request r (k from 1) is the token at position
+    /// `anchor_positions[r] + k`, sampled with [`Purpose::Draft`]; argmax (lowest index wins) at temperature 0.
+    fn draft_head(
+        &mut self,
+        head: &DraftHead<Self>,
+        logits: &mut Self::Logits,
+        hidden: &Self::Mat,
+        anchors: &[u32],
+        anchor_positions: &[u32],
+        sampling: &[SamplingParams],
+        draft_len: usize,
+    ) -> Result<Drafted>;
+
+    /// Target law and acceptance of the contract block of `dspark_accept` (cuda/include/dspark.h), which the reference
+    /// follows in f64. `qo_indptr [num_reqs + 1]` over the rows of `target`: each request brings `1 + verify_len` rows.
+    /// `draft_tokens [num_reqs * draft_len]`.
+    ///
+    /// # Errors
+    /// [`crate::Error::BadLogits`] names the first request whose rows are no law.
+    fn accept(
+        &mut self,
+        target: &Self::Logits,
+        qo_indptr: &[i32],
+        draft_tokens: &[u32],
+        draft_len: usize,
+        law: DraftLaw<'_, Self>,
+        anchor_positions: &[u32],
+        sampling: &[SamplingParams],
+    ) -> Result<Accepted>;
+}

@@ -1,0 +1,1 @@
+//! The plain Rust backend: oracle of every test and the backend where there is no GPU.
