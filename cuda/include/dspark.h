@@ -75,8 +75,10 @@ const char* DSPARK_FN(dspark_last_error)(void);
 
 /*
  * Computes      residual += delta (if delta is given); out = residual * rsqrt(mean(residual^2) +
- * eps) * weight. Shapes        x, delta, out [num_rows, hidden_size]; weight [hidden_size]. Dtypes
- * x, delta, weight, out: `dtype` (BF16, F16). Sums in f32. The rounded sum is what is normed.
+ *               eps) * weight.
+ * Shapes        x, delta, out [num_rows, hidden_size]; weight [hidden_size].
+ * Dtypes        x, delta, weight, out: `dtype` (BF16, F16). Sums in f32. The rounded sum is what
+ *               is normed.
  * Layout        rows contiguous, row strides given.
  * Alignment     pointers 16 bytes, strides and hidden_size multiples of 8.
  * Aliasing      out may be x only when delta is NULL; else x, delta and out are distinct.
@@ -115,9 +117,10 @@ dspark_status DSPARK_FN(dspark_rms_norm)(const dspark_rms_norm_params* params,
  * Alignment     16 bytes gives the fast path; element alignment is enough.
  * Aliasing      src and out must not overlap.
  * Workspace     none.
- * Determinism   exact copy. An index outside [0, num_src_rows) writes a row of zeros (padding rows
- * use -1). Stream/graph  capture-safe. Errors        null or misaligned pointers, sizes < 0,
- * num_cols = 0.
+ * Determinism   exact copy. An index outside [0, num_src_rows) writes a row of zeros (padding
+ *               rows use -1).
+ * Stream/graph  capture-safe.
+ * Errors        null or misaligned pointers, sizes < 0, num_cols = 0.
  */
 typedef struct dspark_gather_rows_params {
   uint32_t struct_size;
@@ -167,22 +170,24 @@ dspark_status DSPARK_FN(dspark_silu_mul)(const dspark_silu_mul_params* params,
 
 /*
  * Computes      per head of q and k: optional RMSNorm over head_dim, then rotate-half RoPE at
- * positions[row]: angle = positions[row] * inv_freq[i] in f32, pairs (i, i + head_dim/2), scaled by
- *               rope_scale. q goes to q_out; k (rotated) and v (as they are) go to the paged cache
- * at slot seq_lens[r] + (row - qo_indptr[r]) of request r, or to k_out/v_out, or both. Shapes qkv
- * [num_rows, (num_q_heads + 2 * num_kv_heads) * head_dim] = [q | k | v]; q_norm, k_norm [head_dim];
- * q_out [num_rows, num_q_heads * head_dim]; k_out, v_out [num_rows, num_kv_heads
- *               * head_dim]; k_cache, v_cache [num_pages, page_size, num_kv_heads, head_dim];
- *               page_table [num_reqs, max_pages_per_req].
- * Dtypes        activations and cache: `dtype` (BF16, F16); inv_freq f32 [head_dim/2]; ints int32.
+ *               positions[row]: angle = positions[row] * inv_freq[i] in f32, pairs (i, i +
+ *               head_dim/2), scaled by rope_scale. q goes to q_out; k (rotated) and v (as they
+ *               are) go to the paged cache at slot seq_lens[r] + (row - qo_indptr[r]) of request
+ *               r, or to k_out/v_out, or both.
+ * Shapes        qkv [num_rows, (num_q_heads + 2 * num_kv_heads) * head_dim] = [q | k | v];
+ *               q_norm, k_norm [head_dim]; q_out [num_rows, num_q_heads * head_dim]; k_out, v_out
+ *               [num_rows, num_kv_heads * head_dim]; k_cache, v_cache [num_pages, page_size,
+ *               num_kv_heads, head_dim]; page_table [num_reqs, max_pages_per_req].
+ * Dtypes        activations and cache: `dtype` (BF16, F16); inv_freq f32 [head_dim/2]; ints
+ *               int32.
  * Layout        qkv, q_out, k_out, v_out by row stride; cache by stride_cache_{page,slot,head}.
  * Alignment     pointers 16 bytes, strides multiples of 8; head_dim in {64, 128, 256}.
  * Aliasing      none allowed between inputs and outputs.
  * Workspace     none.
  * Determinism   bitwise, independent of the batch.
  * Stream/graph  capture-safe. Rows at or beyond qo_indptr[num_reqs] (padding) are skipped. A slot
- * whose page id is negative, or past max_pages_per_req, is not written. Errors        null or
- * misaligned pointers, unsupported head_dim, page_size = 0, sizes < 0.
+ *               whose page id is negative, or past max_pages_per_req, is not written.
+ * Errors        null or misaligned pointers, unsupported head_dim, page_size = 0, sizes < 0.
  */
 typedef struct dspark_qk_norm_rope_append_params {
   uint32_t struct_size;
@@ -225,28 +230,33 @@ dspark_status DSPARK_FN(dspark_qk_norm_rope_append)(const dspark_qk_norm_rope_ap
  * --------------------------------------------------------------------------------------------- */
 
 /*
- * dspark_verify_attention: causal attention of the rows of every request over its paged KV cache.
- * dspark_draft_attention:  the drafter's block form: every row sees the committed cache and the
- * whole block of its own request (k_block, v_block), in both directions.
+ * dspark_verify_attention:  causal attention of the rows of every request over its paged KV
+ *                           cache.
+ * dspark_draft_attention:   the drafter's block form: every row sees the committed cache and the
+ *                           whole block of its own request (k_block, v_block), in both
+ *                           directions.
  *
- * Computes      out[row, h] = softmax(scale * q[row, h] . K) V over the visible keys of request r.
- *               verify: cache slots 0 .. seq_lens[r] + (row - qo_indptr[r]), the pass's own rows
- * already appended. draft: cache slots 0 .. seq_lens[r]-1 and block rows qo_indptr[r] ..
- *               qo_indptr[r+1]-1.
+ * Computes      out[row, h] = softmax(scale * q[row, h] . K) V over the visible keys of request
+ *               r. verify: cache slots 0 .. seq_lens[r] + (row - qo_indptr[r]), the pass's own
+ *               rows already appended. draft: cache slots 0 .. seq_lens[r]-1 and block rows
+ *               qo_indptr[r] .. qo_indptr[r+1]-1.
  * Shapes        q, out [num_rows, num_q_heads, head_dim]; k_cache, v_cache [num_pages, page_size,
  *               num_kv_heads, head_dim]; k_block, v_block [num_rows, num_kv_heads, head_dim];
  *               page_table [num_reqs, max_pages_per_req] int32.
  * Dtypes        `dtype` (BF16, F16); scores, softmax and accumulation f32.
  * Layout        NHD: head_dim contiguous; q and out heads contiguous (head stride head_dim), row
- * strides given; cache by stride_cache_{page,slot,head}; k_block/v_block heads contiguous, row
- * stride given. Alignment     pointers 16 bytes, strides multiples of 8; head_dim in {64, 128};
- * num_q_heads a multiple of num_kv_heads, group size 1..16; any page_size >= 1. Aliasing      none
- * allowed. Workspace     dspark_attention_workspace_size bytes, 256-byte aligned; contents do not
- * matter. Determinism   bitwise from run to run for the same params and lengths. Stream/graph
- * capture-safe; replays for any lengths up to max_seq_len, which sizes the split. Requests without
- * rows cost nothing; rows past qo_indptr[num_reqs] are not written. Errors        null or
- * misaligned pointers, unsupported head_dim or group size, page_size = 0, workspace too small,
- * sizes < 0.
+ *               strides given; cache by stride_cache_{page,slot,head}; k_block/v_block heads
+ *               contiguous, row stride given.
+ * Alignment     pointers 16 bytes, strides multiples of 8; head_dim in {64, 128}; num_q_heads a
+ *               multiple of num_kv_heads, group size 1..16; any page_size >= 1.
+ * Aliasing      none allowed.
+ * Workspace     dspark_attention_workspace_size bytes, 256-byte aligned; contents do not matter.
+ * Determinism   bitwise from run to run for the same params and lengths.
+ * Stream/graph  capture-safe; replays for any lengths up to max_seq_len, which sizes the split.
+ *               Requests without rows cost nothing; rows past qo_indptr[num_reqs] are not
+ *               written.
+ * Errors        null or misaligned pointers, unsupported head_dim or group size, page_size = 0,
+ *               workspace too small, sizes < 0.
  */
 typedef struct dspark_attention_params {
   uint32_t struct_size;
@@ -362,10 +372,16 @@ dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* param
 
 /*
  * Computes      survival[r, k] = prod over i <= k of sigmoid(logit(confidence[r, i]) /
- * temperature[i]). Shapes        confidence, survival [num_reqs, draft_len]; temperature
- * [draft_len]. Dtypes        f32. Layout        contiguous. Alignment     4 bytes. Aliasing
- * survival may be confidence. Workspace     none. Determinism   bitwise, independent of the batch.
- * A confidence that is NaN counts as 0; others are clamped to [0, 1]. Stream/graph  capture-safe.
+ *               temperature[i]).
+ * Shapes        confidence, survival [num_reqs, draft_len]; temperature [draft_len].
+ * Dtypes        f32.
+ * Layout        contiguous.
+ * Alignment     4 bytes.
+ * Aliasing      survival may be confidence.
+ * Workspace     none.
+ * Determinism   bitwise, independent of the batch. A confidence that is NaN counts as 0; others
+ *               are clamped to [0, 1].
+ * Stream/graph  capture-safe.
  * Errors        null pointers, sizes < 0.
  */
 typedef struct dspark_survival_params {
@@ -393,29 +409,35 @@ dspark_status DSPARK_FN(dspark_survival)(const dspark_survival_params* params,
 
 /*
  * Computes      for each request with 1 + verify_len rows of target logits: the target law p of
- * each row (temperature, then top-k, top-p, min-p, each off when its value says so), and the
- * accepted prefix of its drafts. Temperature 0 is greedy: accept iff draft = argmax (lowest index
- *               wins), the next token is the argmax of the first row not matched. Temperature > 0
- * is the token rule: accept x_k if u * q_k(x_k) < p_k(x_k); at the first rejection the recovered
- *               token is drawn from normalise(max(p_k - q_k, 0)); when all are kept the bonus token
- * is drawn from the last row's p. verify_len 0 samples from p of the only row. Filters       top-k
- * keeps every token whose logit is at least the k-th largest; top-p keeps the smallest set {v :
- * p(v) >= t} whose mass (renormalised after top-k) is at least top_p; min-p keeps p(v) >= min_p *
- * max p. Ties at a threshold are all kept. Draft law     draft_logits NULL: q is the point mass on
- * the draft token. Else q = softmax(draft_logits / temperature), row r * draft_len + k of
- * draft_logits for x_{k+1} of request r. Shapes        target_logits [num_rows, vocab_size];
- * draft_logits [num_reqs * draft_len, vocab_size]; draft_tokens [num_reqs, draft_len];
- * num_accepted, next_tokens, status [num_reqs]. Dtypes        logits f32; tokens, lengths int32;
- * laws in f32 with f32 sums (Kahan or tree). Layout        logits row strides given; the rest
- * contiguous. Alignment     element alignment; 16 bytes gives the fast path. Aliasing      none
- * allowed. target_logits are not changed. Workspace     dspark_accept_workspace_size bytes,
- * 256-byte aligned; contents do not matter. Determinism   bitwise, independent of the batch.
- * Philox4x32-10, key = seeds[r], counter = (v / 4 or 0, position, purpose, 0); the row k of request
- * r decides position anchor_positions[r] + 1 + k. u = (x + 0.5) * 2^-32; a categorical draw is the
- * argmin over v of E_v / weight(v), E_v = -log1p(-u_v). Stream/graph  capture-safe. Requests
- * without rows get num_accepted 0, next_tokens -1, status 0. status[r] = 1 when a needed row holds
- * NaN, +inf or only -inf: then num_accepted 0 and next_tokens -1. Errors        null pointers,
- * sizes < 0, vocab_size = 0, workspace too small.
+ *               each row (temperature, then top-k, top-p, min-p, each off when its value says
+ *               so), and the accepted prefix of its drafts. Temperature 0 is greedy: accept iff
+ *               draft = argmax (lowest index wins), the next token is the argmax of the first row
+ *               not matched. Temperature > 0 is the token rule: accept x_k if u * q_k(x_k) <
+ *               p_k(x_k); at the first rejection the recovered token is drawn from
+ *               normalise(max(p_k - q_k, 0)); when all are kept the bonus token is drawn from the
+ *               last row's p. verify_len 0 samples from p of the only row.
+ * Filters       top-k keeps every token whose logit is at least the k-th largest; top-p keeps the
+ *               smallest set {v : p(v) >= t} whose mass (renormalised after top-k) is at least
+ *               top_p; min-p keeps p(v) >= min_p * max p. Ties at a threshold are all kept.
+ * Draft law     draft_logits NULL: q is the point mass on the draft token. Else q =
+ *               softmax(draft_logits / temperature), row r * draft_len + k of draft_logits for
+ *               x_{k+1} of request r.
+ * Shapes        target_logits [num_rows, vocab_size]; draft_logits [num_reqs * draft_len,
+ *               vocab_size]; draft_tokens [num_reqs, draft_len]; num_accepted, next_tokens,
+ *               status [num_reqs].
+ * Dtypes        logits f32; tokens, lengths int32; laws in f32 with f32 sums (Kahan or tree).
+ * Layout        logits row strides given; the rest contiguous.
+ * Alignment     element alignment; 16 bytes gives the fast path.
+ * Aliasing      none allowed. target_logits are not changed.
+ * Workspace     dspark_accept_workspace_size bytes, 256-byte aligned; contents do not matter.
+ * Determinism   bitwise, independent of the batch. Philox4x32-10, key = seeds[r], counter = (v /
+ *               4 or 0, position, purpose, 0); the row k of request r decides position
+ *               anchor_positions[r] + 1 + k. u = (x + 0.5) * 2^-32; a categorical draw is the
+ *               argmin over v of E_v / weight(v), E_v = -log1p(-u_v).
+ * Stream/graph  capture-safe. Requests without rows get num_accepted 0, next_tokens -1, status 0.
+ *               status[r] = 1 when a needed row holds NaN, +inf or only -inf: then num_accepted 0
+ *               and next_tokens -1.
+ * Errors        null pointers, sizes < 0, vocab_size = 0, workspace too small.
  */
 typedef struct dspark_accept_params {
   uint32_t struct_size;
@@ -449,9 +471,12 @@ dspark_status DSPARK_FN(dspark_accept)(const dspark_accept_params* params, dspar
 
 /*
  * Computes      committed[r] = [x_1 .. x_n, next] with n = num_accepted[r], the rest -1;
- * num_committed[r] = n + 1; seq_lens[r] += n + 1; anchors[r] = next. A request whose next token is
- * -1 is left as it is (num_committed 0). Shapes        draft_tokens [num_reqs, draft_len];
- * committed [num_reqs, draft_len + 1]; the rest [num_reqs]. Dtypes        int32. Layout contiguous.
+ *               num_committed[r] = n + 1; seq_lens[r] += n + 1; anchors[r] = next. A request
+ *               whose next token is -1 is left as it is (num_committed 0).
+ * Shapes        draft_tokens [num_reqs, draft_len]; committed [num_reqs, draft_len + 1]; the rest
+ *               [num_reqs].
+ * Dtypes        int32.
+ * Layout        contiguous.
  * Alignment     4 bytes.
  * Aliasing      none allowed.
  * Workspace     none.
