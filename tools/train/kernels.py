@@ -138,7 +138,7 @@ def distill_rows(logits: torch.Tensor, teacher: torch.Tensor, labels: torch.Tens
         ce = torch.empty(rows, device=logits.device, dtype=torch.float32)
         l1 = torch.empty_like(ce)
         distill_rows_kernel[(rows,)](logits, teacher, labels.contiguous(), weight.float().contiguous(), ce, l1, vocab,
-                                     ce_w, l1_w, BLOCK=4096, num_warps=8)
+                                     ce_w, l1_w, BLOCK=2048, num_warps=8)
         return ce, l1
     log_q = logits.float().log_softmax(-1)
     q, p = log_q.exp(), teacher.float().softmax(-1)
