@@ -1,6 +1,8 @@
 //! The draft head against the formula, and the exact law of drafting and acceptance, enumerated.
 
 use super::*;
+use crate::ops::Purpose;
+use crate::reference::choices::{Enumerator, enumerate};
 
 const VOCAB: usize = 5;
 const RANK: usize = 3;
