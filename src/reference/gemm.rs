@@ -47,8 +47,9 @@ pub(super) fn linear(pool: &Pool, x: &[f32], weight: &Weight, out: &mut [f32]) {
     pool.for_each(
         num_rows * num_outputs * depth,
         tiles,
-        || vec![0.0_f32; DEPTH * PANEL],
+        || vec![Line([0.0; 16]); DEPTH * PANEL / 16],
         |scratch, tile| {
+            let scratch = bytemuck::cast_slice_mut(scratch);
             arch.dispatch(TileProduct {
                 x,
                 weight,
@@ -58,6 +59,11 @@ pub(super) fn linear(pool: &Pool, x: &[f32], weight: &Weight, out: &mut [f32]) {
         },
     );
 }
+
+/// A cache line: vectors of a scratch made of lines never cross two.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
 
 /// The outputs of a few panels, in all rows.
 struct Tile<'o> {
@@ -130,36 +136,43 @@ impl Chunk<'_> {
     ) {
         let mut row = 0;
         while out.len() - row >= BLOCK {
-            self.add_block::<S, VECTORS, BLOCK>(simd, row, &mut out[row..]);
+            simd.vectorize(Block::<VECTORS, BLOCK>(self, row, &mut out[row..]));
             row += BLOCK;
         }
         if BLOCK > 4 && out.len() - row >= 4 {
-            self.add_block::<S, VECTORS, 4>(simd, row, &mut out[row..]);
+            simd.vectorize(Block::<VECTORS, 4>(self, row, &mut out[row..]));
             row += 4;
         }
         if BLOCK > 2 && out.len() - row >= 2 {
-            self.add_block::<S, VECTORS, 2>(simd, row, &mut out[row..]);
+            simd.vectorize(Block::<VECTORS, 2>(self, row, &mut out[row..]));
             row += 2;
         }
         if row < out.len() {
-            self.add_block::<S, VECTORS, 1>(simd, row, &mut out[row..]);
+            simd.vectorize(Block::<VECTORS, 1>(self, row, &mut out[row..]));
         }
     }
+}
 
-    /// Adds the chunk's products to rows `row .. row + BLOCK`, whose sums stay in registers.
+/// Adds a chunk's products to `BLOCK` rows from the given one on, whose sums stay in registers. A function of its own in
+/// the machine code, or the registers would not suffice.
+struct Block<'a, 'o, const VECTORS: usize, const BLOCK: usize>(
+    &'a Chunk<'a>,
+    usize,
+    &'a mut [&'o mut [f32]],
+);
+
+impl<const VECTORS: usize, const BLOCK: usize> WithSimd for Block<'_, '_, VECTORS, BLOCK> {
+    type Output = ();
+
     #[inline(always)]
-    fn add_block<S: Simd, const VECTORS: usize, const BLOCK: usize>(
-        &self,
-        simd: S,
-        row: usize,
-        out: &mut [&mut [f32]],
-    ) {
-        let len = self.weights.len() / PANEL;
-        let mut x = [&self.x[..0]; BLOCK];
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self(chunk, row, out) = self;
+        let len = chunk.weights.len() / PANEL;
+        let mut x = [&chunk.x[..0]; BLOCK];
         for (i, x) in x.iter_mut().enumerate() {
-            *x = &self.x[(row + i) * self.depth + self.start..][..len];
+            *x = &chunk.x[(row + i) * chunk.depth + chunk.start..][..len];
         }
-        let (vectors, _) = S::as_simd_f32s(self.weights);
+        let (vectors, _) = S::as_simd_f32s(chunk.weights);
         let (vectors, _) = vectors.as_chunks::<VECTORS>();
         let mut sums = [[simd.splat_f32s(0.0); VECTORS]; BLOCK];
         for (k, vectors) in vectors[..len].iter().enumerate() {
@@ -173,7 +186,7 @@ impl Chunk<'_> {
         for (sums, out) in sums.iter().zip(out) {
             let mut lanes = [0.0; PANEL];
             S::as_mut_simd_f32s(&mut lanes).0.copy_from_slice(sums);
-            for (out, lane) in out[self.first_output..].iter_mut().zip(lanes) {
+            for (out, lane) in out[chunk.first_output..].iter_mut().zip(lanes) {
                 *out += lane;
             }
         }

@@ -11,6 +11,7 @@
 mod attention;
 pub mod choices;
 mod draft;
+mod exp;
 mod gemm;
 pub mod law;
 mod norm;
