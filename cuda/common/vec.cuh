@@ -85,9 +85,9 @@ __device__ __forceinline__ void load_vec(const T* address, float (&out)[kVecSize
   }
 }
 
-/* Writes kVecSize<T> elements to a 16-byte aligned address, rounding once. */
+/* kVecSize<T> f32 values as 16 bytes of T, rounding once. */
 template <typename T>
-__device__ __forceinline__ void store_vec(T* address, const float (&values)[kVecSize<T>]) {
+__device__ __forceinline__ uint4 pack_vec(const float (&values)[kVecSize<T>]) {
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -97,7 +97,19 @@ __device__ __forceinline__ void store_vec(T* address, const float (&values)[kVec
       words[i] = Element<T>::pack(values[2 * i], values[2 * i + 1]);
     }
   }
-  *reinterpret_cast<uint4*>(address) = make_uint4(words[0], words[1], words[2], words[3]);
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+/* Writes 16 bytes to a 16-byte aligned address. */
+template <typename T>
+__device__ __forceinline__ void store_raw(T* address, const uint4& raw) {
+  *reinterpret_cast<uint4*>(address) = raw;
+}
+
+/* Writes kVecSize<T> elements to a 16-byte aligned address, rounding once. */
+template <typename T>
+__device__ __forceinline__ void store_vec(T* address, const float (&values)[kVecSize<T>]) {
+  store_raw(address, pack_vec<T>(values));
 }
 
 }  // namespace dspark
