@@ -1,0 +1,101 @@
+/*
+ * Counter-based randomness and the race that turns it into categorical draws.
+ *
+ * Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) maps a key
+ * (a request's 64-bit seed) and a counter (v / 4 or 0, position, purpose, 0) to four 32-bit words.
+ * It has no state: a number depends on what it is for and on nothing that ran before, so that a
+ * draw is the same in any batch, on any grid and in any order.
+ *
+ * The race. With independent exponentials E_v (rate 1), the v that minimises E_v / weight(v) is
+ * distributed as weight(v) / sum of weights: of runners with those speeds it finishes first. It
+ * needs no normaliser and no prefix sum, every v is judged by itself, and partial winners merge in
+ * any grouping. Two equivalent scores, larger wins:
+ *
+ *   race_score_logit   weight = exp(l / T):  T log weight - T log E = l - T log E. Never overflows,
+ *                      and goes to the greedy score l as T goes to 0. (-log E is Gumbel noise.)
+ *   race_score_weight  weight given:         weight / E.
+ *
+ * Why E must be exact to a relative error, most of all where it is small: the winner of a race
+ * over n tokens typically has E of order 1 / n, and a token of probability p far below 1 / n can
+ * only win with E of order p. Were u a multiple of 2^-24, or were E rounded to an absolute step
+ * (-logf(1 - u) with 1 - u rounded near 1), all small E would be tied multiples of 6e-8: ties would
+ * be broken by index instead of by weight and the rare tokens' law would be wrong. So u = (x + 0.5)
+ * * 2^-32 is formed by scaling x + 0.5, whose rounding is relative, and E = -log1p(-u). For u > 1/2
+ * the same value comes from 1 - u = (~x + 0.5) * 2^-32, which is relative too and never 0: E is in
+ * [1.16e-10, 22.9], and needs no clamp.
+ */
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/reduce.cuh"
+
+namespace dspark {
+
+/* Four words for one counter: 10 rounds. */
+__device__ __forceinline__ uint4 philox4x32_10(uint64_t key, uint4 counter) {
+  constexpr uint32_t kMultiplier0 = 0xD2511F53u;
+  constexpr uint32_t kMultiplier1 = 0xCD9E8D57u;
+  constexpr uint32_t kWeyl0 = 0x9E3779B9u;
+  constexpr uint32_t kWeyl1 = 0xBB67AE85u;
+  uint32_t key0 = static_cast<uint32_t>(key);
+  uint32_t key1 = static_cast<uint32_t>(key >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const uint32_t high0 = __umulhi(kMultiplier0, counter.x);
+    const uint32_t low0 = kMultiplier0 * counter.x;
+    const uint32_t high1 = __umulhi(kMultiplier1, counter.z);
+    const uint32_t low1 = kMultiplier1 * counter.z;
+    counter = make_uint4(high1 ^ counter.y ^ key0, low1, high0 ^ counter.w ^ key1, low0);
+    key0 += kWeyl0;
+    key1 += kWeyl1;
+  }
+  return counter;
+}
+
+/* Words of the tokens 4 * quad .. 4 * quad + 3 (quad 0 for a single number). */
+__device__ __forceinline__ uint4 philox_quad(uint64_t seed,
+                                             uint32_t quad,
+                                             int32_t position,
+                                             uint32_t purpose) {
+  return philox4x32_10(seed, make_uint4(quad, static_cast<uint32_t>(position), purpose, 0u));
+}
+
+constexpr float kTwoPowMinus32 = 0x1p-32f;
+
+/* u in (0, 1), exact: the one number of an accept decision is compared in f64. */
+__device__ __forceinline__ double uniform_from_word(uint32_t word) {
+  return (static_cast<double>(word) + 0.5) * 0x1p-32;
+}
+
+/* E = -log1p(-u), u = (word + 0.5) * 2^-32, to a relative error of a few f32 ulp everywhere. */
+__device__ __forceinline__ float exponential_from_word(uint32_t word) {
+  const bool low = word < 0x80000000u;
+  const float u = (static_cast<float>(low ? word : ~word) + 0.5f) * kTwoPowMinus32;
+  return low ? -log1pf(-u) : -logf(u);
+}
+
+__device__ __forceinline__ float race_score_logit(float logit,
+                                                  float temperature,
+                                                  float exponential) {
+  return fmaf(-temperature, logf(exponential), logit);
+}
+
+__device__ __forceinline__ float race_score_weight(float weight, float exponential) {
+  return weight / exponential;
+}
+
+/* A race without runners: index kNoRunner loses to everything that takes part. */
+constexpr int32_t kNoRunner = INT32_MAX;
+
+__device__ __forceinline__ Indexed empty_race() { return {-INFINITY, kNoRunner}; }
+
+/* Lets `token` run. A score of NaN or -inf takes no part. */
+__device__ __forceinline__ void race_step(Indexed& best, float score, int32_t token) {
+  if (score > best.value || (score == best.value && token < best.index && score > -INFINITY)) {
+    best = {score, token};
+  }
+}
+
+}  // namespace dspark
