@@ -12,7 +12,7 @@
 
 #include "common/paged_kv.cuh"
 #include "common/vec.cuh"
-#include "kernels/attention/paged_attention.cuh"
+#include "kernels/attention/tile.cuh"
 
 namespace dspark {
 

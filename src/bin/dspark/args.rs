@@ -1,0 +1,264 @@
+//! The command line's grammar.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use dspark::schedule::Policy;
+
+/// DSpark speculative decoding: generate, compare with the baselines, look after the set-up.
+#[derive(Debug, Parser)]
+#[command(name = "dspark", version, about, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Generate text with a target model, with or without a drafter.
+    #[command(after_help = GENERATE_EXAMPLES)]
+    Generate(GenerateArgs),
+    /// Run the same prompts with no drafter and with each given one, and show them side by side.
+    #[command(after_help = COMPARE_EXAMPLES)]
+    Compare(CompareArgs),
+    /// Say what was built, which devices there are, and whether a target and a drafter fit.
+    #[command(after_help = DOCTOR_EXAMPLES)]
+    Doctor(DoctorArgs),
+}
+
+const GENERATE_EXAMPLES: &str = "\
+Examples:
+  dspark generate --target Qwen3-4B --draft dspark_qwen3_4b_block7 --prompt 'Why is the sky blue?'
+  dspark generate --target Qwen3-4B --mode none --temperature 0.7 --top-p 0.9 --seed 7 --prompt Hi
+  dspark generate --target DIR --draft DIR --prompts questions.jsonl --max-num-reqs 16 --stats
+  dspark generate --target DIR --draft DIR --prompt-ids 1,2,3 --schedule threshold:0.5 --trace t.json
+
+A prompts file has one JSON object a line: {\"turns\": [\"user message\", ...]} (the first turn is used),
+{\"prompt\": \"text\"} or {\"prompt_ids\": [1, 2, 3]}.";
+
+const COMPARE_EXAMPLES: &str = "\
+Examples:
+  dspark compare --target DIR --draft dspark=DIR --draft mtp=DIR --prompt 'Why is the sky blue?'
+  dspark compare --target DIR --draft dspark=DIR --draft mtp=DIR --prompts gsm8k.jsonl --limit 40 \\
+      --max-num-reqs 16 --temperature 1";
+
+const DOCTOR_EXAMPLES: &str = "\
+Examples:
+  dspark doctor
+  dspark doctor --target Qwen3-4B --draft dspark_qwen3_4b_block7";
+
+/// How tokens are proposed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// Plain autoregressive decoding.
+    None,
+    /// An MTP-1 module.
+    Mtp,
+    /// A DFlash drafter: parallel drafts without a sequential head.
+    Dflash,
+    /// A DSpark drafter.
+    Dspark,
+}
+
+impl Mode {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Mtp => "mtp",
+            Self::Dflash => "dflash",
+            Self::Dspark => "dspark",
+        }
+    }
+}
+
+/// Where to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(|ordinal| ordinal.parse().ok())
+                .map(Self::Cuda)
+                .ok_or_else(|| "expected auto, cpu, cuda or cuda:N".to_owned()),
+        }
+    }
+}
+
+/// Model and memory of a run.
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// Target checkpoint: a Hugging Face directory (Qwen3 dense or Llama).
+    #[arg(long, value_name = "DIR")]
+    pub target: PathBuf,
+    /// Where to run: auto (CUDA where there is a device), cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: DeviceChoice,
+    /// Requests decoded together; further ones wait in order.
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    pub max_num_reqs: usize,
+    /// Tokens in a KV page.
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    pub page_size: usize,
+    /// Pages in the KV pool [default: enough for max-num-reqs requests of the longest prompt].
+    #[arg(long, value_name = "N")]
+    pub num_pages: Option<usize>,
+    /// Prompt tokens run through the target in one pass.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub prefill_chunk: usize,
+    /// Threads of the cpu device [default: all].
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// What to generate from.
+#[derive(Clone, Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct PromptArgs {
+    /// One user message (or plain text with --raw).
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// Token ids, separated by commas; works without a tokenizer.
+    #[arg(long, value_name = "IDS", value_parser = parse_ids)]
+    pub prompt_ids: Option<Ids>,
+    /// A JSONL file of prompts.
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+}
+
+/// Sampling and stopping.
+#[derive(Clone, Debug, Args)]
+pub struct SamplingArgs {
+    /// Tokens to generate for each prompt, at most.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub max_new_tokens: usize,
+    /// 0 is greedy.
+    #[arg(long, default_value_t = 0.0, value_name = "T", allow_negative_numbers = true)]
+    pub temperature: f32,
+    /// Sample from the K most likely tokens; 0 is off.
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    pub top_k: u32,
+    /// Sample from the smallest set of this probability; 1 is off.
+    #[arg(long, default_value_t = 1.0, value_name = "P", allow_negative_numbers = true)]
+    pub top_p: f32,
+    /// Sample from tokens at least P times as likely as the likeliest; 0 is off.
+    #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true)]
+    pub min_p: f32,
+    /// Seed of the first request; request i uses S + i.
+    #[arg(long, default_value_t = 0, value_name = "S")]
+    pub seed: u64,
+    /// Stop before this text; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Keep going past the model's end tokens.
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// No chat template: the prompt is plain text.
+    #[arg(long)]
+    pub raw: bool,
+}
+
+/// How many tokens to draft and to verify.
+#[derive(Clone, Debug, Args)]
+pub struct DraftArgs {
+    /// Tokens drafted in a round [default: the drafter's block size; 1 for mtp].
+    #[arg(long, value_name = "N")]
+    pub draft_len: Option<usize>,
+    /// How many drafts are verified: fixed (all), threshold:X (cut before the first confidence below X), adaptive
+    /// (the throughput-optimal number by calibrated confidence and measured cost).
+    #[arg(long, default_value = "fixed", value_name = "RULE")]
+    pub schedule: Policy,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// Drafter checkpoint (DeepSpec's DSpark or DFlash, or an MTP-1 module).
+    #[arg(long, value_name = "DIR")]
+    pub draft: Option<PathBuf>,
+    /// How tokens are proposed [default: what --draft holds, none without it].
+    #[arg(long, value_name = "MODE")]
+    pub mode: Option<Mode>,
+    #[command(flatten)]
+    pub prompts: PromptArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    pub drafting: DraftArgs,
+    /// Write every round as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+    /// Print accepted length, acceptance by position and speed to standard error.
+    #[arg(long)]
+    pub stats: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct CompareArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// A drafter and its mode, as MODE=DIR; may be given several times.
+    #[arg(long, value_name = "MODE=DIR", required = true, value_parser = parse_mode_dir)]
+    pub draft: Vec<(Mode, PathBuf)>,
+    #[command(flatten)]
+    pub prompts: PromptArgs,
+    /// Use the first N prompts of the file.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    pub drafting: DraftArgs,
+    /// Print the figures as JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct DoctorArgs {
+    /// Target checkpoint to check.
+    #[arg(long, value_name = "DIR")]
+    pub target: Option<PathBuf>,
+    /// Drafter checkpoint to check against the target.
+    #[arg(long, value_name = "DIR", requires = "target")]
+    pub draft: Option<PathBuf>,
+    /// Where to run the check: auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: DeviceChoice,
+}
+
+/// Parsed `--prompt-ids`.
+#[derive(Clone, Debug)]
+pub struct Ids(pub Vec<u32>);
+
+fn parse_ids(text: &str) -> Result<Ids, String> {
+    let parse = |id: &str| {
+        id.trim().parse().map_err(|_| format!("expected token ids separated by commas, found '{}'", id.trim()))
+    };
+    if text.trim().is_empty() {
+        return Ok(Ids(Vec::new()));
+    }
+    text.split(',').map(parse).collect::<Result<_, _>>().map(Ids)
+}
+
+fn parse_mode_dir(text: &str) -> Result<(Mode, PathBuf), String> {
+    let expected = "expected MODE=DIR with MODE one of mtp, dflash, dspark";
+    let (mode, dir) = text.split_once('=').ok_or(expected)?;
+    match Mode::from_str(mode, false) {
+        Ok(mode) if mode != Mode::None && !dir.is_empty() => Ok((mode, dir.into())),
+        _ => Err(expected.to_owned()),
+    }
+}

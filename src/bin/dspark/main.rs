@@ -1,0 +1,75 @@
+//! `dspark`: the command line. Errors are one line on standard error; exit status 2 means the input was at fault,
+//! 1 that something else was.
+
+mod args;
+mod compare;
+mod doctor;
+mod generate;
+mod prompts;
+mod report;
+mod session;
+mod trace;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+
+use args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage_error(&error),
+    };
+    let result = match cli.command {
+        Command::Generate(args) => generate::run(&args),
+        Command::Compare(args) => compare::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", one_line(&format!("{error:#}")));
+            ExitCode::from(exit_status(&error))
+        }
+    }
+}
+
+/// Help goes out as clap made it; everything else is cut to its first line.
+fn usage_error(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp
+        | ErrorKind::DisplayVersion
+        | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let shown = error.print();
+            ExitCode::from(if error.use_stderr() || shown.is_err() { 2 } else { 0 })
+        }
+        _ => {
+            // clap puts a list of missing arguments on lines of its own, then a blank line and the usage.
+            let text = error.render().to_string();
+            let message = text.split("\n\n").next().unwrap_or_default();
+            eprintln!("{} (see --help)", one_line(message));
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// 2 where the caller can mend it, 1 where the machine or this program failed.
+fn exit_status(error: &anyhow::Error) -> u8 {
+    match error.downcast_ref::<dspark::Error>() {
+        Some(dspark::Error::Cuda(_)) => 1,
+        Some(dspark::Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => 0,
+        _ => 2,
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Whether standard output is a terminal that wants colour.
+fn colour() -> bool {
+    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none()
+}
