@@ -1,1 +1,349 @@
-//! To be written.
+//! The CUDA backend: [`Ops`] over the launchers of the C ABI and cuBLASLt.
+//!
+//! Activations, weights and caches are bf16 (f32 and f16 checkpoints are rounded at load), logits f32. Everything goes
+//! to the device's one stream in the order of the calls; only [`Ops::draft_head`], [`Ops::accept`] and the `read_*`
+//! functions wait. What a call needs from the host (ids, lengths, sampling parameters) is packed into one upload
+//! through a buffer that is reused: stream order keeps a later upload behind the kernels that read the earlier one.
+//!
+//! One file per kernel family, one safe function per launcher; this file only says which belongs to which method.
+
+mod arguments;
+mod attention;
+mod cache;
+mod draft;
+mod gemm;
+mod matrix;
+mod norm;
+mod rope;
+mod rows;
+mod schedule;
+mod verify;
+
+use half::bf16;
+
+use super::{
+    Accepted, AttentionSpec, DraftHead, DraftLaw, Drafted, HostTensor, KvGeometry, KvSink, Ops,
+    RopeSpec, RowMap, SamplingParams,
+};
+use crate::device::{Device, Gemm, Growing};
+use crate::error::{Error, Result};
+use crate::sys;
+
+pub use cache::KvCache;
+pub use matrix::{DeviceMatrix, Norm};
+pub use rope::Rope;
+pub use rows::Rows;
+pub use verify::Committed;
+
+/// Room for the packed arguments of a few hundred requests, in 32-bit words, before the first growth.
+const INITIAL_WORDS: usize = 1 << 13;
+
+/// The backend of one device.
+pub struct Cuda {
+    device: Device,
+    gemm: Gemm,
+    /// Host arrays of the current call.
+    arguments: Growing<u32>,
+    /// Small outputs of the current call.
+    results: Growing<u32>,
+    /// Scratch of the current launch.
+    workspace: Growing<u8>,
+}
+
+impl Cuda {
+    /// The backend on `device`.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] without cuBLASLt; [`Error::Cuda`].
+    pub fn new(device: Device) -> Result<Self> {
+        Ok(Self {
+            gemm: Gemm::new(&device)?,
+            arguments: Growing::new(&device, INITIAL_WORDS)?,
+            results: Growing::new(&device, INITIAL_WORDS)?,
+            workspace: Growing::new(&device, 1 << 20)?,
+            device,
+        })
+    }
+
+    /// The backend on device `ordinal`.
+    ///
+    /// # Errors
+    /// As [`Device::open`] and [`Cuda::new`].
+    pub fn open(ordinal: usize) -> Result<Self> {
+        Self::new(Device::open(ordinal)?)
+    }
+
+    /// The device all work goes to.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn stream(&self) -> sys::dspark_stream {
+        self.device.raw_stream().cast()
+    }
+
+    /// Scratch memory for a launch: its address (null when none is needed).
+    fn workspace(&mut self, bytes: usize) -> Result<*mut std::ffi::c_void> {
+        if bytes == 0 {
+            return Ok(std::ptr::null_mut());
+        }
+        Ok(self.workspace.at_least(bytes)?.mut_ptr(0).cast())
+    }
+}
+
+/// The first member of every params struct.
+fn struct_size<T>() -> u32 {
+    size_of::<T>() as u32
+}
+
+/// A launcher's status as a result; `op` names the launcher.
+fn check(op: &str, status: sys::dspark_status) -> Result<()> {
+    const UNSUPPORTED: std::ops::Range<i32> = 100..200;
+    if status == sys::DSPARK_OK {
+        return Ok(());
+    }
+    let text = |pointer: *const std::ffi::c_char| {
+        // SAFETY: both functions return a NUL-terminated string that stays valid until this thread's next call.
+        unsafe { std::ffi::CStr::from_ptr(pointer) }
+            .to_string_lossy()
+            .into_owned()
+    };
+    // SAFETY: host functions without preconditions.
+    let (name, message) = unsafe {
+        (
+            text(sys::launch::dspark_status_name_cu(status)),
+            text(sys::launch::dspark_last_error_cu()),
+        )
+    };
+    if UNSUPPORTED.contains(&status) {
+        return Err(Error::Unsupported {
+            what: op.to_owned(),
+            reason: format!("{message} ({name})"),
+        });
+    }
+    Err(Error::Cuda(format!("{op}: {message} ({name})")))
+}
+
+/// A size as the ABI's int32.
+fn int(name: &str, value: usize) -> Result<i32> {
+    i32::try_from(value).map_err(|_| Error::argument(name, "at most 2147483647", value))
+}
+
+/// Refuses `found != expected`, naming the operand.
+fn expect(field: &str, expected: usize, found: usize) -> Result<()> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(Error::argument(field, expected.to_string(), found))
+}
+
+impl Ops for Cuda {
+    type Mat = DeviceMatrix<bf16>;
+    type Logits = DeviceMatrix<f32>;
+    type Weight = DeviceMatrix<bf16>;
+    type Norm = Norm;
+    type KvCache = KvCache;
+    type Rows = Rows;
+    type Rope = Rope;
+
+    fn describe(&self) -> String {
+        let name = self.device.name().unwrap_or_else(|_| "GPU".into());
+        format!("CUDA:{} {name}", self.device.ordinal())
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        self.device.synchronize()
+    }
+
+    fn weight(&mut self, parts: &[HostTensor<'_>]) -> Result<Self::Weight> {
+        DeviceMatrix::from_parts(&self.device, parts)
+    }
+
+    fn norm(&mut self, tensor: &HostTensor<'_>) -> Result<Self::Norm> {
+        Norm::new(&self.device, tensor)
+    }
+
+    fn rope(&mut self, spec: &RopeSpec) -> Result<Self::Rope> {
+        Rope::new(&self.device, spec)
+    }
+
+    fn mat(&mut self, max_rows: usize, cols: usize) -> Result<Self::Mat> {
+        DeviceMatrix::new(&self.device, max_rows, cols)
+    }
+
+    fn logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits> {
+        DeviceMatrix::new(&self.device, max_rows, vocab_size)
+    }
+
+    fn kv_cache(&mut self, geometry: &KvGeometry) -> Result<Self::KvCache> {
+        KvCache::new(&self.device, geometry)
+    }
+
+    fn rows(&mut self) -> Result<Self::Rows> {
+        Rows::new(&self.device)
+    }
+
+    fn set_row_map(&mut self, rows: &mut Self::Rows, map: &RowMap) -> Result<()> {
+        rows.set(map)
+    }
+
+    fn read_mat(&mut self, mat: &Self::Mat) -> Result<Vec<f32>> {
+        Ok(mat.read()?.into_iter().map(bf16::to_f32).collect())
+    }
+
+    fn read_logits(&mut self, logits: &Self::Logits) -> Result<Vec<f32>> {
+        logits.read()
+    }
+
+    fn write_mat(&mut self, values: &[f32], mat: &mut Self::Mat) -> Result<()> {
+        let values: Vec<bf16> = values.iter().copied().map(bf16::from_f32).collect();
+        mat.write(&values)
+    }
+
+    fn write_logits(&mut self, values: &[f32], logits: &mut Self::Logits) -> Result<()> {
+        logits.write(values)
+    }
+
+    fn embed(&mut self, table: &Self::Weight, ids: &[u32], out: &mut Self::Mat) -> Result<()> {
+        self.gather(table, "ids", ids, out)
+    }
+
+    fn gather_rows(&mut self, src: &Self::Mat, index: &[u32], out: &mut Self::Mat) -> Result<()> {
+        self.gather(src, "index", index, out)
+    }
+
+    fn copy_into(
+        &mut self,
+        src: &Self::Mat,
+        dst: &mut Self::Mat,
+        dst_row: usize,
+        dst_col: usize,
+    ) -> Result<()> {
+        self.copy_window(src, dst, [dst_row, dst_col])
+    }
+
+    fn copy_logits(
+        &mut self,
+        src: &Self::Logits,
+        dst: &mut Self::Logits,
+        first: usize,
+        step: usize,
+    ) -> Result<()> {
+        self.scatter_rows(src, dst, first, step)
+    }
+
+    fn rms_norm(
+        &mut self,
+        x: &Self::Mat,
+        weight: &Self::Norm,
+        eps: f32,
+        out: &mut Self::Mat,
+    ) -> Result<()> {
+        self.norm_rows(x, weight, eps, out)
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        delta: &Self::Mat,
+        residual: &mut Self::Mat,
+        weight: &Self::Norm,
+        eps: f32,
+        out: &mut Self::Mat,
+    ) -> Result<()> {
+        self.add_norm_rows(delta, residual, weight, eps, out)
+    }
+
+    fn linear(&mut self, x: &Self::Mat, weight: &Self::Weight, out: &mut Self::Mat) -> Result<()> {
+        self.product(x, weight, out)
+    }
+
+    fn linear_logits(
+        &mut self,
+        x: &Self::Mat,
+        weight: &Self::Weight,
+        out: &mut Self::Logits,
+    ) -> Result<()> {
+        self.product(x, weight, out)
+    }
+
+    fn silu_mul(&mut self, gate_up: &Self::Mat, out: &mut Self::Mat) -> Result<()> {
+        self.gated_silu(gate_up, out)
+    }
+
+    fn qk_norm_rope(
+        &mut self,
+        spec: &AttentionSpec,
+        qkv: &Self::Mat,
+        norms: Option<(&Self::Norm, &Self::Norm)>,
+        rope: &Self::Rope,
+        rows: &Self::Rows,
+        q_out: Option<&mut Self::Mat>,
+        sink: KvSink<'_, Self>,
+    ) -> Result<()> {
+        self.rotate_and_append(spec, qkv, norms, rope, rows, q_out, sink)
+    }
+
+    fn verify_attention(
+        &mut self,
+        spec: &AttentionSpec,
+        q: &Self::Mat,
+        kv: &Self::KvCache,
+        layer: usize,
+        rows: &Self::Rows,
+        out: &mut Self::Mat,
+    ) -> Result<()> {
+        self.attend(spec, q, (kv, layer), None, rows, out)
+    }
+
+    fn draft_attention(
+        &mut self,
+        spec: &AttentionSpec,
+        q: &Self::Mat,
+        kv: &Self::KvCache,
+        layer: usize,
+        block: &Self::Mat,
+        rows: &Self::Rows,
+        out: &mut Self::Mat,
+    ) -> Result<()> {
+        self.attend(spec, q, (kv, layer), Some(block), rows, out)
+    }
+
+    fn draft_head(
+        &mut self,
+        head: &DraftHead<Self>,
+        logits: &mut Self::Logits,
+        hidden: &Self::Mat,
+        anchors: &[u32],
+        anchor_positions: &[u32],
+        sampling: &[SamplingParams],
+        draft_len: usize,
+    ) -> Result<Drafted> {
+        let requests = draft::Requests {
+            anchors,
+            anchor_positions,
+            sampling,
+            draft_len,
+        };
+        self.run_head(head, logits, hidden, &requests)
+    }
+
+    fn accept(
+        &mut self,
+        target: &Self::Logits,
+        qo_indptr: &[i32],
+        draft_tokens: &[u32],
+        draft_len: usize,
+        law: DraftLaw<'_, Self>,
+        anchor_positions: &[u32],
+        sampling: &[SamplingParams],
+    ) -> Result<Accepted> {
+        let requests = verify::Requests {
+            qo_indptr,
+            draft_tokens,
+            draft_len,
+            anchor_positions,
+            sampling,
+        };
+        self.accept_drafts(target, &law, &requests)
+    }
+}

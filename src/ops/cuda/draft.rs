@@ -1,0 +1,187 @@
+//! Family draft: the semi-autoregressive head.
+
+use std::ptr::{null, null_mut};
+
+use half::bf16;
+
+use super::arguments::Arguments;
+use super::{Cuda, DeviceMatrix, Norm, check, expect, int, struct_size};
+use crate::error::{Error, Result};
+use crate::ops::{DraftHead, Drafted, HeadKind, Matrix, SamplingParams};
+use crate::sys;
+
+/// The requests of a call, one entry each.
+pub(super) struct Requests<'a> {
+    pub anchors: &'a [u32],
+    pub anchor_positions: &'a [u32],
+    pub sampling: &'a [SamplingParams],
+    pub draft_len: usize,
+}
+
+impl Cuda {
+    /// The method of the trait; see there.
+    pub(super) fn run_head(
+        &mut self,
+        head: &DraftHead<Self>,
+        logits: &mut DeviceMatrix<f32>,
+        hidden: &DeviceMatrix<bf16>,
+        requests: &Requests<'_>,
+    ) -> Result<Drafted> {
+        let num_reqs = requests.anchors.len();
+        let num_rows = num_reqs * requests.draft_len;
+        check_head(head, logits.cols(), hidden.cols())?;
+        check_requests(requests, logits.cols())?;
+        expect("logits.rows", num_rows, logits.rows())?;
+        expect("hidden.rows", num_rows, hidden.rows())?;
+        if num_rows == 0 {
+            return Ok(Drafted {
+                tokens: Vec::new(),
+                confidence: head.confidence.as_ref().map(|_| Vec::new()),
+            });
+        }
+
+        let mut arguments = Arguments::default();
+        let seeds = arguments.push_u64(requests.sampling.iter().map(|s| s.seed));
+        let anchors = arguments.push(requests.anchors.iter().copied());
+        let positions = arguments.push(requests.anchor_positions.iter().copied());
+        let temperature = arguments.push_f32(requests.sampling.iter().map(|s| s.temperature));
+        let words = arguments.upload(&mut self.arguments)?;
+        let (seeds, anchors) = (seeds.of(words), anchors.of(words));
+        let (positions, temperature) = (positions.of(words), temperature.of(words));
+        // Tokens, then confidences.
+        let results = self.results.at_least(2 * num_rows)?;
+        let confidence = head.confidence.as_ref();
+        let matrix = |weight: Option<&DeviceMatrix<bf16>>| {
+            weight.map_or(null(), |weight| weight.ptr(0, 0).cast())
+        };
+        let mut params = sys::dspark_draft_head_params {
+            struct_size: struct_size::<sys::dspark_draft_head_params>(),
+            dtype: sys::DSPARK_DTYPE_BF16,
+            head: head_number(head.kind),
+            num_reqs: int("requests", num_reqs)?,
+            draft_len: int("draft_len", requests.draft_len)?,
+            vocab_size: int("vocab_size", logits.cols())?,
+            hidden_size: int("hidden_size", hidden.cols())?,
+            markov_rank: int("markov_rank", head.rank)?,
+            confidence_with_markov: confidence.map_or(0, |c| i32::from(c.with_markov)),
+            confidence_bias: confidence.map_or(0.0, |c| c.bias),
+            logits: logits.mut_ptr(0, 0),
+            hidden: hidden.ptr(0, 0).cast(),
+            markov_w1: matrix(head.markov_w1.as_ref()),
+            markov_w2: matrix(head.markov_w2.as_ref()),
+            proj_weight: matrix(head.proj_weight.as_ref()),
+            proj_bias: head
+                .proj_bias
+                .as_ref()
+                .map_or(null(), |bias| bias.ptr().cast()),
+            confidence_weight: matrix(confidence.map(|c| &c.weight)),
+            anchors,
+            anchor_positions: positions,
+            temperature,
+            seeds,
+            draft_tokens: results.mut_ptr(0).cast(),
+            confidence: confidence.map_or(null_mut(), |_| results.mut_ptr(num_rows).cast()),
+            workspace: null_mut(),
+            workspace_bytes: 0,
+            stride_logits_row: logits.stride(),
+        };
+        // SAFETY: reads the sizes of `params` and writes one host integer.
+        check("draft_head_workspace_size", unsafe {
+            sys::launch::dspark_draft_head_workspace_size_cu(
+                &raw const params,
+                &raw mut params.workspace_bytes,
+            )
+        })?;
+        params.workspace = self.workspace(params.workspace_bytes)?;
+        self.device.bind()?;
+        // SAFETY: every operand is a live device matrix of the shape checked above; the per-request arrays hold
+        // num_reqs entries uploaded on this stream; tokens and confidences have room for num_rows words each; anchors
+        // are below the vocabulary.
+        check("draft_head", unsafe {
+            sys::launch::dspark_draft_head_cu(&raw const params, self.stream())
+        })?;
+        let wanted = if confidence.is_some() { 2 } else { 1 };
+        let mut tokens = self.download_results(wanted * num_rows)?;
+        let confidences = tokens.split_off(num_rows);
+        Ok(Drafted {
+            tokens,
+            confidence: confidence.map(|_| confidences.into_iter().map(f32::from_bits).collect()),
+        })
+    }
+}
+
+fn head_number(kind: HeadKind) -> sys::dspark_head_kind {
+    match kind {
+        HeadKind::None => sys::DSPARK_HEAD_NONE,
+        HeadKind::Vanilla => sys::DSPARK_HEAD_VANILLA,
+        HeadKind::Gated => sys::DSPARK_HEAD_GATED,
+        HeadKind::Rnn => sys::DSPARK_HEAD_RNN,
+    }
+}
+
+/// Refuses weights that are missing or do not fit the vocabulary and the hidden size.
+fn check_head(head: &DraftHead<Cuda>, vocab_size: usize, hidden_size: usize) -> Result<()> {
+    let rank = head.rank;
+    if head.kind != HeadKind::None {
+        check_weight("markov_w1", head.markov_w1.as_ref(), [vocab_size, rank])?;
+        check_weight("markov_w2", head.markov_w2.as_ref(), [vocab_size, rank])?;
+    }
+    let projection = match head.kind {
+        HeadKind::None | HeadKind::Vanilla => None,
+        HeadKind::Gated => Some([rank, hidden_size + rank]),
+        HeadKind::Rnn => Some([3 * rank, 2 * rank + hidden_size]),
+    };
+    if let Some(shape) = projection {
+        check_weight("proj_weight", head.proj_weight.as_ref(), shape)?;
+        expect(
+            "proj_bias",
+            shape[0],
+            head.proj_bias.as_ref().map_or(0, Norm::len),
+        )?;
+    }
+    if let Some(confidence) = &head.confidence {
+        let markov = if confidence.with_markov { rank } else { 0 };
+        if confidence.with_markov && head.kind == HeadKind::None {
+            return Err(Error::argument(
+                "confidence",
+                "no Markov part without a Markov head",
+                "one with it",
+            ));
+        }
+        let shape = [1, hidden_size + markov];
+        check_weight("confidence.weight", Some(&confidence.weight), shape)?;
+    }
+    Ok(())
+}
+
+fn check_weight(field: &str, weight: Option<&DeviceMatrix<bf16>>, shape: [usize; 2]) -> Result<()> {
+    let found = weight.map(|weight| [weight.rows(), weight.cols()]);
+    if found == Some(shape) {
+        return Ok(());
+    }
+    let found = found.map_or("none".into(), |found| format!("{found:?}"));
+    Err(Error::argument(field, format!("{shape:?}"), found))
+}
+
+fn check_requests(requests: &Requests<'_>, vocab_size: usize) -> Result<()> {
+    let num_reqs = requests.anchors.len();
+    expect(
+        "anchor_positions",
+        num_reqs,
+        requests.anchor_positions.len(),
+    )?;
+    expect("sampling", num_reqs, requests.sampling.len())?;
+    for sampling in requests.sampling {
+        sampling.validate()?;
+    }
+    for &anchor in requests.anchors {
+        if anchor as usize >= vocab_size {
+            return Err(Error::argument(
+                "anchors",
+                format!("below {vocab_size}"),
+                anchor,
+            ));
+        }
+    }
+    Ok(())
+}
