@@ -39,6 +39,7 @@ pub struct DSparkDrafter<O: Ops> {
     selected: O::Mat,
     logits: O::Logits,
     max_num_reqs: usize,
+    max_draft_len: usize,
 }
 
 /// From taps to the context keys and values of every draft layer.
@@ -124,7 +125,8 @@ impl<O: Ops> DSparkDrafter<O> {
             visibility: Visibility::Block,
             qk_norm: QkNorm::Required,
         };
-        let drafts = limits.max_num_reqs * config.block_size;
+        let max_draft_len = limits.max_draft_len.min(config.block_size);
+        let drafts = limits.max_num_reqs * max_draft_len;
         let sizes = &config.decoder;
         Ok(Self {
             layout: Layout::default(),
@@ -135,6 +137,7 @@ impl<O: Ops> DSparkDrafter<O> {
             selected: ops.mat(drafts, sizes.hidden_size)?,
             logits: ops.logits(drafts, sizes.vocab_size)?,
             max_num_reqs: limits.max_num_reqs,
+            max_draft_len,
             config,
         })
     }
@@ -222,7 +225,7 @@ impl<O: Ops> DSparkDrafter<O> {
 
 impl<O: Ops> Drafter<O> for DSparkDrafter<O> {
     fn max_draft_len(&self) -> usize {
-        self.config.block_size
+        self.max_draft_len
     }
 
     fn has_confidence(&self) -> bool {
@@ -266,7 +269,7 @@ impl<O: Ops> Drafter<O> for DSparkDrafter<O> {
         batch: &ProposeBatch<'_>,
         draft_len: usize,
     ) -> Result<Drafted> {
-        check_proposal(batch, draft_len, self.config.block_size, self.max_num_reqs)?;
+        check_proposal(batch, draft_len, self.max_draft_len, self.max_num_reqs)?;
         self.run_blocks(ops, batch, draft_len)?;
         let positions = anchor_positions(batch.map);
         let lm_head = &self.vocabulary.lm_head;

@@ -39,6 +39,7 @@ pub struct MtpDrafter<O: Ops> {
     head: DraftHead<O>,
     norm_eps: f32,
     max_num_reqs: usize,
+    max_draft_len: usize,
 }
 
 /// `fc . [pre_fc_norm_hidden(hidden) ; pre_fc_norm_embedding(embedding)]`.
@@ -99,6 +100,7 @@ impl<O: Ops> MtpDrafter<O> {
         let sizes = &config.decoder;
         let (d, vocab, reqs) = (sizes.hidden_size, sizes.vocab_size, limits.max_num_reqs);
         let rows = limits.max_rows.max(reqs);
+        let max_draft_len = limits.max_draft_len.min(MAX_DRAFT_LEN);
         let shape = StackShape {
             max_rows: rows,
             visibility: Visibility::Causal,
@@ -122,7 +124,7 @@ impl<O: Ops> MtpDrafter<O> {
             latest: ops.mat(reqs, d)?,
             hidden: ops.mat(reqs, d)?,
             step_logits: ops.logits(reqs, vocab)?,
-            logits: ops.logits(reqs * MAX_DRAFT_LEN, vocab)?,
+            logits: ops.logits(reqs * max_draft_len, vocab)?,
             head: DraftHead {
                 kind: HeadKind::None,
                 rank: 0,
@@ -134,6 +136,7 @@ impl<O: Ops> MtpDrafter<O> {
             },
             norm_eps: sizes.norm_eps,
             max_num_reqs: reqs,
+            max_draft_len,
         })
     }
 
@@ -180,7 +183,7 @@ impl<O: Ops> MtpDrafter<O> {
 
 impl<O: Ops> Drafter<O> for MtpDrafter<O> {
     fn max_draft_len(&self) -> usize {
-        MAX_DRAFT_LEN
+        self.max_draft_len
     }
 
     fn has_confidence(&self) -> bool {
@@ -220,23 +223,19 @@ impl<O: Ops> Drafter<O> for MtpDrafter<O> {
         batch: &ProposeBatch<'_>,
         draft_len: usize,
     ) -> Result<Drafted> {
-        check_proposal(batch, draft_len, MAX_DRAFT_LEN, self.max_num_reqs)?;
+        check_proposal(batch, draft_len, self.max_draft_len, self.max_num_reqs)?;
         self.check_slots(batch.slots)?;
         let num_reqs = batch.anchors.len();
         let slots: Vec<u32> = batch.slots.iter().map(|&slot| slot as u32).collect();
         ops.gather_rows(&self.outputs, &slots, &mut self.hidden)?;
         self.logits.set_rows(num_reqs * draft_len)?;
-        let mut map = batch.map.clone();
-        let mut positions = anchor_positions(&map);
-        // The first chained slot is the anchor's own: it holds (state standing for position a, token a + 1).
         let mut steps: Vec<Drafted> = Vec::with_capacity(draft_len);
         for k in 0..draft_len {
             if let Some(last) = steps.last() {
-                self.chain(ops, &map, &last.tokens)?;
-                map.seq_lens.iter_mut().for_each(|len| *len += 1);
-                map.positions.iter_mut().for_each(|p| *p += 1);
-                positions.iter_mut().for_each(|p| *p += 1);
+                // The first chained slot is the anchor's own.
+                self.chain(ops, &advanced(batch.map, k - 1), &last.tokens)?;
             }
+            let positions = anchor_positions(&advanced(batch.map, k));
             ops.linear_logits(
                 &self.hidden,
                 &self.vocabulary.lm_head,
@@ -260,5 +259,15 @@ impl<O: Ops> Drafter<O> for MtpDrafter<O> {
 
     fn law(&self) -> DraftLaw<'_, O> {
         DraftLaw::Logits(&self.logits)
+    }
+}
+
+/// The one-row requests of `map`, `slots` slots on.
+fn advanced(map: &RowMap, slots: usize) -> RowMap {
+    let by = slots as i32;
+    RowMap {
+        seq_lens: map.seq_lens.iter().map(|len| len + by).collect(),
+        positions: map.positions.iter().map(|p| p + by).collect(),
+        ..map.clone()
     }
 }

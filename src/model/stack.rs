@@ -19,6 +19,8 @@ pub struct Limits {
     pub max_rows: usize,
     /// Rows of one target pass whose logits are asked for.
     pub max_logit_rows: usize,
+    /// Tokens of the longest draft asked for; drafters that cannot make as many say so.
+    pub max_draft_len: usize,
     /// Pages of each cache.
     pub num_pages: usize,
     /// Token slots of a page.
