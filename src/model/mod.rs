@@ -17,6 +17,7 @@ mod fields;
 mod mtp;
 mod pair;
 mod rope;
+pub mod selfcheck;
 mod stack;
 
 pub use checkpoint::Checkpoint;
