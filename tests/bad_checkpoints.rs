@@ -205,8 +205,8 @@ fn broken_shards_are_refused() {
     let point_norm_to = |file: &'static str| {
         move |dir: &Path| {
             edit_json(&dir.join(INDEX), |index| {
-                index["weight_map"][NORM] = json!(file)
-            })
+                index["weight_map"][NORM] = json!(file);
+            });
         }
     };
     let remove = |dir: &Path| std::fs::remove_file(dir.join(SECOND)).unwrap();
@@ -320,7 +320,7 @@ fn target_configs_that_do_not_fit_are_refused() {
         let dir = copy_of(&target_dir("llama_f32"));
         let file = dir.path().join("config.json");
         edit_json(&file, |config| {
-            _ = config.insert((*key).to_owned(), value.clone())
+            _ = config.insert((*key).to_owned(), value.clone());
         });
         let result = TargetConfig::read(dir.path()).map(|_| ());
         assert_line(
@@ -336,7 +336,7 @@ fn other_rope_types_are_refused_by_name() {
     let parameters = |key: &str, rope: Value, expected: &str| {
         let dir = copy_of(&target_dir("llama_bf16"));
         edit_json(&dir.path().join("config.json"), |config| {
-            _ = config.insert(key.into(), rope)
+            _ = config.insert(key.into(), rope);
         });
         assert_line(key, load_target(dir.path()), &[expected]);
     };
@@ -456,7 +456,7 @@ fn drafters_that_do_not_fit_are_refused() {
         let dir = copy_of(&drafter_dir("qwen3_vanilla"));
         let file = dir.path().join("config.json");
         edit_json(&file, |config| {
-            _ = config.insert((*key).to_owned(), value.clone())
+            _ = config.insert((*key).to_owned(), value.clone());
         });
         let result = load_pair(&target_dir("qwen3_bf16"), dir.path());
         assert_line(
@@ -495,7 +495,7 @@ fn a_drafter_of_another_target_is_refused() {
     // A reduced draft vocabulary shows in the head's shape.
     let dir = copy_of(&drafter_dir("qwen3_vanilla"));
     edit_weights(&dir.path().join(WEIGHTS), |header, _| {
-        header["lm_head.weight"]["shape"] = json!([96, 331])
+        header["lm_head.weight"]["shape"] = json!([96, 331]);
     });
     let result = load_pair(&target_dir("qwen3_bf16"), dir.path());
     assert_line(
@@ -611,7 +611,7 @@ fn generation_configs_are_read_or_refused() {
     let read = |value: Value| {
         let dir = copy_of(&target_dir("llama_f32"));
         edit_json(&dir.path().join("config.json"), |config| {
-            config["eos_token_id"] = json!(9)
+            config["eos_token_id"] = json!(9);
         });
         std::fs::write(dir.path().join("generation_config.json"), value.to_string()).unwrap();
         GenerationConfig::read(dir.path())

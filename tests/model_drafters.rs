@@ -12,6 +12,9 @@ use serde_json::Value;
 
 const TOLERANCE: f32 = 1e-3;
 
+/// Request, anchor token and its position.
+type Anchor = (usize, u32, usize);
+
 struct Loaded {
     ops: Reference,
     target: DecoderTarget<Reference>,
@@ -34,11 +37,11 @@ fn load(name: &str) -> Loaded {
     }
 }
 
-/// Greedy drafts for requests given as `(request, anchor, position)`.
+/// Greedy drafts at the anchors of some requests.
 fn propose(
     ops: &mut Reference,
     drafter: &mut dyn Drafter<Reference>,
-    requests: &[(usize, u32, usize)],
+    requests: &[Anchor],
     draft_len: usize,
 ) -> Drafted {
     let rows: Vec<_> = requests
@@ -67,7 +70,8 @@ fn sigmoid(z: f32) -> f32 {
     1.0 / (1.0 + (-z).exp())
 }
 
-fn cases(golden: &Golden) -> (Vec<Vec<u32>>, Vec<(usize, u32, usize)>) {
+/// Prompts, and requests as [`propose`] takes them.
+fn cases(golden: &Golden) -> (Vec<Vec<u32>>, Vec<Anchor>) {
     let list = golden.list("cases");
     let prompts: Vec<_> = list.iter().map(|c| ids(&c["prompt_ids"])).collect();
     let anchors = list.iter().enumerate().map(|(r, case)| {
@@ -188,9 +192,9 @@ fn generations_agree_with_deepspec() {
             mut drafter,
             golden,
         } = loaded;
-        for r in 0..3 {
+        for (r, prompt) in prompts.iter().enumerate() {
             let generation = &golden.list("generations")[r];
-            assert_eq!(ids(&generation["prompt_ids"]), prompts[r]);
+            assert_eq!(ids(&generation["prompt_ids"]), *prompt);
             for (i, round) in generation["rounds"].as_array().unwrap().iter().enumerate() {
                 let what = format!("{name} generation {r} round {i}");
                 run_round(&what, &mut ops, &mut target, &mut drafter, r, round);

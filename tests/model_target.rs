@@ -2,9 +2,12 @@
 
 mod model_support;
 
+use std::path::Path;
+
 use dspark::model::{DecoderTarget, Target, TargetConfig};
 use dspark::ops::Ops;
 use model_support::*;
+use serde_json::{Value, json};
 
 const TOLERANCE: f32 = 1e-4;
 
@@ -33,6 +36,18 @@ fn rope_frequencies_agree_with_transformers() {
             assert!((f - e).abs() <= 2e-6 * e, "{name}: {f} against {e}");
         }
     }
+}
+
+#[test]
+fn linear_rope_divides_every_frequency() {
+    let (plain, dir) = (target_dir("llama_bf16"), tempfile::tempdir().unwrap());
+    let mut config: Value =
+        serde_json::from_slice(&std::fs::read(plain.join("config.json")).unwrap()).unwrap();
+    config["rope_scaling"] = json!({"type": "linear", "factor": 4.0});
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let frequencies = |dir: &Path| TargetConfig::read(dir).unwrap().decoder.rope.inv_freq;
+    let expected: Vec<f32> = frequencies(&plain).iter().map(|f| f / 4.0).collect();
+    assert_eq!(frequencies(dir.path()), expected);
 }
 
 #[test]
