@@ -205,12 +205,13 @@ typedef struct dspark_qk_norm_rope_append_params {
   const void* q_norm; /* may be NULL: no norm on q */
   const void* k_norm; /* may be NULL: no norm on k */
   const float* inv_freq;
-  const int32_t* positions; /* [num_rows] */
-  const int32_t* qo_indptr; /* [num_reqs + 1] */
-  const int32_t* seq_lens;  /* [num_reqs]; entries of this cache before the pass */
-  const int32_t* page_table;
-  void* q_out;   /* may be NULL when num_q_heads is 0 */
-  void* k_cache; /* may be NULL (with v_cache): nothing is appended */
+  const int32_t* positions;  /* [num_rows] */
+  const int32_t* qo_indptr;  /* [num_reqs + 1] */
+  const int32_t* seq_lens;   /* [num_reqs]; entries of this cache before the pass; may be NULL when
+                               k_cache is NULL */
+  const int32_t* page_table; /* may be NULL when k_cache is NULL; then page_size is not read */
+  void* q_out;               /* may be NULL when num_q_heads is 0 */
+  void* k_cache;             /* may be NULL (with v_cache): nothing is appended */
   void* v_cache;
   void* k_out; /* may be NULL (with v_out) */
   void* v_out;
