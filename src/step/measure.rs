@@ -108,9 +108,10 @@ impl<O: Ops> DecodeStep<O> {
         let proposal = self.propose(ops, seqs)?;
         ops.synchronize()?;
         let drafted = start.elapsed();
+        let start = Instant::now();
         self.verify(ops, seqs, &proposal, verify_lens)?;
         ops.synchronize()?;
-        let verified = start.elapsed() - drafted;
+        let verified = start.elapsed();
         for seq in seqs {
             seq.pages.rollback(CONTEXT);
         }

@@ -104,15 +104,19 @@ impl<O: Ops> DecodeStep<O> {
         }
         let sampling: Vec<_> = ended().map(|(s, _)| s.sampling).collect();
         let qo_indptr: Vec<i32> = (0..=last_positions.len() as i32).collect();
-        let accepted = ops.accept(
-            self.target.logits(),
-            &qo_indptr,
-            &[],
-            0,
-            DraftLaw::PointMass,
-            &last_positions,
-            &sampling,
-        )?;
+        let accepted = ops
+            .accept(
+                self.target.logits(),
+                &qo_indptr,
+                &[],
+                0,
+                DraftLaw::PointMass,
+                &last_positions,
+                &sampling,
+            )
+            .map_err(|e| {
+                e.in_batch(|i| (0..ends.len()).filter(|&r| ends[r]).nth(i).unwrap_or(i))
+            })?;
         Ok(accepted.next_tokens)
     }
 }
