@@ -9,12 +9,14 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use dspark::engine::{Completion, Engine, EngineConfig, Event};
 use dspark::model::{Drafter, Features, ProposeBatch, Target};
 use dspark::ops::{
     ConfidenceHead, DraftHead, DraftLaw, Drafted, Dtype, HeadKind, HostTensor, Matrix, Ops, RowMap,
     SamplingParams,
 };
 use dspark::reference::Reference;
+use dspark::schedule::{CostTable, Policy, StepCost};
 use dspark::{Error, Result};
 
 type Mat = <Reference as Ops>::Mat;
@@ -160,7 +162,10 @@ impl Target<Reference> for FakeTarget {
         }
         let asked: Vec<f32> = match logit_rows {
             None => rows.concat(),
-            Some(asked) => asked.iter().flat_map(|&i| rows[i as usize].clone()).collect(),
+            Some(asked) => asked
+                .iter()
+                .flat_map(|&i| rows[i as usize].clone())
+                .collect(),
         };
         ops.write_logits(&asked, &mut self.logits)?;
         let hidden: Vec<f32> = ids.iter().map(|&id| id as f32).collect();
@@ -204,7 +209,9 @@ impl DraftSpec {
     /// Laws unlike the target's; confidences of any size that depend on the token before.
     pub fn random(vocab_size: usize, salt: u64, max_draft_len: usize) -> Self {
         let table = |salt: u64, n: usize, spread: f32| -> Vec<f32> {
-            (0..n).map(|i| spread * noise(salt, &[], i as u64)).collect()
+            (0..n)
+                .map(|i| spread * noise(salt, &[], i as u64))
+                .collect()
         };
         Self {
             base: random_logits(vocab_size, salt, 1.0),
@@ -293,8 +300,15 @@ impl Drafter<Reference> for FakeDrafter {
         kept: &[usize],
         next_tokens: &[u32],
     ) -> Result<()> {
-        let tokens: Vec<u32> = ops.read_mat(features.hidden)?.iter().map(|&t| t as u32).collect();
-        assert_eq!((tokens.len(), next_tokens.len()), (map.num_rows(), map.num_rows()));
+        let tokens: Vec<u32> = ops
+            .read_mat(features.hidden)?
+            .iter()
+            .map(|&t| t as u32)
+            .collect();
+        assert_eq!(
+            (tokens.len(), next_tokens.len()),
+            (map.num_rows(), map.num_rows())
+        );
         for (r, &slot) in slots.iter().enumerate() {
             let rows = map.rows_of(r);
             let seq_len = map.seq_lens[r] as usize;
@@ -303,10 +317,15 @@ impl Drafter<Reference> for FakeDrafter {
             }
             for (i, row) in rows.take(kept[r]).enumerate() {
                 if let Some(expected) = self.expected_anchor.get(&slot) {
-                    assert_eq!(*expected, (seq_len + i, tokens[row]), "next_tokens of slot {slot}");
+                    assert_eq!(
+                        *expected,
+                        (seq_len + i, tokens[row]),
+                        "next_tokens of slot {slot}"
+                    );
                 }
                 self.cache.write(map, r, seq_len + i, tokens[row]);
-                self.expected_anchor.insert(slot, (seq_len + i + 1, next_tokens[row]));
+                self.expected_anchor
+                    .insert(slot, (seq_len + i + 1, next_tokens[row]));
             }
         }
         Ok(())
@@ -369,13 +388,17 @@ pub fn exact_law(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
     if params.temperature == 0.0 {
         let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let first = logits.iter().position(|&l| l == best);
-        return (0..n).map(|v| f64::from(u8::from(Some(v) == first))).collect();
+        return (0..n)
+            .map(|v| f64::from(u8::from(Some(v) == first)))
+            .collect();
     }
     let t = f64::from(params.temperature);
     let mut p: Vec<f64> = logits.iter().map(|&l| (f64::from(l) / t).exp()).collect();
     let mut filter = |keep: &dyn Fn(f64, &[f64]) -> bool| {
         let before = p.clone();
-        let kept = before.iter().map(|&x| if keep(x, &before) { x } else { 0.0 });
+        let kept = before
+            .iter()
+            .map(|&x| if keep(x, &before) { x } else { 0.0 });
         let kept: Vec<f64> = kept.collect();
         let total: f64 = kept.iter().sum();
         p = kept.iter().map(|x| x / total).collect();
@@ -386,8 +409,7 @@ pub fn exact_law(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
     }
     // x stays while those strictly above it do not reach the mass.
     filter(&|x, p| {
-        params.top_p >= 1.0
-            || p.iter().filter(|&&y| y > x).sum::<f64>() < f64::from(params.top_p)
+        params.top_p >= 1.0 || p.iter().filter(|&&y| y > x).sum::<f64>() < f64::from(params.top_p)
     });
     filter(&|x, p| {
         let max = p.iter().copied().fold(0.0, f64::max);
@@ -453,4 +475,123 @@ pub fn chi_square_ratio(counts: &HashMap<Vec<u32>, u64>, law: &HashMap<Vec<u32>,
 /// An [`Error::Argument`] of this field.
 pub fn is_argument<T>(result: Result<T>, name: &str) -> bool {
     matches!(result, Err(Error::Argument { field, .. }) if field == name)
+}
+
+/// A backend on the calling thread alone.
+pub fn reference() -> Reference {
+    Reference::new(Some(1)).unwrap()
+}
+
+/// One second for a pass of one token, `slope` more for each further one.
+pub fn linear_cost(slope: f64) -> StepCost {
+    StepCost {
+        verify: CostTable::new(vec![(1, 1.0), (101, 1.0 + 100.0 * slope)]).unwrap(),
+        draft: None,
+    }
+}
+
+/// A drafter that always drafts the target's own greedy continuation.
+pub fn agreeing_draft(law: &LogitsOf, vocab_size: usize, max_draft_len: usize) -> DraftSpec {
+    let law = law.clone();
+    DraftSpec {
+        base: Rc::new(move |asked| {
+            let (k, history) = asked.split_last().unwrap();
+            let before = greedy(&law, history, *k as usize - 100);
+            law(&[history, &before].concat())
+        }),
+        markov: vec![0.0; vocab_size * vocab_size],
+        ..DraftSpec::random(vocab_size, 5, max_draft_len)
+    }
+}
+
+/// Four slots, chunks of four tokens, the pool of `sizes`, the drafter's longest draft.
+pub fn engine_config(sizes: &Sizes, policy: Policy) -> EngineConfig {
+    EngineConfig {
+        max_num_reqs: 4,
+        num_pages: sizes.num_pages,
+        page_size: sizes.page_size,
+        prefill_chunk: 4,
+        draft_len: None,
+        policy,
+        sts_temperatures: None,
+        cost: Some(linear_cost(0.2)),
+    }
+}
+
+/// An engine over the fakes.
+pub fn engine(
+    mut ops: Reference,
+    sizes: Sizes,
+    law: &LogitsOf,
+    draft: Option<&DraftSpec>,
+    config: EngineConfig,
+) -> Result<Engine<Reference>> {
+    let target = FakeTarget::new(&mut ops, sizes, law.clone());
+    let drafter = draft.map(|spec| {
+        Box::new(FakeDrafter::new(&mut ops, sizes, spec.clone())) as Box<dyn Drafter<Reference>>
+    });
+    Engine::new(ops, Box::new(target), drafter, config)
+}
+
+/// What a run of an engine said: completions by request, and what was streamed before.
+#[derive(Default)]
+pub struct Outcome {
+    pub completions: HashMap<usize, Completion>,
+    /// Requests in order of their first token.
+    pub first_tokens: Vec<usize>,
+    streamed: HashMap<usize, (Vec<u32>, String)>,
+}
+
+impl Outcome {
+    /// Takes an event, checking that streams and completions say the same.
+    pub fn take(&mut self, event: Event) {
+        match event {
+            Event::Tokens { request, pieces } => {
+                assert!(!pieces.is_empty());
+                assert!(!self.completions.contains_key(&request));
+                if !self.streamed.contains_key(&request) {
+                    self.first_tokens.push(request);
+                    assert!(pieces.len() == 1 && !pieces[0].drafted);
+                }
+                let (tokens, text) = self.streamed.entry(request).or_default();
+                tokens.extend(pieces.iter().map(|piece| piece.token));
+                pieces.iter().for_each(|piece| text.push_str(&piece.text));
+            }
+            Event::Finished {
+                request,
+                completion,
+            } => {
+                let (tokens, text) = &self.streamed[&request];
+                assert_eq!((tokens, text), (&completion.tokens, &completion.text));
+                check_trace(&completion);
+                assert!(self.completions.insert(request, *completion).is_none());
+            }
+        }
+    }
+
+    /// Generated tokens of a request.
+    pub fn tokens(&self, request: usize) -> &[u32] {
+        &self.completions[&request].tokens
+    }
+}
+
+/// The first token and the rounds hold the output, and at most the last round goes on after its end.
+fn check_trace(completion: &Completion) {
+    let mut all = completion.tokens[..1].to_vec();
+    for round in &completion.rounds {
+        assert!(all.len() < completion.tokens.len(), "a round after the end");
+        assert!(round.num_accepted <= round.verify_len);
+        assert!(round.verify_len <= round.draft_tokens.len());
+        let (drafts, next) = round.committed.split_at(round.num_accepted);
+        assert_eq!(
+            (drafts, next.len()),
+            (&round.draft_tokens[..round.num_accepted], 1)
+        );
+        all.extend(&round.committed);
+    }
+    assert!(all.starts_with(&completion.tokens));
+    let stats = &completion.stats;
+    assert_eq!(stats.num_generated, completion.tokens.len());
+    assert_eq!(stats.rounds.num_rounds as usize, completion.rounds.len());
+    assert_eq!(stats.rounds.num_committed as usize, all.len() - 1);
 }
