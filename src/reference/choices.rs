@@ -1,0 +1,288 @@
+//! Where the reference takes its random decisions from.
+//!
+//! [`Philox`] draws them as the CUDA kernels do. [`Enumerator`] takes every branch in turn and keeps its probability,
+//! so that a test can compute the exact law of anything that runs on a reference with it: see [`enumerate`].
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::philox::{key, philox4x32, uniform};
+use crate::ops::Purpose;
+
+/// Names one random decision. No two decisions of a request share all of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Draw {
+    /// Seed of the request.
+    pub seed: u64,
+    /// Position of the token that is decided.
+    pub position: u32,
+    /// What the draw is for.
+    pub purpose: Purpose,
+}
+
+/// A source of random decisions.
+pub trait Choices: Send {
+    /// An index with probability proportional to `weights` (finite, >= 0, not all 0).
+    fn categorical(&mut self, draw: Draw, weights: &[f64]) -> usize;
+    /// Whether to accept a draft of probability `draft_prob` where the target has `target_prob`: true with probability
+    /// `min(1, target_prob / draft_prob)`; where `draft_prob` is 0, whether `target_prob` is not.
+    fn accept(&mut self, draw: Draw, target_prob: f64, draft_prob: f64) -> bool;
+}
+
+/// The decisions of `dspark_accept` and `dspark_draft_head` (cuda/include/dspark.h): Philox4x32-10 with the seed as key
+/// and the counter `(block, position, purpose, 0)`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Philox;
+
+impl Philox {
+    fn block(draw: Draw, block: u32) -> [u32; 4] {
+        philox4x32(
+            key(draw.seed),
+            [block, draw.position, draw.purpose as u32, 0],
+        )
+    }
+}
+
+impl Choices for Philox {
+    /// An exponential race: the smallest of `E_v / weights[v]` wins, `E_v = -ln(1 - u_v)`.
+    fn categorical(&mut self, draw: Draw, weights: &[f64]) -> usize {
+        // E >= u: a token whose u is above what it would have to beat has lost, without its logarithm; the margin
+        // covers the rounding of the logarithm. No u is below that of word 0, so most blocks need no random words.
+        const MARGIN: f64 = 1.0 - 1e-9;
+        let smallest = uniform(0) * MARGIN;
+        let (mut winner, mut best) = (0, f64::INFINITY);
+        for (block, weights) in weights.chunks(4).enumerate() {
+            if weights.iter().all(|&w| w <= 0.0 || smallest > best * w) {
+                continue;
+            }
+            let words = Self::block(draw, block as u32);
+            for (lane, (&weight, word)) in weights.iter().zip(words).enumerate() {
+                let u = uniform(word);
+                if weight <= 0.0 || u * MARGIN > best * weight {
+                    continue;
+                }
+                let arrival = -(-u).ln_1p() / weight;
+                if arrival < best {
+                    (winner, best) = (4 * block + lane, arrival);
+                }
+            }
+        }
+        winner
+    }
+
+    fn accept(&mut self, draw: Draw, target_prob: f64, draft_prob: f64) -> bool {
+        uniform(Self::block(draw, 0)[0]) * draft_prob < target_prob
+    }
+}
+
+/// Takes every branch of a program's random decisions, depth first, one branch a run. Clones share their state.
+#[derive(Clone, Debug, Default)]
+pub struct Enumerator {
+    path: Arc<Mutex<Path>>,
+}
+
+/// The branch of the current run.
+#[derive(Debug, Default)]
+struct Path {
+    decisions: Vec<Decision>,
+    /// Decisions made so far in this run.
+    made: usize,
+}
+
+/// A decision and the outcome taken.
+#[derive(Debug)]
+struct Decision {
+    probabilities: Vec<f64>,
+    outcome: usize,
+}
+
+impl Decision {
+    /// The first possible outcome at or after `from`.
+    fn possible(&self, from: usize) -> Option<usize> {
+        (from..self.probabilities.len()).find(|&i| self.probabilities[i] > 0.0)
+    }
+}
+
+impl Enumerator {
+    fn path(&self) -> MutexGuard<'_, Path> {
+        self.path.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The outcome of the next decision of this run.
+    fn decide(&self, probabilities: Vec<f64>) -> usize {
+        let mut path = self.path();
+        let made = path.made;
+        path.made += 1;
+        if let Some(decision) = path.decisions.get(made) {
+            assert_eq!(
+                decision.probabilities, probabilities,
+                "an enumerated program must be a function of its decisions"
+            );
+            return decision.outcome;
+        }
+        let mut decision = Decision {
+            probabilities,
+            outcome: 0,
+        };
+        decision.outcome = decision.possible(0).expect("a decision with an outcome");
+        path.decisions.push(decision);
+        path.decisions[made].outcome
+    }
+
+    /// Goes to the next branch; false when there is none.
+    fn advance(&self) -> bool {
+        let mut path = self.path();
+        path.made = 0;
+        while let Some(mut decision) = path.decisions.pop() {
+            if let Some(outcome) = decision.possible(decision.outcome + 1) {
+                decision.outcome = outcome;
+                path.decisions.push(decision);
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Probability of the current branch.
+    fn probability(&self) -> f64 {
+        let path = self.path();
+        path.decisions
+            .iter()
+            .map(|decision| decision.probabilities[decision.outcome])
+            .product()
+    }
+}
+
+impl Choices for Enumerator {
+    fn categorical(&mut self, _: Draw, weights: &[f64]) -> usize {
+        let total: f64 = weights.iter().sum();
+        self.decide(weights.iter().map(|weight| weight / total).collect())
+    }
+
+    fn accept(&mut self, _: Draw, target_prob: f64, draft_prob: f64) -> bool {
+        let accept = if target_prob >= draft_prob {
+            f64::from(target_prob > 0.0)
+        } else {
+            target_prob / draft_prob
+        };
+        self.decide(vec![1.0 - accept, accept]) == 1
+    }
+}
+
+/// Runs `program` once for every branch of its random decisions and returns all outcomes with their probabilities, which
+/// sum to 1. The program must take all randomness from the enumerator it is given (a clone of it in
+/// `Reference::with_choices`) and start from the same state each time.
+pub fn enumerate<T>(mut program: impl FnMut(&Enumerator) -> T) -> Vec<(f64, T)> {
+    let choices = Enumerator::default();
+    let mut outcomes = Vec::new();
+    loop {
+        let outcome = program(&choices);
+        outcomes.push((choices.probability(), outcome));
+        if !choices.advance() {
+            return outcomes;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn draw(position: u32, purpose: Purpose) -> Draw {
+        Draw {
+            seed: 0x1234_5678_9abc_def0,
+            position,
+            purpose,
+        }
+    }
+
+    /// The race without shortcuts.
+    fn plain_race(draw: Draw, weights: &[f64]) -> usize {
+        let mut best = (f64::INFINITY, 0);
+        for (v, &weight) in weights.iter().enumerate() {
+            let counter = [v as u32 / 4, draw.position, draw.purpose as u32, 0];
+            let word = philox4x32(key(draw.seed), counter)[v % 4];
+            let arrival = -(-uniform(word)).ln_1p() / weight;
+            if arrival < best.0 {
+                best = (arrival, v);
+            }
+        }
+        best.1
+    }
+
+    #[test]
+    fn the_race_with_shortcuts_is_the_race() {
+        for position in 0..300 {
+            let draw = draw(position, Purpose::Draft);
+            let n = 1 + (position as usize * 37) % 501;
+            let steep = f64::from(position % 7);
+            let weights: Vec<f64> = (0..n)
+                .map(|v| {
+                    let noise = uniform(philox4x32([7, position], [v as u32, 0, 0, 0])[0]);
+                    (-steep * 20.0 * noise).exp() * f64::from(u8::from(v % 5 != 1))
+                })
+                .collect();
+            assert_eq!(
+                Philox.categorical(draw, &weights),
+                plain_race(draw, &weights)
+            );
+        }
+    }
+
+    /// 40000 draws against the weights: chi-square with 3 degrees of freedom, false alarm about 1e-9 at 44.
+    #[test]
+    fn the_race_has_the_law_of_its_weights() {
+        let weights = [0.1, 0.0, 2.4, 0.5, 1.0];
+        let statistic = |expected: &[f64; 5]| {
+            let n = 40_000;
+            let mut counts = [0.0; 5];
+            for position in 0..n {
+                counts[Philox.categorical(draw(position, Purpose::Bonus), &weights)] += 1.0;
+            }
+            assert_eq!(counts[1], 0.0);
+            [0, 2, 3, 4]
+                .map(|v| {
+                    let mean = f64::from(n) * expected[v] / 4.0;
+                    (counts[v] - mean).powi(2) / mean
+                })
+                .iter()
+                .sum::<f64>()
+        };
+        assert!(statistic(&weights) < 44.0);
+        assert!(statistic(&[0.2, 0.0, 2.3, 0.5, 1.0]) > 44.0);
+    }
+
+    #[test]
+    fn acceptance_compares_the_uniform() {
+        let d = draw(3, Purpose::Accept);
+        let counter = [0, 3, Purpose::Accept as u32, 0];
+        let u = uniform(philox4x32(key(d.seed), counter)[0]);
+        assert!(Philox.accept(d, u * 0.5 * 1.000_001, 0.5));
+        assert!(!Philox.accept(d, u * 0.5 * 0.999_999, 0.5));
+        assert!(Philox.accept(d, 0.1, 0.0));
+        assert!(!Philox.accept(d, 0.0, 0.0));
+        assert!(Philox.accept(d, 1.0, 1.0));
+    }
+
+    #[test]
+    fn enumeration_covers_every_branch_once() {
+        let outcomes = enumerate(|choices| {
+            let mut choices = choices.clone();
+            let first = choices.categorical(draw(0, Purpose::Draft), &[1.0, 0.0, 3.0]);
+            if first == 0 {
+                return (first, None);
+            }
+            (
+                first,
+                Some(choices.accept(draw(0, Purpose::Accept), 0.2, 0.8)),
+            )
+        });
+        assert_eq!(
+            outcomes,
+            [
+                (0.25, (0, None)),
+                (0.75 * 0.75, (2, Some(false))),
+                (0.75 * 0.25, (2, Some(true))),
+            ]
+        );
+    }
+}
