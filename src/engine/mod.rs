@@ -146,6 +146,11 @@ impl<O: Ops> Engine<O> {
         &self.ops
     }
 
+    /// The page pool: what is free, and how large it is.
+    pub fn pool(&self) -> &PagePool {
+        &self.pool
+    }
+
     /// Time spent in each phase so far.
     pub fn times(&self) -> PhaseTimes {
         self.step.times()
