@@ -96,4 +96,16 @@ impl Error {
             source,
         }
     }
+
+    /// The same error with the step's index of a request turned into the caller's name for it.
+    #[must_use]
+    pub fn in_batch(self, name: impl FnOnce(usize) -> usize) -> Self {
+        match self {
+            Self::BadLogits { request, found } => Self::BadLogits {
+                request: name(request),
+                found,
+            },
+            other => other,
+        }
+    }
 }

@@ -25,3 +25,11 @@ pub mod device;
 pub mod sys;
 
 pub use error::{Error, Result};
+
+/// Whether a CUDA device can be opened in this build on this machine.
+pub fn device_is_available() -> bool {
+    #[cfg(feature = "cuda")]
+    return device::Device::count() > 0;
+    #[cfg(not(feature = "cuda"))]
+    false
+}

@@ -12,8 +12,8 @@ constexpr int kQuad = 4;
 
 /* Logits 4 * quad .. 4 * quad + 3 of a row of `vocab_size`; `fill` past its end. `aligned`: the row
  * starts at a multiple of 16 bytes. */
-__device__ __forceinline__ float4 load_quad(
-    const float* row, int32_t quad, int32_t vocab_size, bool aligned, float fill) {
+__device__ __forceinline__ float4
+load_quad(const float* row, int32_t quad, int32_t vocab_size, bool aligned, float fill) {
   const int64_t first = static_cast<int64_t>(quad) * kQuad;
   const int64_t left = vocab_size - first;
   if (aligned && left >= kQuad) return *reinterpret_cast<const float4*>(row + first);

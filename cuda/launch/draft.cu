@@ -175,12 +175,12 @@ class DraftHead {
     const bool vec = p_.markov_rank % 8 == 0 && p_.hidden_size % 8 == 0 &&
                      aligned_16({p_.hidden, p_.markov_w1, p_.proj_weight});
     const bool rnn = p_.head == DSPARK_HEAD_RNN;
-    const auto kernel = rnn ? (vec ? latent_kernel<T, true, true> : latent_kernel<T, true, false>)
-                            : (vec ? latent_kernel<T, false, true> : latent_kernel<T, false, false>);
+    const auto kernel =
+        rnn ? (vec ? latent_kernel<T, true, true> : latent_kernel<T, true, false>)
+            : (vec ? latent_kernel<T, false, true> : latent_kernel<T, false, false>);
     const dim3 grid(ceil_div(p_.markov_rank, LatentPolicy::kWarpsPerCta),
                     ceil_div(p_.num_reqs, LatentPolicy::kReqsPerCta));
-    return launch("latent_kernel", kernel, grid, dim3(LatentPolicy::kNumThreads), 0, stream_,
-                  args);
+    return launch("latent_kernel", kernel, grid, dim3(LatentPolicy::kNumThreads), 0, stream_, args);
   }
 
   dspark_status sample_step(int32_t step) const {
@@ -220,13 +220,14 @@ class DraftHead {
     args.with_markov = p_.confidence_with_markov != 0;
     const bool markov_vec =
         !args.with_markov || (p_.markov_rank % 8 == 0 && aligned_16({p_.markov_w1}));
-    const bool vec = p_.hidden_size % 8 == 0 && aligned_16({p_.hidden, p_.confidence_weight}) &&
-                     markov_vec;
+    const bool vec =
+        p_.hidden_size % 8 == 0 && aligned_16({p_.hidden, p_.confidence_weight}) && markov_vec;
     const int64_t num_rows = static_cast<int64_t>(p_.num_reqs) * p_.draft_len;
     const auto num_ctas =
         static_cast<uint32_t>(ceil_div<int64_t>(num_rows, LatentPolicy::kWarpsPerCta));
-    return launch("confidence_kernel", vec ? confidence_kernel<T, true> : confidence_kernel<T, false>,
-                  dim3(num_ctas), dim3(LatentPolicy::kNumThreads), 0, stream_, args);
+    return launch("confidence_kernel",
+                  vec ? confidence_kernel<T, true> : confidence_kernel<T, false>, dim3(num_ctas),
+                  dim3(LatentPolicy::kNumThreads), 0, stream_, args);
   }
 
   const dspark_draft_head_params& p_;
@@ -260,7 +261,6 @@ extern "C" dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_pa
   if (p.num_reqs == 0 || p.draft_len == 0) return DSPARK_OK;
   DSPARK_TRY(check_draft_pointers(p));
   DSPARK_TRY(check_workspace(p.workspace, p.workspace_bytes, draft_layout(p).bytes));
-  return dispatch_half_dtype(p.dtype, [&](auto tag) {
-    return DraftHead<typename decltype(tag)::type>(p, stream).run();
-  });
+  return dispatch_half_dtype(
+      p.dtype, [&](auto tag) { return DraftHead<typename decltype(tag)::type>(p, stream).run(); });
 }

@@ -64,8 +64,8 @@ dspark_status launch_gather(const dspark_gather_rows_params& p,
                                static_cast<int64_t>(RowsPolicy::kUnitsPerCta));
   dim3 grid;
   DSPARK_TRY(row_grid(p.num_rows, args.ctas_per_row, &grid));
-  return launch("gather_rows_kernel", gather_rows_kernel<Unit>, grid,
-                dim3(RowsPolicy::kNumThreads), 0, stream, args);
+  return launch("gather_rows_kernel", gather_rows_kernel<Unit>, grid, dim3(RowsPolicy::kNumThreads),
+                0, stream, args);
 }
 
 bool gather_in_vectors(const dspark_gather_rows_params& p, int64_t element_bytes) {

@@ -123,8 +123,8 @@ dspark_status launch_accept(const dspark_accept_params& p, dspark_stream stream)
   if (num_law_ctas > 0) {
     DSPARK_TRY(launch("stats_kernel", stats_kernel, dim3(num_law_ctas * in.num_chunks),
                       dim3(StatsPolicy::kNumThreads), 0, stream, in, stats));
-    DSPARK_TRY(launch("laws_kernel", laws_kernel, dim3(num_law_ctas),
-                      dim3(LawsPolicy::kNumThreads), 0, stream, in, stats, laws));
+    DSPARK_TRY(launch("laws_kernel", laws_kernel, dim3(num_law_ctas), dim3(LawsPolicy::kNumThreads),
+                      0, stream, in, stats, laws));
   }
   const dim3 warp_grid(ceil_div(p.num_reqs, AcceptPolicy::kWarpsPerCta));
   DSPARK_TRY(launch("decide_kernel", decide_kernel, warp_grid, dim3(AcceptPolicy::kNumThreads), 0,
@@ -188,8 +188,8 @@ extern "C" dspark_status DSPARK_FN(dspark_commit)(const dspark_commit_params* pa
   args.anchors = p.anchors;
   args.num_elements = static_cast<int64_t>(p.num_reqs) * (static_cast<int64_t>(p.draft_len) + 1);
   args.draft_len = p.draft_len;
-  const auto num_ctas = static_cast<uint32_t>(
-      ceil_div<int64_t>(args.num_elements, CommitPolicy::kNumThreads));
+  const auto num_ctas =
+      static_cast<uint32_t>(ceil_div<int64_t>(args.num_elements, CommitPolicy::kNumThreads));
   return launch("commit_kernel", commit_kernel, dim3(num_ctas), dim3(CommitPolicy::kNumThreads), 0,
                 stream, args);
 }

@@ -1,1 +1,356 @@
-//! To be written.
+//! Requests in, tokens out: continuous batching over one [`DecodeStep`].
+//!
+//! Requests wait in order of submission. One is admitted when a slot is free and the worst case of its KV pages fits,
+//! and then holds these pages to its end: nothing in flight can run out of memory, and a request behind one that does
+//! not fit yet waits too. Each [`Engine::advance`] admits, runs one pass of prompt chunks and one decode round of all
+//! prefilled requests; between two calls requests join and leave.
+//!
+//! What a request generates under greedy decoding depends on nothing but its prompt. Sampled, its random numbers are
+//! keyed by (seed, position, purpose), so that its neighbours change nothing either, unless the schedule itself looks
+//! at all requests (`adaptive`): then the law stays and the sample may differ.
+
+mod output;
+mod request;
+mod stats;
+mod stop;
+pub mod text;
+
+pub use request::{Completion, Event, FinishReason, Piece, Request, RequestId, TextStream};
+pub use stats::{RequestStats, RoundStats};
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use self::output::Output;
+use crate::error::{Error, Result};
+use crate::kv::PagePool;
+use crate::model::{Drafter, Target};
+use crate::ops::Ops;
+use crate::schedule::{Policy, Scheduler, StepCost};
+use crate::step::{DecodeStep, PhaseTimes, PrefillChunk, Round, Sequence};
+
+/// Sizes and rules of an engine.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Most requests in the batch; slots are `0 .. max_num_reqs`.
+    pub max_num_reqs: usize,
+    /// Pages of the caches the models were made with.
+    pub num_pages: usize,
+    /// Token slots of a page.
+    pub page_size: usize,
+    /// Most prompt tokens in one pass.
+    pub prefill_chunk: usize,
+    /// Tokens drafted per round; `None` is the drafter's longest. Without a drafter only `None` and 0 make sense.
+    pub draft_len: Option<usize>,
+    /// How many drafts are verified.
+    pub policy: Policy,
+    /// STS temperatures of the draft positions; `None` takes confidences as they are.
+    pub sts_temperatures: Option<Vec<f32>>,
+    /// What a step costs, for [`Policy::Adaptive`]; `None` measures it at start-up.
+    pub cost: Option<StepCost>,
+}
+
+impl EngineConfig {
+    /// The most rows of a target pass when `draft_len` tokens are drafted: what the models' buffers must hold.
+    pub fn max_rows(&self, draft_len: usize) -> usize {
+        self.prefill_chunk.max(self.max_num_reqs * (1 + draft_len))
+    }
+
+    /// Checks the sizes, before models are loaded for them.
+    ///
+    /// # Errors
+    /// A size of zero.
+    pub fn validate(&self) -> Result<()> {
+        for (field, value) in [
+            ("max_num_reqs", self.max_num_reqs),
+            ("prefill_chunk", self.prefill_chunk),
+            ("num_pages", self.num_pages),
+            ("page_size", self.page_size),
+        ] {
+            if value == 0 {
+                return Err(Error::argument(field, "at least 1", value));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A request on its way to the batch.
+struct Waiting {
+    id: RequestId,
+    request: Request,
+    num_entries: usize,
+    submitted: Instant,
+}
+
+/// A request in the batch.
+struct Active {
+    id: RequestId,
+    prompt_ids: Vec<u32>,
+    sequence: Sequence,
+    output: Output,
+    rounds: Vec<Round>,
+    stats: RequestStats,
+    admitted: Instant,
+    first_token: Instant,
+}
+
+/// Generates for many requests at once.
+pub struct Engine<O: Ops> {
+    ops: O,
+    step: DecodeStep<O>,
+    pool: PagePool,
+    prefill_chunk: usize,
+    free_slots: Vec<usize>,
+    waiting: VecDeque<Waiting>,
+    /// In order of admission.
+    active: Vec<Active>,
+    next_id: RequestId,
+    totals: RoundStats,
+}
+
+impl<O: Ops> Engine<O> {
+    /// An engine without requests. `target` and `drafter` must have been made for [`EngineConfig::max_rows`] rows,
+    /// `max_num_reqs` slots and the pages of `config`. With [`Policy::Adaptive`] and no cost given, passes are timed
+    /// here.
+    ///
+    /// # Errors
+    /// A size of zero; a draft length the drafter cannot make; a policy whose confidences the drafter does not give.
+    pub fn new(
+        mut ops: O,
+        target: Box<dyn Target<O>>,
+        drafter: Option<Box<dyn Drafter<O>>>,
+        config: EngineConfig,
+    ) -> Result<Self> {
+        config.validate()?;
+        let mut pool = PagePool::new(config.num_pages, config.page_size)?;
+        let longest = drafter.as_ref().map_or(0, |d| d.max_draft_len());
+        let draft_len = config.draft_len.unwrap_or(longest);
+        let scheduler = Scheduler::new(config.policy, config.sts_temperatures)?;
+        let mut step = DecodeStep::new(target, drafter, scheduler, draft_len)?;
+        if config.policy == Policy::Adaptive {
+            let cost = match config.cost {
+                Some(cost) => cost,
+                None => step.measure_cost(&mut ops, &mut pool, config.max_num_reqs)?,
+            };
+            step.set_cost(cost);
+        }
+        Ok(Self {
+            ops,
+            step,
+            pool,
+            prefill_chunk: config.prefill_chunk,
+            free_slots: (0..config.max_num_reqs).rev().collect(),
+            waiting: VecDeque::new(),
+            active: Vec::new(),
+            next_id: 0,
+            totals: RoundStats::default(),
+        })
+    }
+
+    /// The step, for its times, cost and schedule.
+    pub fn step(&self) -> &DecodeStep<O> {
+        &self.step
+    }
+
+    /// The backend.
+    pub fn ops(&self) -> &O {
+        &self.ops
+    }
+
+    /// The page pool: what is free, and how large it is.
+    pub fn pool(&self) -> &PagePool {
+        &self.pool
+    }
+
+    /// Time spent in each phase so far.
+    pub fn times(&self) -> PhaseTimes {
+        self.step.times()
+    }
+
+    /// All rounds so far.
+    pub fn totals(&self) -> &RoundStats {
+        &self.totals
+    }
+
+    /// Whether no request waits or runs.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.active.is_empty()
+    }
+
+    /// Puts a request at the end of the queue.
+    ///
+    /// # Errors
+    /// A field out of its domain ([`Request::validate`]); a worst case of KV pages that the whole pool cannot hold.
+    pub fn submit(&mut self, request: Request) -> Result<RequestId> {
+        let target = self.step.target();
+        request.validate(target.vocab_size(), target.max_position())?;
+        let prompt_len = request.prompt_ids.len();
+        let max_tokens = request
+            .max_new_tokens
+            .min(target.max_position() - prompt_len);
+        let num_entries = prompt_len + max_tokens + self.step.draft_len() + 1;
+        if self.pool.pages_for(num_entries) > self.pool.num_pages() {
+            let room = self.pool.num_pages() * self.pool.page_size();
+            let expected = format!("prompt, output and draft of at most {room} tokens in all");
+            return Err(Error::argument("num_pages", expected, num_entries));
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        self.waiting.push_back(Waiting {
+            id,
+            request,
+            num_entries,
+            submitted: Instant::now(),
+        });
+        Ok(id)
+    }
+
+    /// Runs until no request is left, handing every event to `on_event`.
+    ///
+    /// # Errors
+    /// Those of [`Engine::advance`].
+    pub fn run(&mut self, mut on_event: impl FnMut(Event)) -> Result<()> {
+        while !self.is_idle() {
+            self.advance()?.into_iter().for_each(&mut on_event);
+        }
+        Ok(())
+    }
+
+    /// Admits what fits, runs one pass of prompt chunks and one decode round, and says what happened.
+    ///
+    /// # Errors
+    /// A failure of the backend, or logits that are no law (named by request id). The engine is not fit for use after.
+    pub fn advance(&mut self) -> Result<Vec<Event>> {
+        let mut events = Vec::new();
+        self.admit()?;
+        self.prefill(&mut events)?;
+        self.retire(&mut events);
+        self.decode(&mut events)?;
+        self.retire(&mut events);
+        Ok(events)
+    }
+
+    /// Moves requests from the head of the queue into the batch while a slot and their worst case of pages are free.
+    fn admit(&mut self) -> Result<()> {
+        while let Some(next) = self.waiting.front() {
+            let fits = self.pool.pages_for(next.num_entries) <= self.pool.num_free();
+            if !fits || self.free_slots.is_empty() {
+                break;
+            }
+            let (Some(mut waiting), Some(slot)) = (self.waiting.pop_front(), self.free_slots.pop())
+            else {
+                break;
+            };
+            let mut pages = self.pool.table();
+            self.pool.reserve(&mut pages, waiting.num_entries)?;
+            let prompt_ids = std::mem::take(&mut waiting.request.prompt_ids);
+            let room = self.step.target().max_position() - prompt_ids.len();
+            let now = Instant::now();
+            self.active.push(Active {
+                id: waiting.id,
+                sequence: Sequence::new(slot, pages, waiting.request.sampling),
+                output: Output::new(&mut waiting.request, room),
+                prompt_ids,
+                rounds: Vec::new(),
+                stats: RequestStats {
+                    wait_seconds: (now - waiting.submitted).as_secs_f64(),
+                    ..RequestStats::default()
+                },
+                admitted: now,
+                first_token: now,
+            });
+        }
+        Ok(())
+    }
+
+    /// Runs the next chunks of unfinished prompts, oldest request first, in one pass.
+    fn prefill(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        let mut budget = self.prefill_chunk;
+        let mut members = Vec::new();
+        let mut chunks = Vec::new();
+        for (i, active) in self.active.iter_mut().enumerate() {
+            if active.sequence.anchor.is_some() || budget == 0 {
+                continue;
+            }
+            let rest = &active.prompt_ids[active.sequence.seq_len()..];
+            let (tokens, after) = rest.split_at(rest.len().min(budget));
+            budget -= tokens.len();
+            members.push(i);
+            chunks.push(PrefillChunk {
+                sequence: &mut active.sequence,
+                tokens,
+                next: after.first().copied(),
+            });
+        }
+        if chunks.is_empty() {
+            return Ok(());
+        }
+        let firsts = self.step.prefill(&mut self.ops, &mut chunks);
+        drop(chunks);
+        let firsts = firsts.map_err(|e| e.in_batch(|r| self.active[members[r]].id))?;
+        for (i, first) in members.into_iter().zip(firsts) {
+            let active = &mut self.active[i];
+            if let Some(token) = first {
+                active.first_token = Instant::now();
+                events.push(Event::Tokens {
+                    request: active.id,
+                    pieces: active.output.push(&[token], 0),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// One round of every request whose prompt is done.
+    fn decode(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        let (mut members, mut seqs) = (Vec::new(), Vec::new());
+        for (i, active) in self.active.iter_mut().enumerate() {
+            if active.sequence.anchor.is_some() {
+                members.push(i);
+                seqs.push(&mut active.sequence);
+            }
+        }
+        if seqs.is_empty() {
+            return Ok(());
+        }
+        let rounds = self.step.round(&mut self.ops, &mut seqs);
+        let rounds = rounds.map_err(|e| e.in_batch(|r| self.active[members[r]].id))?;
+        for (i, round) in members.into_iter().zip(rounds) {
+            let active = &mut self.active[i];
+            self.totals.add(&round);
+            active.stats.rounds.add(&round);
+            events.push(Event::Tokens {
+                request: active.id,
+                pieces: active.output.push(&round.committed, round.num_accepted),
+            });
+            active.rounds.push(round);
+        }
+        Ok(())
+    }
+
+    /// Takes finished requests out of the batch; their pages and slots are free at once.
+    fn retire(&mut self, events: &mut Vec<Event>) {
+        for mut active in self.active.extract_if(.., |a| a.output.reason.is_some()) {
+            let Some(reason) = active.output.reason else {
+                continue;
+            };
+            self.pool.release(&mut active.sequence.pages);
+            self.free_slots.push(active.sequence.slot);
+            active.stats.num_generated = active.output.tokens.len();
+            active.stats.prefill_seconds = (active.first_token - active.admitted).as_secs_f64();
+            active.stats.decode_seconds = active.first_token.elapsed().as_secs_f64();
+            events.push(Event::Finished {
+                request: active.id,
+                completion: Box::new(Completion {
+                    prompt_ids: active.prompt_ids,
+                    tokens: active.output.tokens,
+                    text: active.output.text,
+                    reason,
+                    rounds: active.rounds,
+                    stats: active.stats,
+                }),
+            });
+        }
+    }
+}

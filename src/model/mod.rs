@@ -8,6 +8,27 @@
 //! `s`. The anchor (last committed token, position `a`) has not been run through the target: all caches hold the `a`
 //! positions before it.
 
+mod checkpoint;
+mod config;
+mod decoder;
+mod drafter_config;
+mod dspark;
+mod fields;
+mod mtp;
+mod pair;
+mod rope;
+pub mod selfcheck;
+mod stack;
+
+pub use checkpoint::Checkpoint;
+pub use config::{DecoderConfig, GenerationConfig, TargetConfig, TargetFamily};
+pub use decoder::DecoderTarget;
+pub use drafter_config::{DSparkConfig, DrafterConfig, MtpConfig};
+pub use dspark::{DSparkDrafter, Layout};
+pub use mtp::MtpDrafter;
+pub use pair::{Pair, load_drafter};
+pub use stack::Limits;
+
 use crate::error::Result;
 use crate::ops::{DraftLaw, Drafted, Ops, RowMap, SamplingParams};
 

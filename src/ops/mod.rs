@@ -10,10 +10,12 @@
 
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod mapped_file;
 mod rows;
 mod sampling;
 mod tensor;
 
+pub use mapped_file::MappedFile;
 pub use rows::RowMap;
 pub use sampling::{Purpose, SamplingParams};
 pub use tensor::{Dtype, HostTensor};

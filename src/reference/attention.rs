@@ -4,8 +4,14 @@
 //! slot (then the block's rows), so that a row's result depends neither on the other rows nor on where the pages lie.
 //! Scores and values are f32, the sum of the softmax f64.
 
+#![allow(
+    clippy::inline_always,
+    reason = "vector code must be inlined into the function that has the machine's features"
+)]
+
 use pulp::{Arch, Simd, WithSimd};
 
+use super::exp::exp;
 use super::pool::Pool;
 use super::tensor::{F32Matrix, KvCache, KvLayer, expect_cols, expect_shape};
 use crate::error::{Error, Result};
@@ -192,22 +198,16 @@ impl WithSimd for WithScores<'_, '_, '_> {
                 }
             }
             let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let mut total = 0.0_f64;
             for score in scores.iter_mut() {
-                *score = (*score - max).exp();
-                total += f64::from(*score);
+                *score = exp(*score - max);
             }
-            out.fill(0.0);
-            let mut scores = scores.iter();
-            for run in &task.runs {
-                for (i, &score) in (0..run.len).zip(&mut scores) {
-                    let value = &run.values[i * run.stride..][..head_dim];
-                    add_scaled(simd, score, value, out);
-                }
-            }
+            let total: f64 = scores.iter().map(|&score| f64::from(score)).sum();
             #[allow(clippy::cast_possible_truncation, reason = "f64 is for the sum alone")]
             let scale = total.recip() as f32;
-            out.iter_mut().for_each(|out| *out *= scale);
+            weighted_sum(simd, &task.runs, scores, out);
+            for out in out.iter_mut() {
+                *out *= scale;
+            }
         }
     }
 }
@@ -225,16 +225,56 @@ fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     simd.reduce_sum_f32s(sum) + rest
 }
 
-/// `out += scale * x`.
+/// `out = scores . values`, key by key in order; the sums of up to four vectors stay in registers.
 #[inline(always)]
-fn add_scaled<S: Simd>(simd: S, scale: f32, x: &[f32], out: &mut [f32]) {
-    let (x, x_rest) = S::as_simd_f32s(x);
-    let (out, out_rest) = S::as_mut_simd_f32s(out);
-    let scales = simd.splat_f32s(scale);
-    for (out, &x) in out.iter_mut().zip(x) {
-        *out = simd.mul_add_e_f32s(scales, x, *out);
+fn weighted_sum<S: Simd>(simd: S, runs: &[Run<'_>], scores: &[f32], out: &mut [f32]) {
+    let lanes = S::F32_LANES;
+    let mut at = 0;
+    while at + 4 * lanes <= out.len() {
+        weighted_vectors::<S, 4>(simd, runs, scores, at, out);
+        at += 4 * lanes;
     }
-    for (out, &x) in out_rest.iter_mut().zip(x_rest) {
-        *out += scale * x;
+    while at + lanes <= out.len() {
+        weighted_vectors::<S, 1>(simd, runs, scores, at, out);
+        at += lanes;
     }
+    for (at, out) in out.iter_mut().enumerate().skip(at) {
+        *out = keys_of(runs)
+            .zip(scores)
+            .map(|((run, i), score)| score * run.values[i * run.stride + at])
+            .sum();
+    }
+}
+
+/// Columns `at ..` of [`weighted_sum`], `VECTORS` vectors of them.
+#[inline(always)]
+fn weighted_vectors<S: Simd, const VECTORS: usize>(
+    simd: S,
+    runs: &[Run<'_>],
+    scores: &[f32],
+    at: usize,
+    out: &mut [f32],
+) {
+    let width = VECTORS * S::F32_LANES;
+    let mut sums = [simd.splat_f32s(0.0); VECTORS];
+    let mut scores = scores;
+    for run in runs {
+        let (own, rest) = scores.split_at(run.len);
+        scores = rest;
+        for (i, &score) in own.iter().enumerate() {
+            let (values, _) = S::as_simd_f32s(&run.values[i * run.stride + at..][..width]);
+            let score = simd.splat_f32s(score);
+            for (sum, &value) in sums.iter_mut().zip(values) {
+                *sum = simd.mul_add_e_f32s(score, value, *sum);
+            }
+        }
+    }
+    let (out, _) = S::as_mut_simd_f32s(&mut out[at..at + width]);
+    out.copy_from_slice(&sums);
+}
+
+/// Every key of `runs`, in order.
+fn keys_of<'a>(runs: &'a [Run<'a>]) -> impl Iterator<Item = (&'a Run<'a>, usize)> {
+    runs.iter()
+        .flat_map(|run| (0..run.len).map(move |i| (run, i)))
 }

@@ -6,7 +6,8 @@ use super::gemm::linear;
 use super::law;
 use super::norm::{add, sigmoid};
 use super::pool::Pool;
-use super::tensor::{F32Matrix, Weight, expect_len, expect_shape};
+use super::tensor::{F32Matrix, expect_len, expect_shape};
+use super::weight::Weight;
 use crate::error::{Error, Result};
 use crate::ops::{DraftHead, Drafted, HeadKind, Matrix, Purpose, SamplingParams};
 

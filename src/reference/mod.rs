@@ -1,6 +1,6 @@
 //! The plain Rust backend: oracle of every test and the backend where there is no GPU.
 //!
-//! Activations, logits, keys and values are f32, weights stay as stored ([`Weight`]), products and sums are f32; norms
+//! Activations, logits, keys and values are f32, bf16 weights stay bf16 ([`Weight`]), products and sums are f32; norms
 //! and softmax sum in f64, and laws over the vocabulary are f64 throughout ([`law`]).
 //!
 //! What a row holds after any operation depends only on that row's inputs and, in attention, on the keys it sees: not on
@@ -11,6 +11,7 @@
 mod attention;
 pub mod choices;
 mod draft;
+mod exp;
 mod gemm;
 pub mod law;
 mod norm;
@@ -19,12 +20,14 @@ mod pool;
 mod rope;
 mod tensor;
 mod verify;
+mod weight;
 
 #[cfg(test)]
 mod tests;
 
-pub use tensor::{F32Matrix, KvCache, Weight};
+pub use tensor::{F32Matrix, KvCache};
 pub use verify::NO_TOKEN;
+pub use weight::Weight;
 
 use attention::Attention;
 use choices::{Choices, Philox};

@@ -1,5 +1,13 @@
 //! Norms and elementwise operations. Each row is computed by itself, in one order.
 
+#![allow(
+    clippy::inline_always,
+    reason = "vector code must be inlined into the function that has the machine's features"
+)]
+
+use pulp::{Arch, NullaryFnOnce};
+
+use super::exp::exp;
 use super::pool::Pool;
 
 /// Elements of one unit of work of a thread.
@@ -74,24 +82,41 @@ pub(super) fn silu_mul(pool: &Pool, gate_up: &[f32], ffn: usize, out: &mut [f32]
         .chunks(2 * rows * ffn)
         .zip(out.chunks_mut(rows * ffn))
         .collect();
+    let arch = Arch::new();
     pool.for_each(
         EXP_WORK * gate_up.len(),
         tiles,
         || (),
         |(), (gate_up, out)| {
             for (gate_up, out) in gate_up.chunks_exact(2 * ffn).zip(out.chunks_exact_mut(ffn)) {
-                let (gate, up) = gate_up.split_at(ffn);
-                for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-                    *out = gate * sigmoid(gate) * up;
-                }
+                arch.dispatch(SiluMul { gate_up, out });
             }
         },
     );
 }
 
+/// One row of [`silu_mul`].
+struct SiluMul<'a> {
+    gate_up: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl NullaryFnOnce for SiluMul<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let (gate, up) = self.gate_up.split_at(self.out.len());
+        for ((out, &gate), &up) in self.out.iter_mut().zip(gate).zip(up) {
+            *out = gate * sigmoid(gate) * up;
+        }
+    }
+}
+
 /// `1 / (1 + exp(-x))`.
+#[inline(always)]
 pub(super) fn sigmoid(x: f32) -> f32 {
-    (1.0 + (-x).exp()).recip()
+    1.0 / (1.0 + exp(-x))
 }
 
 fn rows_per_tile(cols: usize) -> usize {

@@ -1,11 +1,7 @@
-//! Matrices, weights and the paged cache of the reference backend, and the shape checks.
-
-use std::ops::Range;
-
-use half::slice::HalfFloatSliceExt;
+//! Matrices and the paged cache of the reference backend, and the shape checks.
 
 use crate::error::{Error, Result};
-use crate::ops::{AttentionSpec, Dtype, HostTensor, KvGeometry, Matrix, RowMap};
+use crate::ops::{AttentionSpec, HostTensor, KvGeometry, Matrix, RowMap};
 
 /// A row-major f32 matrix: activations and logits alike.
 #[derive(Clone, Debug)]
@@ -81,153 +77,6 @@ impl Matrix for F32Matrix {
     }
 }
 
-/// Outputs (weight rows) that lie side by side in memory; see [`Weight`].
-pub(super) const PANEL: usize = 32;
-
-/// A weight `[out, in]`, elements as the checkpoint stores them, in *panels*: element `k` of the [`PANEL`] rows of a
-/// panel are neighbours (`values[(panel * in + k) * PANEL + lane]`), so that a product runs along the outputs with
-/// contiguous loads and without sums across lanes. The last panel is padded with zeros.
-#[derive(Clone, Debug)]
-pub struct Weight {
-    elements: Elements,
-    rows: usize,
-    cols: usize,
-    max_rows: usize,
-}
-
-#[derive(Clone, Debug)]
-enum Elements {
-    F32(Vec<f32>),
-    Bf16(Vec<half::bf16>),
-    F16(Vec<half::f16>),
-}
-
-impl Weight {
-    /// Stacks `parts` along their rows. Parts of different types are widened to f32.
-    pub(super) fn new(parts: &[HostTensor<'_>]) -> Result<Self> {
-        let first = parts
-            .first()
-            .ok_or_else(|| Error::argument("weight", "at least one part", 0))?;
-        let cols = *first.shape.get(1).unwrap_or(&0);
-        let mut rows = 0;
-        for part in parts {
-            if part.shape.len() != 2 || part.shape[1] != cols {
-                let expected = format!("shape [rows, {cols}]");
-                let found = format!("{:?}", part.shape);
-                return Err(Error::argument(&part.name, expected, found));
-            }
-            expect_bytes(part)?;
-            rows += part.shape[0];
-        }
-        let same = parts.iter().all(|part| part.dtype == first.dtype);
-        let elements = match first.dtype {
-            Dtype::Bf16 if same => Elements::Bf16(pack(parts, rows, cols, |part, i| {
-                half::bf16::from_le_bytes([part.bytes[2 * i], part.bytes[2 * i + 1]])
-            })),
-            Dtype::F16 if same => Elements::F16(pack(parts, rows, cols, |part, i| {
-                half::f16::from_le_bytes([part.bytes[2 * i], part.bytes[2 * i + 1]])
-            })),
-            _ => Elements::F32(pack(parts, rows, cols, element_f32)),
-        };
-        Ok(Self {
-            elements,
-            rows,
-            cols,
-            max_rows: rows,
-        })
-    }
-
-    /// Elements `range` of all rows of `panel` in f32, `[range.len() * PANEL]`; `scratch` holds them where they must be
-    /// widened.
-    #[inline(always)]
-    pub(super) fn panel<'a>(
-        &'a self,
-        panel: usize,
-        range: Range<usize>,
-        scratch: &'a mut [f32],
-    ) -> &'a [f32] {
-        let start = (panel * self.cols + range.start) * PANEL;
-        let len = range.len() * PANEL;
-        let scratch = &mut scratch[..len];
-        match &self.elements {
-            Elements::F32(values) => return &values[start..start + len],
-            Elements::Bf16(values) => {
-                for (out, value) in scratch.iter_mut().zip(&values[start..start + len]) {
-                    *out = f32::from_bits(u32::from(value.to_bits()) << 16);
-                }
-            }
-            Elements::F16(values) => {
-                values[start..start + len].convert_to_f32_slice(scratch);
-            }
-        }
-        scratch
-    }
-
-    /// Row `row` in f32 into `out [cols]`.
-    pub(super) fn copy_row(&self, row: usize, out: &mut [f32]) {
-        let start = (row / PANEL) * self.cols * PANEL + row % PANEL;
-        for (k, out) in out.iter_mut().enumerate() {
-            let at = start + k * PANEL;
-            *out = match &self.elements {
-                Elements::F32(values) => values[at],
-                Elements::Bf16(values) => values[at].to_f32(),
-                Elements::F16(values) => values[at].to_f32(),
-            };
-        }
-    }
-}
-
-impl Matrix for Weight {
-    fn rows(&self) -> usize {
-        self.rows
-    }
-    fn cols(&self) -> usize {
-        self.cols
-    }
-    fn max_rows(&self) -> usize {
-        self.max_rows
-    }
-    fn set_rows(&mut self, rows: usize) -> Result<()> {
-        if rows > self.max_rows {
-            let expected = format!("at most {}", self.max_rows);
-            return Err(Error::argument("rows", expected, rows));
-        }
-        self.rows = rows;
-        Ok(())
-    }
-}
-
-/// Lays `parts` out in panels, reading element `i` of a part with `read`.
-fn pack<T: Copy + Default>(
-    parts: &[HostTensor<'_>],
-    rows: usize,
-    cols: usize,
-    read: impl Fn(&HostTensor<'_>, usize) -> T,
-) -> Vec<T> {
-    let mut packed = vec![T::default(); rows.div_ceil(PANEL) * PANEL * cols];
-    let mut row = 0;
-    for part in parts {
-        for part_row in 0..part.shape[0] {
-            let start = (row / PANEL) * cols * PANEL + row % PANEL;
-            for k in 0..cols {
-                packed[start + k * PANEL] = read(part, part_row * cols + k);
-            }
-            row += 1;
-        }
-    }
-    packed
-}
-
-/// Element `i` of `tensor` in f32.
-fn element_f32(tensor: &HostTensor<'_>, i: usize) -> f32 {
-    let b = &tensor.bytes[i * tensor.dtype.size()..];
-    match tensor.dtype {
-        Dtype::F32 => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
-        Dtype::Bf16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f32(),
-        Dtype::F16 => half::f16::from_le_bytes([b[0], b[1]]).to_f32(),
-    }
-}
-
 /// A vector `[n]` in f32.
 pub(super) fn vector(tensor: &HostTensor<'_>) -> Result<Vec<f32>> {
     if tensor.shape.len() != 1 {
@@ -238,7 +87,8 @@ pub(super) fn vector(tensor: &HostTensor<'_>) -> Result<Vec<f32>> {
     Ok(tensor.to_f32())
 }
 
-fn expect_bytes(tensor: &HostTensor<'_>) -> Result<()> {
+/// Checks that a tensor has the bytes of its shape.
+pub(super) fn expect_bytes(tensor: &HostTensor<'_>) -> Result<()> {
     let expected = tensor.len() * tensor.dtype.size();
     if tensor.bytes.len() != expected {
         let expected = format!("{expected} bytes");

@@ -1,1 +1,328 @@
-//! To be written.
+//! The decode step, written once over the [`Ops`] trait: propose, schedule, verify, commit.
+//!
+//! A sequence whose anchor `x_0` stands at position `a` has `a` cache entries. [`DecodeStep::propose`] drafts
+//! `x_1 ..`, [`DecodeStep::schedule`] chooses how many are verified, [`DecodeStep::verify`] runs the rows
+//! `[x_0, x_1 .. x_l]` of every sequence in one ragged target pass (row k decides position `a + 1 + k`) and accepts a
+//! prefix of n drafts without changing the target's law, and [`DecodeStep::commit`] moves the sequence on: n + 1 more
+//! entries, the recovered or bonus token as anchor, and the drafter sees the rows that stayed. [`DecodeStep::round`]
+//! is all four. Greedy and sampled sequences mix freely; with nothing to verify a round is plain decoding.
+
+mod measure;
+mod prefill;
+mod sequence;
+
+pub use prefill::PrefillChunk;
+pub use sequence::{PhaseTimes, Proposal, Round, Sequence};
+
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::model::{Drafter, ProposeBatch, Target};
+use crate::ops::{DraftLaw, Ops, RowMap, SamplingParams};
+use crate::schedule::{Scheduler, StepCost};
+
+/// A target, a drafter (or none: plain decoding) and a rule for how many drafts to verify.
+pub struct DecodeStep<O: Ops> {
+    target: Box<dyn Target<O>>,
+    drafter: Option<Box<dyn Drafter<O>>>,
+    scheduler: Scheduler,
+    draft_len: usize,
+    times: PhaseTimes,
+}
+
+/// What a verify pass decided; the sequences' tables hold all its rows until [`DecodeStep::commit`].
+#[derive(Debug)]
+pub struct Verified {
+    /// The pass.
+    pub map: RowMap,
+    /// `[num_reqs]` drafts accepted.
+    pub num_accepted: Vec<usize>,
+    /// `[num_reqs]` recovered or bonus tokens.
+    pub next_tokens: Vec<u32>,
+}
+
+impl<O: Ops> DecodeStep<O> {
+    /// `draft_len` tokens are drafted per request and round; it must be 0 without a drafter.
+    ///
+    /// # Errors
+    /// A draft length the drafter cannot make; a policy that needs confidences nobody gives.
+    pub fn new(
+        target: Box<dyn Target<O>>,
+        drafter: Option<Box<dyn Drafter<O>>>,
+        scheduler: Scheduler,
+        draft_len: usize,
+    ) -> Result<Self> {
+        let longest = drafter.as_ref().map_or(0, |d| d.max_draft_len());
+        if draft_len > longest || (draft_len == 0 && drafter.is_some()) {
+            let expected = match drafter {
+                Some(_) => format!("1 to {longest} (the drafter's block size)"),
+                None => "0 without a drafter".into(),
+            };
+            return Err(Error::argument("draft_len", expected, draft_len));
+        }
+        let policy = scheduler.policy();
+        if policy.needs_confidence() && !drafter.as_ref().is_some_and(|d| d.has_confidence()) {
+            let found = match drafter {
+                Some(_) => "a drafter without a confidence head",
+                None => "no drafter",
+            };
+            let expected = format!("a drafter with a confidence head for `{policy}`");
+            return Err(Error::argument("schedule", expected, found));
+        }
+        Ok(Self {
+            target,
+            drafter,
+            scheduler,
+            draft_len,
+            times: PhaseTimes::default(),
+        })
+    }
+
+    /// The target.
+    pub fn target(&self) -> &dyn Target<O> {
+        &*self.target
+    }
+
+    /// Tokens drafted per request and round.
+    pub fn draft_len(&self) -> usize {
+        self.draft_len
+    }
+
+    /// The rule for how many drafts to verify.
+    pub fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+
+    /// What the rule believes a step to cost.
+    pub fn set_cost(&mut self, cost: StepCost) {
+        self.scheduler.set_cost(cost);
+    }
+
+    /// Time spent so far.
+    pub fn times(&self) -> PhaseTimes {
+        self.times
+    }
+
+    /// One round of every sequence: propose, schedule, verify, commit.
+    ///
+    /// # Errors
+    /// Those of the phases. The sequences are then as they were before the round, unless `commit` failed.
+    pub fn round(&mut self, ops: &mut O, seqs: &mut [&mut Sequence]) -> Result<Vec<Round>> {
+        let proposal = self.propose(ops, seqs)?;
+        let verify_lens = self.schedule(seqs, &proposal)?;
+        let verified = self.verify(ops, seqs, &proposal, &verify_lens)?;
+        self.commit(ops, seqs, &proposal, &verified)
+    }
+
+    /// Drafts for every sequence. The draft is shorter than `draft_len` where the reserved pages of a sequence end
+    /// earlier, and empty without a drafter. Drafts past the model's context are made and never verified.
+    ///
+    /// # Errors
+    /// A sequence that was not prefilled; what the drafter refuses.
+    pub fn propose(&mut self, ops: &mut O, seqs: &[&mut Sequence]) -> Result<Proposal> {
+        let start = Instant::now();
+        let room = |seq: &&mut Sequence| seq.pages.capacity().saturating_sub(seq.seq_len() + 1);
+        let draft_len = seqs.iter().map(room).min().unwrap_or(0).min(self.draft_len);
+        let Some(drafter) = self.drafter.as_mut().filter(|_| draft_len > 0) else {
+            return Ok(Proposal::default());
+        };
+        let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
+        let anchors = anchors(seqs)?;
+        let sampling = sampling(seqs);
+        let map = row_map(seqs, |_| 1)?;
+        let batch = ProposeBatch {
+            slots: &slots,
+            anchors: &anchors,
+            map: &map,
+            sampling: &sampling,
+        };
+        let drafted = drafter.propose(ops, &batch, draft_len)?;
+        self.times.propose += start.elapsed();
+        Ok(Proposal {
+            draft_len,
+            tokens: drafted.tokens,
+            confidence: drafted.confidence,
+        })
+    }
+
+    /// How many drafts of each sequence are verified: the scheduler's choice, never past the model's context.
+    ///
+    /// # Errors
+    /// Those of [`Scheduler::plan`].
+    pub fn schedule(&mut self, seqs: &[&mut Sequence], proposal: &Proposal) -> Result<Vec<usize>> {
+        let start = Instant::now();
+        let max_position = self.target.max_position();
+        let limits: Vec<usize> = seqs
+            .iter()
+            .map(|seq| max_position.saturating_sub(seq.seq_len() + 1))
+            .collect();
+        let confidence = proposal.confidence.as_deref();
+        let plan = self
+            .scheduler
+            .plan(confidence, proposal.draft_len, &limits)?;
+        self.times.schedule += start.elapsed();
+        Ok(plan)
+    }
+
+    /// Runs anchor and first `verify_lens[r]` drafts of every sequence through the target and accepts a prefix.
+    ///
+    /// # Errors
+    /// A `verify_len` beyond the draft, rows that pass the reserved pages or the model's context, logits that are no
+    /// law. The sequences are then as they were.
+    pub fn verify(
+        &mut self,
+        ops: &mut O,
+        seqs: &mut [&mut Sequence],
+        proposal: &Proposal,
+        verify_lens: &[usize],
+    ) -> Result<Verified> {
+        let start = Instant::now();
+        let lens: Vec<usize> = seqs.iter().map(|seq| seq.seq_len()).collect();
+        let verified = self.verify_rows(ops, seqs, proposal, verify_lens);
+        if verified.is_err() {
+            for (seq, &len) in seqs.iter_mut().zip(&lens) {
+                seq.pages.rollback(len);
+            }
+        }
+        self.times.verify += start.elapsed();
+        verified
+    }
+
+    fn verify_rows(
+        &mut self,
+        ops: &mut O,
+        seqs: &mut [&mut Sequence],
+        proposal: &Proposal,
+        verify_lens: &[usize],
+    ) -> Result<Verified> {
+        let max_position = self.target.max_position();
+        let anchors = anchors(seqs)?;
+        let anchor_positions: Vec<u32> = seqs.iter().map(|seq| seq.seq_len() as u32).collect();
+        let map = row_map(seqs, |r| 1 + verify_lens[r])?;
+        let mut ids = Vec::with_capacity(map.num_rows());
+        for (r, seq) in seqs.iter_mut().enumerate() {
+            if verify_lens[r] > proposal.draft_len {
+                let expected = format!("at most {} (the draft)", proposal.draft_len);
+                return Err(Error::argument("verify_len", expected, verify_lens[r]));
+            }
+            ids.push(anchors[r]);
+            ids.extend(&proposal.tokens_of(r)[..verify_lens[r]]);
+            seq.pages.append(1 + verify_lens[r])?;
+            check_context(seq.seq_len(), max_position)?;
+        }
+        self.target.forward(ops, &ids, &map, None)?;
+        let law = match &self.drafter {
+            Some(drafter) if proposal.draft_len > 0 => drafter.law(),
+            _ => DraftLaw::PointMass,
+        };
+        let accepted = ops.accept(
+            self.target.logits(),
+            &map.qo_indptr,
+            &proposal.tokens,
+            proposal.draft_len,
+            law,
+            &anchor_positions,
+            &sampling(seqs),
+        )?;
+        Ok(Verified {
+            map,
+            num_accepted: accepted.num_accepted.iter().map(|&n| n as usize).collect(),
+            next_tokens: accepted.next_tokens,
+        })
+    }
+
+    /// Keeps the accepted rows of the last verify pass, makes the next token the anchor, and shows the drafter the
+    /// rows that stayed.
+    ///
+    /// # Errors
+    /// What the drafter refuses; the sequences have moved on by then.
+    pub fn commit(
+        &mut self,
+        ops: &mut O,
+        seqs: &mut [&mut Sequence],
+        proposal: &Proposal,
+        verified: &Verified,
+    ) -> Result<Vec<Round>> {
+        let start = Instant::now();
+        let mut next_tokens = vec![0; verified.map.num_rows()];
+        let mut rounds = Vec::with_capacity(seqs.len());
+        for (r, seq) in seqs.iter_mut().enumerate() {
+            let (num_accepted, next) = (verified.num_accepted[r], verified.next_tokens[r]);
+            let mut committed = proposal.tokens_of(r)[..num_accepted].to_vec();
+            committed.push(next);
+            let rows = verified.map.rows_of(r);
+            next_tokens[rows.start..][..committed.len()].copy_from_slice(&committed);
+            seq.pages
+                .rollback(verified.map.seq_lens[r] as usize + committed.len());
+            seq.anchor = Some(next);
+            rounds.push(Round {
+                draft_tokens: proposal.tokens_of(r).to_vec(),
+                confidence: proposal.confidence_of(r).to_vec(),
+                verify_len: rows.len() - 1,
+                num_accepted,
+                committed,
+            });
+        }
+        let kept: Vec<usize> = rounds.iter().map(|round| round.committed.len()).collect();
+        self.observe(ops, seqs, &verified.map, &kept, &next_tokens)?;
+        self.times.commit += start.elapsed();
+        Ok(rounds)
+    }
+
+    /// Shows the drafter the first `kept[r]` rows of each request of the target's last pass.
+    fn observe(
+        &mut self,
+        ops: &mut O,
+        seqs: &[&mut Sequence],
+        map: &RowMap,
+        kept: &[usize],
+        next_tokens: &[u32],
+    ) -> Result<()> {
+        let Some(drafter) = &mut self.drafter else {
+            return Ok(());
+        };
+        let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
+        let features = self.target.features();
+        drafter.observe(ops, &features, map, &slots, kept, next_tokens)
+    }
+
+    /// Forgets the time spent so far.
+    fn reset_times(&mut self) {
+        self.times = PhaseTimes::default();
+    }
+
+    fn add_prefill_time(&mut self, time: Duration) {
+        self.times.prefill += time;
+    }
+}
+
+/// The map of a pass with `num_rows(r)` rows of each sequence from its anchor's position on.
+fn row_map(seqs: &[&mut Sequence], num_rows: impl Fn(usize) -> usize) -> Result<RowMap> {
+    let max_pages = seqs.iter().map(|seq| seq.pages.pages().len()).max();
+    let mut map = RowMap::new(max_pages.unwrap_or(0));
+    for (r, seq) in seqs.iter().enumerate() {
+        let len = seq.seq_len();
+        map.push(num_rows(r), len, len, seq.pages.pages())?;
+    }
+    Ok(map)
+}
+
+fn anchors(seqs: &[&mut Sequence]) -> Result<Vec<u32>> {
+    let missing = || Error::argument("sequence", "a prefilled prompt", "no anchor");
+    seqs.iter()
+        .map(|seq| seq.anchor.ok_or_else(missing))
+        .collect()
+}
+
+fn sampling(seqs: &[&mut Sequence]) -> Vec<SamplingParams> {
+    seqs.iter().map(|seq| seq.sampling).collect()
+}
+
+/// Refuses caches longer than the positions the model was made for.
+fn check_context(seq_len: usize, max_position: usize) -> Result<()> {
+    if seq_len > max_position {
+        let expected = format!("at most {max_position} positions (the model's context)");
+        return Err(Error::argument("seq_len", expected, seq_len));
+    }
+    Ok(())
+}

@@ -213,8 +213,8 @@ template <typename T, bool kVec>
 __global__ void __launch_bounds__(LatentPolicy::kNumThreads)
     confidence_kernel(ConfidenceArgs<T> args) {
   const HeadInputs<T>& in = args.in;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * LatentPolicy::kWarpsPerCta +
-                      threadIdx.x / kWarpSize;
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * LatentPolicy::kWarpsPerCta + threadIdx.x / kWarpSize;
   if (row >= static_cast<int64_t>(in.num_reqs) * in.draft_len) return; /* whole warps */
   const int32_t req = static_cast<int32_t>(row / in.draft_len);
   const int32_t step = static_cast<int32_t>(row % in.draft_len);

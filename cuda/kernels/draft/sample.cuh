@@ -34,8 +34,8 @@ template <int kReqs>
 struct SamplePolicy {
   static constexpr int kNumThreads = 256;
   static constexpr int kMinCtasPerSm = 3; /* 85 registers: room for the partial dots */
-  static constexpr int kNumReqs = kReqs; /* requests of a CTA */
-  static constexpr int kTileRows = 256;  /* tokens of a CTA */
+  static constexpr int kNumReqs = kReqs;  /* requests of a CTA */
+  static constexpr int kTileRows = 256;   /* tokens of a CTA */
   static constexpr int kLanesPerRow = 8;
   static constexpr int kRowsPerGroup = 2;
   static constexpr int kNumGroups = kNumThreads / kLanesPerRow;
@@ -61,8 +61,12 @@ struct SampleInputs {
 };
 
 /* The four tokens of a quad run; tokens past the vocabulary are -inf and take no part. */
-__device__ __forceinline__ void race_quad(
-    Indexed& best, float4 logits, float temperature, uint64_t seed, int32_t position, int32_t quad) {
+__device__ __forceinline__ void race_quad(Indexed& best,
+                                          float4 logits,
+                                          float temperature,
+                                          uint64_t seed,
+                                          int32_t position,
+                                          int32_t quad) {
   float scores[kQuad] = {logits.x, logits.y, logits.z, logits.w};
   if (temperature > 0.f) {
     const uint4 noise =
@@ -163,11 +167,8 @@ __device__ __forceinline__ void compute_biases(const BiasArgs<T>& args,
 
 /* Phase 2 for one request: adds the biases, writes l, races the tile. All threads take part. */
 template <typename Policy>
-__device__ __forceinline__ Indexed race_biased_tile(const SampleInputs& in,
-                                                    int32_t req,
-                                                    int32_t step,
-                                                    int32_t first_token,
-                                                    const float* biases) {
+__device__ __forceinline__ Indexed race_biased_tile(
+    const SampleInputs& in, int32_t req, int32_t step, int32_t first_token, const float* biases) {
   float* row = in.logits + (static_cast<int64_t>(req) * in.draft_len + step) * in.stride_logits_row;
   Indexed best = empty_race();
   for (int i = threadIdx.x % kWarpSize; i < Policy::kQuadsPerTile; i += kWarpSize) {
@@ -239,11 +240,10 @@ struct FinishPolicy {
 };
 
 /* A CTA per row of `winners`: tokens[row * stride_token] = the winner of its tiles. */
-__global__ void __launch_bounds__(FinishPolicy::kNumThreads)
-    finish_kernel(const Indexed* winners,
-                  int32_t num_tiles,
-                  int32_t* tokens,
-                  int64_t stride_token) {
+__global__ void __launch_bounds__(FinishPolicy::kNumThreads) finish_kernel(const Indexed* winners,
+                                                                           int32_t num_tiles,
+                                                                           int32_t* tokens,
+                                                                           int64_t stride_token) {
   __shared__ Indexed scratch[FinishPolicy::kNumThreads / kWarpSize];
   const int64_t row = blockIdx.x;
   Indexed best = empty_race();

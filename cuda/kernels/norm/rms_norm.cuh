@@ -92,8 +92,7 @@ __global__ void __launch_bounds__(Policy::kNumThreads) rms_norm_kernel(RmsNormAr
       sum += sum_of_squares(cached[i]);
     }
   }
-  for (int vec = threadIdx.x + Policy::kMaxCachedVecs; vec < num_vecs;
-       vec += Policy::kNumThreads) {
+  for (int vec = threadIdx.x + Policy::kMaxCachedVecs; vec < num_vecs; vec += Policy::kNumThreads) {
     float values[8];
     update_residual(x + vec * 8, delta == nullptr ? nullptr : delta + vec * 8, values);
     sum += sum_of_squares(values);
@@ -107,8 +106,7 @@ __global__ void __launch_bounds__(Policy::kNumThreads) rms_norm_kernel(RmsNormAr
     const int vec = threadIdx.x + i * Policy::kNumThreads;
     if (vec < num_vecs) scale_and_store(args.weight + vec * 8, scale, cached[i], out + vec * 8);
   }
-  for (int vec = threadIdx.x + Policy::kMaxCachedVecs; vec < num_vecs;
-       vec += Policy::kNumThreads) {
+  for (int vec = threadIdx.x + Policy::kMaxCachedVecs; vec < num_vecs; vec += Policy::kNumThreads) {
     float values[8];
     load_vec(x + vec * 8, values);
     scale_and_store(args.weight + vec * 8, scale, values, out + vec * 8);

@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(SurvivalPolicy::kNumThreads)
                     int32_t num_reqs,
                     int32_t draft_len) {
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t req = static_cast<int64_t>(blockIdx.x) * SurvivalPolicy::kWarpsPerCta +
-                      threadIdx.x / kWarpSize;
+  const int64_t req =
+      static_cast<int64_t>(blockIdx.x) * SurvivalPolicy::kWarpsPerCta + threadIdx.x / kWarpSize;
   if (req >= num_reqs) return; /* whole warps */
   const int64_t row = req * draft_len;
   float survived = 1.f;

@@ -18,9 +18,9 @@
  *
  * A residual without mass. A rejection implies p(x) < q(x) for the draft token, and then p > q
  * somewhere else, since both sum to 1. In f32 that "somewhere else" may be lost only when p and q
- * agree to rounding everywhere and u came within rounding of 1. The draw then falls back to p,
- * raced with the same noise beside the residual; to rounding, the two laws have no difference to
- * correct.
+ * agree to rounding everywhere and u came within rounding of 1 (or when the draft token is outside
+ * the vocabulary, so that no q produced it). The draw then falls back to p, raced with the same
+ * noise beside the residual; to rounding, the two laws have no difference to correct.
  *
  * Bytes: 4 * vocab_size per request for the draw (8 with a draft law), from L2. About 60 flops and
  * a quarter Philox call per token; limited by issue at large batch, by latency at small.
@@ -95,8 +95,7 @@ __device__ __forceinline__ Verdict judge_sampled(
       target_law, in.target_logits[target_row * in.stride_target_row + token], inv_temperature);
   const float draft_prob =
       point_mass ? 1.f
-                 : probability(draft_law,
-                               in.draft_logits[draft_row * in.stride_draft_row + token],
+                 : probability(draft_law, in.draft_logits[draft_row * in.stride_draft_row + token],
                                inv_temperature);
   const uint4 noise =
       philox_quad(in.seeds[req], 0, in.anchor_positions[req] + 1 + k, DSPARK_PURPOSE_ACCEPT);
@@ -104,8 +103,8 @@ __device__ __forceinline__ Verdict judge_sampled(
   return threshold < static_cast<double>(target_prob) ? Verdict::kAccept : Verdict::kReject;
 }
 
-__device__ __forceinline__ Verdict judge(
-    const VerifyInputs& in, const RowLaw* laws, int32_t req, int32_t k, float temperature) {
+__device__ __forceinline__ Verdict
+judge(const VerifyInputs& in, const RowLaw* laws, int32_t req, int32_t k, float temperature) {
   if (temperature > 0.f) return judge_sampled(in, laws, req, k, temperature);
   const RowLaw& law = laws[in.qo_indptr[req] + k];
   if (law.bad != 0) return Verdict::kBad;
@@ -200,11 +199,8 @@ __device__ __forceinline__ DrawRow find_draw_row(const VerifyInputs& in,
 }
 
 /* Lets the four tokens of a quad run. */
-__device__ __forceinline__ void draw_quad(const VerifyInputs& in,
-                                          const DrawRow& row,
-                                          int32_t quad,
-                                          Indexed& best,
-                                          Indexed& fallback) {
+__device__ __forceinline__ void draw_quad(
+    const VerifyInputs& in, const DrawRow& row, int32_t quad, Indexed& best, Indexed& fallback) {
   const float4 target = load_quad(row.target, quad, in.vocab_size, in.aligned_target, -INFINITY);
   float4 draft = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
   if (row.draft != nullptr) {
@@ -239,11 +235,10 @@ __device__ __forceinline__ void draw_quad(const VerifyInputs& in,
 }
 
 /* Grid: requests x num_chunks, flat. Chunks of requests with nothing to draw are not written. */
-__global__ void __launch_bounds__(DrawPolicy::kNumThreads)
-    draw_kernel(VerifyInputs in,
-                const RowLaw* laws,
-                const Decision* decisions,
-                ChunkWinners* winners) {
+__global__ void __launch_bounds__(DrawPolicy::kNumThreads) draw_kernel(VerifyInputs in,
+                                                                       const RowLaw* laws,
+                                                                       const Decision* decisions,
+                                                                       ChunkWinners* winners) {
   __shared__ Indexed scratch[DrawPolicy::kNumThreads / kWarpSize];
   const int32_t req = blockIdx.x / in.num_chunks;
   const int32_t chunk = blockIdx.x % in.num_chunks;

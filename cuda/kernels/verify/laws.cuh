@@ -68,7 +68,7 @@ struct VerifyInputs {
   int32_t num_reqs;
   int32_t draft_len;
   int32_t vocab_size;
-  int32_t num_chunks; /* vocab_size / kChunk, rounded up */
+  int32_t num_chunks;  /* vocab_size / kChunk, rounded up */
   bool aligned_target; /* every row starts at a multiple of 16 bytes */
   bool aligned_draft;
 };
@@ -107,7 +107,9 @@ __device__ __forceinline__ float logit_weight(float logit, float max, float inv_
 }
 
 /* p(v) of one logit under a law. */
-__device__ __forceinline__ float probability(const RowLaw& law, float logit, float inv_temperature) {
+__device__ __forceinline__ float probability(const RowLaw& law,
+                                             float logit,
+                                             float inv_temperature) {
   const float weight = logit_weight(logit, law.max, inv_temperature);
   return logit >= law.threshold && weight >= law.min_weight ? weight * law.inv_sum : 0.f;
 }
@@ -142,8 +144,8 @@ __device__ __forceinline__ RowRef find_row(const VerifyInputs& in, int64_t index
   const int64_t draft_row = index - in.num_rows;
   const int32_t req = static_cast<int32_t>(draft_row / in.draft_len);
   const int32_t k = static_cast<int32_t>(draft_row % in.draft_len);
-  const bool needed = in.draft_logits != nullptr && k < verify_len(in, req) &&
-                      in.temperature[req] > 0.f;
+  const bool needed =
+      in.draft_logits != nullptr && k < verify_len(in, req) && in.temperature[req] > 0.f;
   return {needed ? in.draft_logits + draft_row * in.stride_draft_row : nullptr, req,
           in.aligned_draft, false};
 }

@@ -1,0 +1,298 @@
+//! A stack of decoder layers with its cache and buffers: the body of a target, of a draft backbone and of an MTP module.
+//!
+//! The caller fills [`DecoderStack::residual`], [`DecoderStack::run`] leaves the final-normed states in
+//! [`DecoderStack::normed`]. A layer's output is not added to the residual stream by the layer itself but by the norm that
+//! follows (`add_rms_norm`), so the stream after layer `i` stands there once layer `i + 1` has been entered: that is
+//! where taps are taken.
+
+use super::checkpoint::Checkpoint;
+use super::config::DecoderConfig;
+use crate::error::Result;
+use crate::ops::{AttentionSpec, KvSink, Matrix, Ops, RowMap};
+
+/// Sizes of the buffers and caches of a model, fixed when it is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests of one pass, and slots of [`super::ProposeBatch`].
+    pub max_num_reqs: usize,
+    /// Rows of one target pass.
+    pub max_rows: usize,
+    /// Rows of one target pass whose logits are asked for.
+    pub max_logit_rows: usize,
+    /// Tokens of the longest draft asked for; drafters that cannot make as many say so.
+    pub max_draft_len: usize,
+    /// Pages of each cache.
+    pub num_pages: usize,
+    /// Token slots of a page.
+    pub page_size: usize,
+}
+
+/// Which keys a row sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Visibility {
+    /// The cache up to and including itself; keys are appended.
+    Causal,
+    /// The cache and all rows of its block, both directions; the block's keys stay out of the cache.
+    Block,
+}
+
+/// Where taps are taken: layer ids (-1 is the embedding) and `[rows, ids.len() * hidden_size]`.
+pub(super) struct Taps<O: Ops> {
+    pub ids: Vec<i32>,
+    pub out: O::Mat,
+}
+
+/// Norms of q and of k, `[head_dim]` each.
+type QkNorms<O> = (<O as Ops>::Norm, <O as Ops>::Norm);
+
+struct DecoderLayer<O: Ops> {
+    input_norm: O::Norm,
+    /// `[(Hq + 2 Hkv) D, d]`.
+    qkv: O::Weight,
+    qk_norms: Option<QkNorms<O>>,
+    /// `[d, Hq D]`.
+    o_proj: O::Weight,
+    post_attention_norm: O::Norm,
+    /// `[2 * intermediate, d]`.
+    gate_up: O::Weight,
+    /// `[d, intermediate]`.
+    down: O::Weight,
+}
+
+impl<O: Ops> DecoderLayer<O> {
+    fn load(
+        ops: &mut O,
+        weights: &Checkpoint,
+        prefix: &str,
+        config: &DecoderConfig,
+    ) -> Result<Self> {
+        let name = |tensor: &str| format!("{prefix}{tensor}.weight");
+        let (d, ffn) = (config.hidden_size, config.intermediate_size);
+        let (q_size, kv_size) = (config.q_size(), config.kv_size());
+        let (q_norm, k_norm) = (name("self_attn.q_norm"), name("self_attn.k_norm"));
+        let qk_norms = if weights.contains(&q_norm) || weights.contains(&k_norm) {
+            Some((
+                weights.norm(ops, &q_norm, config.head_dim)?,
+                weights.norm(ops, &k_norm, config.head_dim)?,
+            ))
+        } else {
+            None
+        };
+        let qkv = [
+            (&*name("self_attn.q_proj"), q_size),
+            (&*name("self_attn.k_proj"), kv_size),
+            (&*name("self_attn.v_proj"), kv_size),
+        ];
+        let gate_up = [(&*name("mlp.gate_proj"), ffn), (&*name("mlp.up_proj"), ffn)];
+        Ok(Self {
+            input_norm: weights.norm(ops, &name("input_layernorm"), d)?,
+            qkv: weights.weight(ops, &qkv, d)?,
+            qk_norms,
+            o_proj: weights.weight(ops, &[(&name("self_attn.o_proj"), d)], q_size)?,
+            post_attention_norm: weights.norm(ops, &name("post_attention_layernorm"), d)?,
+            gate_up: weights.weight(ops, &gate_up, d)?,
+            down: weights.weight(ops, &[(&name("mlp.down_proj"), d)], ffn)?,
+        })
+    }
+}
+
+/// Whether layers have norms of q and k.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum QkNorm {
+    /// They must be there.
+    Required,
+    /// The family has none: a checkpoint with one is another model.
+    Absent,
+    /// Used where the checkpoint has them.
+    Optional,
+}
+
+/// The layers, the final norm, the cache and every buffer of a pass.
+pub(super) struct DecoderStack<O: Ops> {
+    layers: Vec<DecoderLayer<O>>,
+    final_norm: O::Norm,
+    spec: AttentionSpec,
+    rope: O::Rope,
+    kv: O::KvCache,
+    rows: O::Rows,
+    /// `[rows, d]`: the residual stream, filled by the caller.
+    pub residual: O::Mat,
+    /// `[rows, d]`: input of each part of a layer, and in the end the final-normed states.
+    pub normed: O::Mat,
+    delta: O::Mat,
+    qkv: O::Mat,
+    q: O::Mat,
+    attended: O::Mat,
+    gate_up: O::Mat,
+    activated: O::Mat,
+    /// `[rows, 2 Hkv D]`: a block's own keys and values; `None` in a causal stack.
+    block: Option<O::Mat>,
+}
+
+impl<O: Ops> DecoderStack<O> {
+    /// Loads `{prefix}layers.*` and `{prefix}norm`, with buffers for `max_rows` rows.
+    pub fn load(
+        ops: &mut O,
+        weights: &Checkpoint,
+        prefix: &str,
+        config: &DecoderConfig,
+        shape: StackShape,
+        limits: &Limits,
+    ) -> Result<Self> {
+        let layers = (0..config.num_layers)
+            .map(|i| {
+                let prefix = format!("{prefix}layers.{i}.");
+                shape.qk_norm.check(weights, &prefix, config.head_dim)?;
+                DecoderLayer::load(ops, weights, &prefix, config)
+            })
+            .collect::<Result<_>>()?;
+        let (d, ffn, rows) = (config.hidden_size, config.intermediate_size, shape.max_rows);
+        let (q_size, kv_size) = (config.q_size(), config.kv_size());
+        Ok(Self {
+            layers,
+            final_norm: weights.norm(ops, &format!("{prefix}norm.weight"), d)?,
+            spec: config.attention(),
+            rope: ops.rope(&config.rope)?,
+            kv: ops.kv_cache(&config.kv_geometry(limits.num_pages, limits.page_size))?,
+            rows: ops.rows()?,
+            residual: ops.mat(rows, d)?,
+            normed: ops.mat(rows, d)?,
+            delta: ops.mat(rows, d)?,
+            qkv: ops.mat(rows, q_size + 2 * kv_size)?,
+            q: ops.mat(rows, q_size)?,
+            attended: ops.mat(rows, q_size)?,
+            gate_up: ops.mat(rows, 2 * ffn)?,
+            activated: ops.mat(rows, ffn)?,
+            block: match shape.visibility {
+                Visibility::Causal => None,
+                Visibility::Block => Some(ops.mat(rows, 2 * kv_size)?),
+            },
+        })
+    }
+
+    /// Runs the rows of `map`, whose embeddings stand in `residual`, through all layers and the final norm.
+    pub fn run(&mut self, ops: &mut O, map: &RowMap, taps: Option<&mut Taps<O>>) -> Result<()> {
+        ops.set_row_map(&mut self.rows, map)?;
+        let mut taps = taps;
+        if let Some(taps) = &mut taps {
+            taps.out.set_rows(map.num_rows())?;
+        }
+        for layer in 0..self.layers.len() {
+            self.enter(ops, layer)?;
+            if let Some(taps) = &mut taps {
+                self.tap(ops, layer as i32 - 1, taps)?;
+            }
+            self.attend(ops, layer)?;
+            self.feed_forward(ops, layer)?;
+        }
+        let eps = self.spec.norm_eps;
+        ops.add_rms_norm(
+            &self.delta,
+            &mut self.residual,
+            &self.final_norm,
+            eps,
+            &mut self.normed,
+        )
+    }
+
+    /// Adds what the layer before left and norms the stream for `layer`.
+    fn enter(&mut self, ops: &mut O, layer: usize) -> Result<()> {
+        let norm = &self.layers[layer].input_norm;
+        let eps = self.spec.norm_eps;
+        if layer == 0 {
+            ops.rms_norm(&self.residual, norm, eps, &mut self.normed)
+        } else {
+            ops.add_rms_norm(&self.delta, &mut self.residual, norm, eps, &mut self.normed)
+        }
+    }
+
+    /// Copies the stream after layer `id` to its columns, if it is tapped.
+    fn tap(&self, ops: &mut O, id: i32, taps: &mut Taps<O>) -> Result<()> {
+        match taps.ids.iter().position(|&tap| tap == id) {
+            Some(i) => {
+                let column = i * self.residual.cols();
+                ops.copy_into(&self.residual, &mut taps.out, 0, column)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// `delta = o_proj(attention(normed))`.
+    fn attend(&mut self, ops: &mut O, layer: usize) -> Result<()> {
+        let weights = &self.layers[layer];
+        let norms = weights.qk_norms.as_ref().map(|(q, k)| (q, k));
+        ops.linear(&self.normed, &weights.qkv, &mut self.qkv)?;
+        let sink = match &mut self.block {
+            Some(block) => KvSink::Block(block),
+            None => KvSink::Cache {
+                kv: &mut self.kv,
+                layer,
+            },
+        };
+        let (spec, rows) = (&self.spec, &self.rows);
+        let q_out = Some(&mut self.q);
+        ops.qk_norm_rope(spec, &self.qkv, norms, &self.rope, rows, q_out, sink)?;
+        let (q, kv, out) = (&self.q, &self.kv, &mut self.attended);
+        match &self.block {
+            Some(block) => ops.draft_attention(spec, q, kv, layer, block, rows, out)?,
+            None => ops.verify_attention(spec, q, kv, layer, rows, out)?,
+        }
+        ops.linear(&self.attended, &weights.o_proj, &mut self.delta)
+    }
+
+    /// `residual += delta; delta = mlp(norm(residual))`.
+    fn feed_forward(&mut self, ops: &mut O, layer: usize) -> Result<()> {
+        let weights = &self.layers[layer];
+        let (norm, eps) = (&weights.post_attention_norm, self.spec.norm_eps);
+        ops.add_rms_norm(&self.delta, &mut self.residual, norm, eps, &mut self.normed)?;
+        ops.linear(&self.normed, &weights.gate_up, &mut self.gate_up)?;
+        ops.silu_mul(&self.gate_up, &mut self.activated)?;
+        ops.linear(&self.activated, &weights.down, &mut self.delta)
+    }
+
+    /// Appends context keys and values to every layer's cache without running any row: `kv_of` are the layers'
+    /// `[2 Hkv D, d]` weights, `context [rows, d]` their input, `kv` the buffer between.
+    pub fn append_context(
+        &mut self,
+        ops: &mut O,
+        map: &RowMap,
+        kv_of: &[O::Weight],
+        context: &O::Mat,
+        kv: &mut O::Mat,
+    ) -> Result<()> {
+        ops.set_row_map(&mut self.rows, map)?;
+        for (layer, (weights, kv_weight)) in self.layers.iter().zip(kv_of).enumerate() {
+            let norms = weights.qk_norms.as_ref().map(|(q, k)| (q, k));
+            ops.linear(context, kv_weight, kv)?;
+            let sink = KvSink::Cache {
+                kv: &mut self.kv,
+                layer,
+            };
+            ops.qk_norm_rope(&self.spec, kv, norms, &self.rope, &self.rows, None, sink)?;
+        }
+        Ok(())
+    }
+}
+
+/// How a stack differs from other stacks, beside its sizes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StackShape {
+    /// Most rows of a pass.
+    pub max_rows: usize,
+    /// What a row sees.
+    pub visibility: Visibility,
+    /// Whether q and k are normed.
+    pub qk_norm: QkNorm,
+}
+
+impl QkNorm {
+    /// Refuses a layer whose norms of q and k are not what the family computes.
+    fn check(self, weights: &Checkpoint, prefix: &str, head_dim: usize) -> Result<()> {
+        let name = format!("{prefix}self_attn.q_norm.weight");
+        match self {
+            Self::Required => weights.tensor(&name, &[head_dim]).map(|_| ()),
+            Self::Absent => weights.refuse(&name, "the family has no q_norm"),
+            Self::Optional => Ok(()),
+        }
+    }
+}

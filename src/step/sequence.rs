@@ -1,0 +1,94 @@
+//! The state of one request between rounds, and what a round did to it.
+
+use std::time::Duration;
+
+use crate::kv::PageTable;
+use crate::ops::SamplingParams;
+
+/// A request as the step sees it.
+///
+/// `pages.len()` is the number of cache entries, which is the position of the anchor: while the prompt is being
+/// prefilled there is no anchor yet.
+#[derive(Debug)]
+pub struct Sequence {
+    /// Stable slot, `0 .. max_num_reqs`; no two live sequences share one.
+    pub slot: usize,
+    /// Last committed token, not yet run through the target; `None` until the prompt is prefilled.
+    pub anchor: Option<u32>,
+    /// Pages of the caches and the number of entries in them.
+    pub pages: PageTable,
+    /// How the request samples.
+    pub sampling: SamplingParams,
+}
+
+impl Sequence {
+    /// A sequence whose prompt has not been seen.
+    pub fn new(slot: usize, pages: PageTable, sampling: SamplingParams) -> Self {
+        Self {
+            slot,
+            anchor: None,
+            pages,
+            sampling,
+        }
+    }
+
+    /// Cache entries = position of the anchor.
+    pub fn seq_len(&self) -> usize {
+        self.pages.len()
+    }
+}
+
+/// What the drafter proposed for a batch.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Proposal {
+    /// Tokens drafted per request; 0 when nothing was drafted.
+    pub draft_len: usize,
+    /// `[num_reqs * draft_len]`.
+    pub tokens: Vec<u32>,
+    /// `[num_reqs * draft_len]` before calibration; `None` without a confidence head.
+    pub confidence: Option<Vec<f32>>,
+}
+
+impl Proposal {
+    /// Drafts of request `r`.
+    pub fn tokens_of(&self, r: usize) -> &[u32] {
+        &self.tokens[r * self.draft_len..(r + 1) * self.draft_len]
+    }
+
+    /// Confidences of request `r`; empty without a confidence head.
+    pub fn confidence_of(&self, r: usize) -> &[f32] {
+        self.confidence.as_ref().map_or(&[], |confidence| {
+            &confidence[r * self.draft_len..(r + 1) * self.draft_len]
+        })
+    }
+}
+
+/// One round of one request.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Round {
+    /// All drafted tokens.
+    pub draft_tokens: Vec<u32>,
+    /// Confidences of all drafted tokens, before calibration; empty without a confidence head.
+    pub confidence: Vec<f32>,
+    /// Drafts that were verified.
+    pub verify_len: usize,
+    /// Drafts that were accepted.
+    pub num_accepted: usize,
+    /// The accepted drafts and the recovered or bonus token.
+    pub committed: Vec<u32>,
+}
+
+/// Host time spent in each phase. A phase that only enqueues on a device leaves its time to the next one that waits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PhaseTimes {
+    /// Prompt passes.
+    pub prefill: Duration,
+    /// Drafting.
+    pub propose: Duration,
+    /// Choosing how many drafts to verify.
+    pub schedule: Duration,
+    /// The target's pass and acceptance.
+    pub verify: Duration,
+    /// Moving the sequences on and the drafter's look at the committed rows.
+    pub commit: Duration,
+}

@@ -1,0 +1,407 @@
+//! The law of whole rounds, enumerated exactly: whatever is drafted and however much of it is verified, the committed
+//! tokens have the target's law to 1e-9. The same check must fail where a rule is broken on purpose.
+
+mod fakes;
+
+use std::cell::RefCell;
+use std::collections::{BTreeSet, HashMap};
+use std::rc::Rc;
+
+use dspark::kv::PagePool;
+use dspark::model::Drafter;
+use dspark::ops::SamplingParams;
+use dspark::reference::Reference;
+use dspark::reference::choices::enumerate;
+use dspark::schedule::{CostTable, Policy, Scheduler, StepCost};
+use dspark::step::{DecodeStep, PrefillChunk, Proposal, Sequence};
+use fakes::{
+    ConfidenceSpec, DraftSpec, FakeDrafter, FakeTarget, LogitsOf, Sizes, linear_cost,
+    random_logits, reference, sequence_law,
+};
+
+/// The largest difference from the target's law that counts as none.
+const EXACT: f64 = 1e-9;
+
+/// A broken rule must be off by at least this much.
+const CAUGHT: f64 = 1e-3;
+
+/// A schedule of the test's own: drafts and their number of requests to `verify_lens`.
+type Plan = Rc<dyn Fn(&Proposal, usize) -> Vec<usize>>;
+
+/// Everything a round depends on.
+#[derive(Clone)]
+struct World {
+    sizes: Sizes,
+    law: LogitsOf,
+    bonus_from: Option<LogitsOf>,
+    draft: DraftSpec,
+    draft_len: usize,
+    scheduler: Scheduler,
+    plan: Option<Plan>,
+    requests: Vec<(Vec<u32>, SamplingParams)>,
+    /// Every plan that was made.
+    plans: Rc<RefCell<BTreeSet<Vec<usize>>>>,
+}
+
+impl World {
+    /// One sampled request on random laws, everything verified.
+    fn new(vocab_size: usize, draft_len: usize, params: SamplingParams) -> Self {
+        let salt = (vocab_size * 10 + draft_len) as u64;
+        Self {
+            sizes: Sizes::new(vocab_size),
+            law: random_logits(vocab_size, salt, 1.5),
+            bonus_from: None,
+            draft: DraftSpec::random(vocab_size, salt + 100, draft_len),
+            draft_len,
+            scheduler: Scheduler::new(Policy::Fixed, None).unwrap(),
+            plan: None,
+            requests: vec![(vec![0, 1, 1], params)],
+            plans: Rc::default(),
+        }
+    }
+
+    fn policy(mut self, policy: Policy) -> Self {
+        self.scheduler = Scheduler::new(policy, None).unwrap();
+        self.scheduler.set_cost(linear_cost(0.3));
+        self
+    }
+
+    fn plan(mut self, plan: impl Fn(&Proposal, usize) -> Vec<usize> + 'static) -> Self {
+        self.plan = Some(Rc::new(plan));
+        self
+    }
+
+    fn requests(mut self, requests: &[(&[u32], SamplingParams)]) -> Self {
+        self.requests = requests.iter().map(|(p, s)| (p.to_vec(), *s)).collect();
+        self
+    }
+
+    /// The first `n` tokens of every request; a request leaves the batch when it has them.
+    fn generate(&self, mut ops: Reference, n: usize) -> Vec<u32> {
+        let mut target = FakeTarget::new(&mut ops, self.sizes, self.law.clone());
+        if let Some(law) = &self.bonus_from {
+            target = target.with_bonus_from(law.clone());
+        }
+        let drafter = FakeDrafter::new(&mut ops, self.sizes, self.draft.clone());
+        let drafter: Option<Box<dyn Drafter<Reference>>> = Some(Box::new(drafter));
+        let scheduler = self.scheduler.clone();
+        let mut step =
+            DecodeStep::new(Box::new(target), drafter, scheduler, self.draft_len).unwrap();
+        let mut seqs = self.prefilled(&mut ops, &mut step);
+        let mut outputs: Vec<Vec<u32>> = seqs.iter().map(|s| vec![s.anchor.unwrap()]).collect();
+        loop {
+            let open: Vec<usize> = (0..seqs.len()).filter(|&r| outputs[r].len() < n).collect();
+            if open.is_empty() {
+                for tokens in &mut outputs {
+                    tokens.truncate(n);
+                }
+                return outputs.concat();
+            }
+            let mut batch: Vec<&mut Sequence> = seqs.iter_mut().collect();
+            let mut r = 0;
+            batch.retain(|_| {
+                r += 1;
+                open.contains(&(r - 1))
+            });
+            for (i, committed) in self
+                .round(&mut ops, &mut step, &mut batch)
+                .into_iter()
+                .enumerate()
+            {
+                outputs[open[i]].extend(committed);
+            }
+        }
+    }
+
+    /// Sequences whose prompts went in by chunks of two.
+    fn prefilled(&self, ops: &mut Reference, step: &mut DecodeStep<Reference>) -> Vec<Sequence> {
+        let mut pool = PagePool::new(self.sizes.num_pages, self.sizes.page_size).unwrap();
+        let mut seqs = Vec::new();
+        for (slot, (_, params)) in self.requests.iter().enumerate() {
+            let mut pages = pool.table();
+            pool.reserve(&mut pages, 16).unwrap();
+            seqs.push(Sequence::new(slot, pages, *params));
+        }
+        while seqs.iter().any(|seq| seq.anchor.is_none()) {
+            let open = seqs
+                .iter_mut()
+                .zip(&self.requests)
+                .filter(|(s, _)| s.anchor.is_none());
+            let mut chunks: Vec<PrefillChunk> = open
+                .map(|(sequence, (prompt, _))| {
+                    let rest = &prompt[sequence.seq_len()..];
+                    let (tokens, after) = rest.split_at(rest.len().min(2));
+                    let next = after.first().copied();
+                    PrefillChunk {
+                        sequence,
+                        tokens,
+                        next,
+                    }
+                })
+                .collect();
+            step.prefill(ops, &mut chunks).unwrap();
+        }
+        seqs
+    }
+
+    fn round(
+        &self,
+        ops: &mut Reference,
+        step: &mut DecodeStep<Reference>,
+        batch: &mut [&mut Sequence],
+    ) -> Vec<Vec<u32>> {
+        let rounds = match &self.plan {
+            None => step.round(ops, batch).unwrap(),
+            Some(plan) => {
+                let proposal = step.propose(ops, batch).unwrap();
+                let lens = plan(&proposal, batch.len());
+                let verified = step.verify(ops, batch, &proposal, &lens).unwrap();
+                step.commit(ops, batch, &proposal, &verified).unwrap()
+            }
+        };
+        let lens = rounds.iter().map(|round| round.verify_len).collect();
+        self.plans.borrow_mut().insert(lens);
+        rounds.into_iter().map(|round| round.committed).collect()
+    }
+
+    /// Probability of each outcome of [`World::generate`].
+    fn enumerated(&self, n: usize) -> HashMap<Vec<u32>, f64> {
+        let mut law = HashMap::new();
+        for (probability, tokens) in enumerate(|choices| {
+            self.generate(reference().with_choices(Box::new(choices.clone())), n)
+        }) {
+            *law.entry(tokens).or_insert(0.0) += probability;
+        }
+        law
+    }
+
+    /// The same by the target's law alone: requests are independent.
+    fn exact(&self, n: usize) -> HashMap<Vec<u32>, f64> {
+        let mut joint = HashMap::from([(Vec::new(), 1.0)]);
+        for (prompt, params) in &self.requests {
+            let own = sequence_law(&self.law, prompt, params, n);
+            joint = joint
+                .iter()
+                .flat_map(|(before, p)| {
+                    own.iter()
+                        .map(move |(tokens, q)| ([&before[..], tokens].concat(), p * q))
+                })
+                .collect();
+        }
+        joint
+    }
+
+    /// The largest difference of a probability from the target's law.
+    fn distance(&self, n: usize) -> f64 {
+        let (got, exact) = (self.enumerated(n), self.exact(n));
+        let total: f64 = got.values().sum();
+        assert!((total - 1.0).abs() < 1e-9, "probabilities sum to {total}");
+        let at = |law: &HashMap<Vec<u32>, f64>, key| law.get(key).copied().unwrap_or(0.0);
+        let keys = got.keys().chain(exact.keys());
+        keys.map(|key| (at(&got, key) - at(&exact, key)).abs())
+            .fold(0.0, f64::max)
+    }
+
+    #[track_caller]
+    fn assert_exact(&self, n: usize) {
+        let distance = self.distance(n);
+        assert!(distance < EXACT, "off by {distance}");
+    }
+
+    #[track_caller]
+    fn assert_caught(&self, n: usize) {
+        let distance = self.distance(n);
+        assert!(distance > CAUGHT, "a broken rule is off by {distance} only");
+    }
+
+    /// Different plans made so far.
+    fn num_plans(&self) -> usize {
+        self.plans.borrow().len()
+    }
+}
+
+fn sampled(temperature: f32) -> SamplingParams {
+    SamplingParams {
+        temperature,
+        ..SamplingParams::default()
+    }
+}
+
+/// Filters alone and together.
+fn filtered() -> [SamplingParams; 4] {
+    let base = sampled(0.7);
+    [
+        SamplingParams { top_k: 2, ..base },
+        SamplingParams { top_p: 0.7, ..base },
+        SamplingParams { min_p: 0.5, ..base },
+        SamplingParams {
+            top_k: 3,
+            top_p: 0.9,
+            min_p: 0.1,
+            ..base
+        },
+    ]
+}
+
+#[test]
+fn all_drafts_verified() {
+    for (vocab_size, draft_len, n) in [
+        (2, 1, 4),
+        (2, 2, 4),
+        (2, 3, 3),
+        (3, 1, 3),
+        (3, 2, 3),
+        (4, 3, 2),
+    ] {
+        World::new(vocab_size, draft_len, sampled(1.0)).assert_exact(n);
+    }
+}
+
+#[test]
+fn every_verify_len() {
+    for verify_len in 0..=3 {
+        World::new(2, 3, sampled(1.0))
+            .plan(move |_, num_reqs| vec![verify_len; num_reqs])
+            .assert_exact(3);
+    }
+}
+
+#[test]
+fn temperature_and_filters() {
+    for params in filtered() {
+        World::new(3, 2, params).assert_exact(3);
+        World::new(4, 2, params)
+            .policy(Policy::Adaptive)
+            .assert_exact(2);
+    }
+    World::new(3, 2, sampled(0.7)).assert_exact(3);
+}
+
+#[test]
+fn thresholds() {
+    for threshold in [0.2, 0.5, 0.8] {
+        let world = World::new(3, 2, sampled(1.0)).policy(Policy::Threshold(threshold));
+        world.assert_exact(3);
+        assert!(world.num_plans() > 1, "the threshold never mattered");
+    }
+}
+
+#[test]
+fn adaptive_schedules() {
+    let world = World::new(3, 2, sampled(1.0)).policy(Policy::Adaptive);
+    world.assert_exact(3);
+    assert!(world.num_plans() > 1, "the schedule never mattered");
+    let world = World::new(2, 3, sampled(0.7)).policy(Policy::Adaptive);
+    world.assert_exact(3);
+    assert!(world.num_plans() > 1, "the schedule never mattered");
+}
+
+#[test]
+fn several_requests() {
+    let params = sampled(0.7);
+    for policy in [Policy::Fixed, Policy::Threshold(0.5), Policy::Adaptive] {
+        let world = World::new(2, 2, params)
+            .policy(policy)
+            .requests(&[(&[0], params), (&[1, 1, 0, 1], sampled(1.0))]);
+        world.assert_exact(2);
+        assert!(policy == Policy::Fixed || world.num_plans() > 2);
+        World::new(2, 1, params)
+            .policy(policy)
+            .requests(&[(&[0], params), (&[1, 1], params), (&[0, 1, 0], params)])
+            .assert_exact(2);
+    }
+}
+
+#[test]
+fn greedy_and_sampled_requests_together() {
+    for policy in [Policy::Fixed, Policy::Threshold(0.5), Policy::Adaptive] {
+        World::new(3, 2, sampled(1.0))
+            .policy(policy)
+            .requests(&[(&[0], sampled(0.0)), (&[1, 2, 0], sampled(1.0))])
+            .assert_exact(3);
+    }
+}
+
+/// Appendix A of the paper: one request, two drafts from (1/2, 1/2), c_1 = 0.8, c_2 = 0.9 after token 0 and 0 after
+/// token 1, SPS(1, 2, 3) = 1.0, 0.5, 0.45. The first output token is always 0; the second has the law (0.7, 0.3).
+fn appendix_a() -> World {
+    let logit = |p: f32| (p / (1.0 - p)).ln();
+    let mut world = World::new(2, 2, sampled(1.0)).requests(&[(&[1], sampled(1.0))]);
+    world.law = Rc::new(|history| match history.len() {
+        1 => vec![0.0, f32::NEG_INFINITY],
+        _ => vec![0.7_f32.ln(), 0.3_f32.ln()],
+    });
+    world.draft = DraftSpec {
+        base: Rc::new(|_| vec![0.0, 0.0]),
+        markov: vec![0.0; 4],
+        confidence: Some(ConfidenceSpec {
+            base: Rc::new(move |asked| match asked[asked.len() - 1] {
+                100 => vec![logit(0.8)],
+                _ => vec![logit(0.9)],
+            }),
+            // Token 0 is x_0 of the first round; only token 1 changes what follows it.
+            previous: vec![0.0, -1e4],
+        }),
+        shift_law: false,
+        max_draft_len: 2,
+    };
+    world
+}
+
+fn appendix_a_sps() -> StepCost {
+    let seconds = vec![(1, 1.0), (2, 1.0 / 0.5), (3, 1.0 / 0.45)];
+    StepCost {
+        verify: CostTable::new(seconds).unwrap(),
+        draft: None,
+    }
+}
+
+/// The unconstrained best length: it looks at c_2, which depends on x_1, before it chooses whether to verify x_1.
+fn peek(proposal: &Proposal, sps: &dyn Fn(usize) -> f64) -> Vec<usize> {
+    let survival = dspark::schedule::survival(proposal.confidence_of(0), proposal.draft_len);
+    let throughput = |len: usize| {
+        let tau = 1.0 + survival[..len].iter().map(|&a| f64::from(a)).sum::<f64>();
+        tau * sps(1 + len)
+    };
+    let best = (0..=proposal.draft_len).max_by(|&a, &b| throughput(a).total_cmp(&throughput(b)));
+    vec![best.unwrap()]
+}
+
+#[test]
+fn appendix_a_is_lossless_with_algorithm_1() {
+    let mut world = appendix_a();
+    world.scheduler = Scheduler::new(Policy::Adaptive, None).unwrap();
+    world.scheduler.set_cost(appendix_a_sps());
+    world.assert_exact(2);
+    assert!((world.enumerated(2)[&vec![0, 0]] - 0.7).abs() < 1e-6);
+}
+
+#[test]
+fn appendix_a_catches_a_peeking_scheduler() {
+    let world = appendix_a()
+        .plan(|proposal, _| peek(proposal, &|b| appendix_a_sps().steps_per_second(1, b)));
+    world.assert_caught(2);
+    assert!((world.enumerated(2)[&vec![0, 0]] - 0.85).abs() < 1e-6);
+}
+
+#[test]
+fn a_peeking_scheduler_is_caught_on_random_laws() {
+    World::new(3, 2, sampled(1.0))
+        .plan(|proposal, _| peek(proposal, &|b| [1.0, 0.5, 0.45][b - 1]))
+        .assert_caught(2);
+}
+
+#[test]
+fn a_draft_law_one_row_off_is_caught() {
+    let mut world = World::new(3, 2, sampled(1.0));
+    world.draft.shift_law = true;
+    world.assert_caught(2);
+}
+
+#[test]
+fn a_bonus_token_from_the_draft_law_is_caught() {
+    let mut world = World::new(3, 1, sampled(1.0));
+    let base = world.draft.base.clone();
+    world.bonus_from = Some(Rc::new(move |history| base(&[history, &[100]].concat())));
+    world.assert_caught(3);
+}
