@@ -312,6 +312,28 @@ pub trait Ops: Sized {
         draft_len: usize,
     ) -> Result<Drafted>;
 
+    /// The largest probability of `softmax(logits[i] / temperature[i])` for every row; at temperature 0 that of
+    /// `softmax(logits[i])`, which says how sure the row is. 0 for a row that is no law.
+    ///
+    /// This default copies the logits to the host.
+    fn top_probabilities(
+        &mut self,
+        logits: &Self::Logits,
+        temperature: &[f32],
+    ) -> Result<Vec<f32>> {
+        if temperature.len() != logits.rows() {
+            let expected = format!("one for each of {} rows", logits.rows());
+            return Err(crate::Error::argument(
+                "temperature",
+                expected,
+                temperature.len(),
+            ));
+        }
+        let values = self.read_logits(logits)?;
+        let rows = values.chunks_exact(logits.cols().max(1)).zip(temperature);
+        Ok(rows.map(|(row, &t)| top_probability(row, t)).collect())
+    }
+
     /// Target law and acceptance of the contract block of `dspark_accept` (cuda/include/dspark.h), which the reference
     /// follows in f64. `qo_indptr [num_reqs + 1]` over the rows of `target`: each request brings `1 + verify_len` rows.
     /// `draft_tokens [num_reqs * draft_len]`.
@@ -328,4 +350,16 @@ pub trait Ops: Sized {
         anchor_positions: &[u32],
         sampling: &[SamplingParams],
     ) -> Result<Accepted>;
+}
+
+/// The largest probability of one row; see [`Ops::top_probabilities`].
+fn top_probability(logits: &[f32], temperature: f32) -> f32 {
+    let temperature = if temperature == 0.0 { 1.0 } else { temperature };
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = logits
+        .iter()
+        .map(|l| ((l - largest) / temperature).exp())
+        .sum();
+    let top = 1.0 / sum;
+    if top.is_finite() { top } else { 0.0 }
 }

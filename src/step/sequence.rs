@@ -19,6 +19,9 @@ pub struct Sequence {
     pub pages: PageTable,
     /// How the request samples.
     pub sampling: SamplingParams,
+    /// Whether its outcomes calibrate confidences. Not where its law is one the drafter cannot know of (penalties,
+    /// a grammar mask).
+    pub calibrates: bool,
 }
 
 impl Sequence {
@@ -29,6 +32,7 @@ impl Sequence {
             anchor: None,
             pages,
             sampling,
+            calibrates: true,
         }
     }
 
@@ -45,7 +49,8 @@ pub struct Proposal {
     pub draft_len: usize,
     /// `[num_reqs * draft_len]`.
     pub tokens: Vec<u32>,
-    /// `[num_reqs * draft_len]` before calibration; `None` without a confidence head.
+    /// `[num_reqs * draft_len]` before calibration; of a drafter without a confidence head the probabilities of its
+    /// likeliest tokens where the schedule estimates confidences from them, else `None`.
     pub confidence: Option<Vec<f32>>,
 }
 
@@ -68,8 +73,10 @@ impl Proposal {
 pub struct Round {
     /// All drafted tokens.
     pub draft_tokens: Vec<u32>,
-    /// Confidences of all drafted tokens, before calibration; empty without a confidence head.
+    /// Confidences of all drafted tokens, before calibration; empty where there are none.
     pub confidence: Vec<f32>,
+    /// The same after calibration, as the schedule took them.
+    pub predicted: Vec<f32>,
     /// Drafts that were verified.
     pub verify_len: usize,
     /// Drafts that were accepted.

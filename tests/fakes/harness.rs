@@ -6,7 +6,7 @@ use std::rc::Rc;
 use dspark::engine::{Completion, Engine, EngineConfig, Event};
 use dspark::model::Drafter;
 use dspark::reference::Reference;
-use dspark::schedule::{CostTable, Policy, StepCost};
+use dspark::schedule::{Adapt, CostTable, Policy, StepCost};
 use dspark::{Error, Result};
 
 use super::{DraftSpec, FakeDrafter, FakeTarget, LogitsOf, Sizes, greedy};
@@ -23,10 +23,8 @@ pub fn reference() -> Reference {
 
 /// One second for a pass of one token, `slope` more for each further one.
 pub fn linear_cost(slope: f64) -> StepCost {
-    StepCost {
-        verify: CostTable::new(vec![(1, 1.0), (101, 1.0 + 100.0 * slope)]).unwrap(),
-        draft: None,
-    }
+    let points = vec![(1, 1.0), (101, 1.0 + 100.0 * slope)];
+    StepCost::new(CostTable::new(points).unwrap(), None)
 }
 
 /// A drafter that always drafts the target's own greedy continuation.
@@ -54,6 +52,7 @@ pub fn engine_config(sizes: &Sizes, policy: Policy) -> EngineConfig {
         policy,
         sts_temperatures: None,
         cost: Some(linear_cost(0.2)),
+        adapt: Adapt::OFF,
     }
 }
 

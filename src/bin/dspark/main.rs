@@ -2,12 +2,17 @@
 //! 1 that something else was.
 
 mod args;
+mod calibrate;
 mod compare;
+mod diagram;
 mod doctor;
 mod generate;
+mod profile;
+mod progress;
 mod prompts;
 mod report;
 mod session;
+mod simulate;
 mod trace;
 
 use std::io::IsTerminal;
@@ -27,6 +32,9 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
+        Command::Profile(args) => profile::run(&args),
+        Command::Simulate(args) => simulate::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

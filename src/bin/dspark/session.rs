@@ -5,10 +5,14 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use dspark::engine::text::Tokenizer;
 use dspark::engine::{Completion, Engine, EngineConfig, Event, Request};
-use dspark::model::{DrafterConfig, GenerationConfig, Limits, Pair};
+use dspark::model::{
+    DrafterConfig, GenerationConfig, Limits, Pair, drafter_identity, target_identity,
+};
 use dspark::ops::{HeadKind, Ops, SamplingParams};
 use dspark::reference::Reference;
-use dspark::schedule::Policy;
+use dspark::schedule::{
+    Adapt, CALIBRATION_FILE, Calibration, CostFile, CostIdentity, PairIdentity, Policy,
+};
 use dspark::{Error, device_is_available};
 
 use crate::args::{DeviceChoice, DraftArgs, Mode, RunArgs, SamplingArgs};
@@ -51,6 +55,10 @@ pub struct Drafting {
     /// Tokens drafted a round; `None` is the drafter's longest.
     pub draft_len: Option<usize>,
     pub policy: Policy,
+    /// `--calibration`.
+    calibration: Option<PathBuf>,
+    /// `--cost`.
+    cost: Option<PathBuf>,
 }
 
 impl Drafting {
@@ -61,6 +69,8 @@ impl Drafting {
             dir: None,
             draft_len: None,
             policy: Policy::Fixed,
+            calibration: None,
+            cost: None,
         }
     }
 
@@ -93,7 +103,39 @@ impl Drafting {
             dir: Some(dir.into()),
             draft_len: args.draft_len.or(longest_by_default),
             policy: args.schedule,
+            calibration: args.calibration.clone(),
+            cost: args.cost.clone(),
         })
+    }
+
+    fn identity(&self, target: &Path) -> dspark::Result<PairIdentity> {
+        let drafter = self.dir.as_deref().map(drafter_identity).transpose()?;
+        Ok(PairIdentity {
+            target: target_identity(target)?,
+            drafter: drafter.unwrap_or_default(),
+        })
+    }
+
+    /// STS temperatures: of the file that was named, else of the drafter's own, which is passed over with a warning
+    /// where it was made with another target.
+    fn temperatures(&self, target: &Path, draft_len: usize) -> dspark::Result<Option<Vec<f32>>> {
+        let Some(dir) = &self.dir else {
+            return Ok(None);
+        };
+        let own = dir.join(CALIBRATION_FILE);
+        let file = match &self.calibration {
+            Some(file) => file,
+            None if own.is_file() => &own,
+            None => return Ok(None),
+        };
+        let calibration = Calibration::read(file)?;
+        match calibration.check(file, &self.identity(target)?, draft_len) {
+            Err(error) if self.calibration.is_none() => {
+                eprintln!("warning: the drafter's calibration is not used: {error}");
+                Ok(None)
+            }
+            result => result.map(|()| Some(calibration.temperatures)),
+        }
     }
 }
 
@@ -165,6 +207,21 @@ pub fn start<O: Ops + 'static>(
         * (longest + draft_len + 1)
             .div_ceil(run.page_size.max(1))
             .max(1);
+    let identity =
+        CostIdentity::of_this_build(drafting.identity(&run.target)?, ops.describe(), draft_len);
+    let cost_file = drafting
+        .cost
+        .as_deref()
+        .filter(|_| drafting.policy.needs_cost());
+    let cost = match cost_file {
+        Some(file) if file.exists() => {
+            let held = CostFile::read(file)?;
+            held.check(file, &identity)?;
+            Some(held.cost(file)?)
+        }
+        _ => None,
+    };
+    let measures = cost.is_none();
     let config = EngineConfig {
         max_num_reqs,
         num_pages: run.num_pages.unwrap_or(default_pages),
@@ -172,8 +229,9 @@ pub fn start<O: Ops + 'static>(
         prefill_chunk: run.prefill_chunk,
         draft_len: drafting.draft_len,
         policy: drafting.policy,
-        sts_temperatures: None,
-        cost: None,
+        sts_temperatures: drafting.temperatures(&run.target, draft_len)?,
+        cost,
+        adapt: Adapt::ON,
     };
     config.validate()?;
     let max_rows = config.max_rows(draft_len);
@@ -186,12 +244,12 @@ pub fn start<O: Ops + 'static>(
         page_size: config.page_size,
     };
     let pair = Pair::load(&mut ops, &run.target, drafting.dir.as_deref(), &limits)?;
-    Ok(Engine::new(
-        ops,
-        Box::new(pair.target),
-        pair.drafter,
-        config,
-    )?)
+    let engine = Engine::new(ops, Box::new(pair.target), pair.drafter, config)?;
+    if let (Some(file), Some(cost), true) = (cost_file, engine.step().scheduler().cost(), measures)
+    {
+        CostFile::new(cost, identity, "measured").write(file)?;
+    }
+    Ok(engine)
 }
 
 /// Tokens of the longest request, prompt and output, within the model's context.

@@ -1,11 +1,13 @@
 //! `--trace`: every request and round as JSON.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use dspark::engine::Completion;
+use dspark::schedule::simulate::RecordedRequest;
+use dspark::schedule::sts::RecordedRound;
 use dspark::step::Round;
 use dspark::{Error, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::report::Figures;
 
@@ -42,4 +44,32 @@ impl Trace<'_> {
             serde_json::to_vec(self).map_err(|e| Error::io(file, std::io::Error::other(e)))?;
         std::fs::write(file, json).map_err(|source| Error::io(file, source))
     }
+}
+
+/// The part of a trace that calibration and simulation read.
+#[derive(Deserialize)]
+struct Recorded {
+    requests: Vec<RecordedRequest>,
+}
+
+/// The requests of traces that have rounds.
+pub fn read_requests(files: &[PathBuf]) -> Result<Vec<RecordedRequest>> {
+    let mut requests = Vec::new();
+    for file in files {
+        let bytes = std::fs::read(file).map_err(|source| Error::io(file, source))?;
+        let recorded: Recorded = serde_json::from_slice(&bytes)
+            .map_err(|error| Error::checkpoint(file, "trace", "what --trace writes", error))?;
+        let with_rounds = recorded
+            .requests
+            .into_iter()
+            .filter(|r| !r.rounds.is_empty());
+        requests.extend(with_rounds);
+    }
+    Ok(requests)
+}
+
+/// The rounds of traces, one after the other.
+pub fn read_rounds(files: &[PathBuf]) -> Result<Vec<RecordedRound>> {
+    let requests = read_requests(files)?.into_iter();
+    Ok(requests.flat_map(|request| request.rounds).collect())
 }
