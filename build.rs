@@ -53,10 +53,9 @@ mod cuda {
     /// Where the set-up script puts its compiler: below this package's target directory, or the one in use.
     fn toolkit_dirs(out_dir: &Path) -> Vec<PathBuf> {
         let manifest = Some(PathBuf::from("target"));
-        let shared = env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
         // <target>/<profile>/build/<package>/out
         let in_use = out_dir.ancestors().nth(4).map(Path::to_path_buf);
-        [manifest, shared, in_use]
+        [manifest, in_use]
             .into_iter()
             .flatten()
             .map(|target| target.join("cuda-toolkit"))

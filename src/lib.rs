@@ -3,7 +3,7 @@
 //! One decode round drafts `draft_len` tokens semi-autoregressively, scores each with a confidence, decides how many
 //! to verify, verifies them in one ragged target pass, accepts a prefix without changing the target's law and commits.
 //! The round is written once ([`step`]) over the [`ops::Ops`] trait; two backends implement it: hand-written CUDA
-//! kernels (`ops::cuda`, feature `cuda`) and plain Rust ([`reference`]).
+//! kernels (`ops::cuda`, feature `cuda`) and plain Rust ([`mod@reference`]).
 //!
 //! Layers, from the outside in; imports go one way:
 //! `capi, bin -> engine -> step -> {model, kv, schedule} -> ops -> device -> sys`.
@@ -25,3 +25,11 @@ pub mod device;
 pub mod sys;
 
 pub use error::{Error, Result};
+
+/// Whether a CUDA device can be opened in this build on this machine.
+pub fn device_is_available() -> bool {
+    #[cfg(feature = "cuda")]
+    return device::Device::count() > 0;
+    #[cfg(not(feature = "cuda"))]
+    false
+}

@@ -398,7 +398,7 @@ impl Round {
                 }
                 self.target.push(logit);
             }
-            if r % 7 == 0 && k < self.draft_len && r % 2 == 0 {
+            if r.is_multiple_of(14) && k < self.draft_len {
                 // A greedy request whose drafts are all kept.
                 let best = self.draft_tokens[r * self.draft_len + k] as usize;
                 let row = self.target.len() - self.vocab_size;

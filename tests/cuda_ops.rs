@@ -420,7 +420,7 @@ fn the_comparison_fails_on_a_slip_of_one_position() {
                 &right.1,
                 right.0,
                 Tolerance::bf16(ATTENTION),
-            )
+            );
         };
         assert!(std::panic::catch_unwind(compare).is_err());
     }

@@ -92,7 +92,9 @@ impl World {
         loop {
             let open: Vec<usize> = (0..seqs.len()).filter(|&r| outputs[r].len() < n).collect();
             if open.is_empty() {
-                outputs.iter_mut().for_each(|tokens| tokens.truncate(n));
+                for tokens in &mut outputs {
+                    tokens.truncate(n);
+                }
                 return outputs.concat();
             }
             let mut batch: Vec<&mut Sequence> = seqs.iter_mut().collect();

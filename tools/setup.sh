@@ -53,17 +53,19 @@ dspark_find_nvcc() {
 
 dspark_find_libclang() {
     [ -n "${LIBCLANG_PATH:-}" ] && return
-    local found
-    found=$(ls -d /usr/lib/llvm-*/lib 2>/dev/null | tail -n 1)
-    if [ -n "$found" ] && compgen -G "$found/libclang*.so*" >/dev/null; then
-        export LIBCLANG_PATH=$found
-    else
-        if [ ! -e "$dspark_toolkit/clang/native/libclang.so" ]; then
-            dspark_say "no libclang found: installing its wheel into $dspark_toolkit"
-            dspark_pip_into "$dspark_toolkit" libclang
+    local dir
+    for dir in /usr/lib/llvm-*/lib /usr/lib/x86_64-linux-gnu /usr/lib64; do
+        # libclang-cpp.so is another library.
+        if compgen -G "$dir/libclang.so*" >/dev/null || compgen -G "$dir/libclang-[0-9]*.so*" >/dev/null; then
+            export LIBCLANG_PATH=$dir
+            return
         fi
-        export LIBCLANG_PATH=$dspark_toolkit/clang/native
+    done
+    if [ ! -e "$dspark_toolkit/clang/native/libclang.so" ]; then
+        dspark_say "no libclang found: installing its wheel into $dspark_toolkit"
+        dspark_pip_into "$dspark_toolkit" libclang
     fi
+    export LIBCLANG_PATH=$dspark_toolkit/clang/native
 }
 
 dspark_make_demo_target() {

@@ -36,6 +36,18 @@ extern "C" {
 #define DSPARK_FN(name) name
 #endif
 
+/* All fields zero but struct_size; clean under -Wextra in C and C++. */
+#ifdef __cplusplus
+#define DSPARK_PARAMS_INIT(type)       \
+  [] {                                 \
+    type params = {};                  \
+    params.struct_size = sizeof(type); \
+    return params;                     \
+  }()
+#else
+#define DSPARK_PARAMS_INIT(type) {.struct_size = sizeof(type)}
+#endif
+
 /* 0 = success. 1-99 the caller's arguments, 100-199 unsupported, 200-299 CUDA, 300-399 model and
  * I/O, 900+ internal. Numbers are never reused. */
 typedef int32_t dspark_status;
@@ -101,7 +113,7 @@ typedef struct dspark_rms_norm_params {
   int64_t stride_delta_row;
   int64_t stride_out_row;
 } dspark_rms_norm_params;
-#define DSPARK_RMS_NORM_PARAMS_INIT {sizeof(dspark_rms_norm_params)}
+#define DSPARK_RMS_NORM_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_rms_norm_params)
 dspark_status DSPARK_FN(dspark_rms_norm)(const dspark_rms_norm_params* params,
                                          dspark_stream stream);
 
@@ -134,7 +146,7 @@ typedef struct dspark_gather_rows_params {
   int64_t stride_src_row;
   int64_t stride_out_row;
 } dspark_gather_rows_params;
-#define DSPARK_GATHER_ROWS_PARAMS_INIT {sizeof(dspark_gather_rows_params)}
+#define DSPARK_GATHER_ROWS_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_gather_rows_params)
 dspark_status DSPARK_FN(dspark_gather_rows)(const dspark_gather_rows_params* params,
                                             dspark_stream stream);
 
@@ -160,7 +172,7 @@ typedef struct dspark_silu_mul_params {
   int64_t stride_gate_up_row;
   int64_t stride_out_row;
 } dspark_silu_mul_params;
-#define DSPARK_SILU_MUL_PARAMS_INIT {sizeof(dspark_silu_mul_params)}
+#define DSPARK_SILU_MUL_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_silu_mul_params)
 dspark_status DSPARK_FN(dspark_silu_mul)(const dspark_silu_mul_params* params,
                                          dspark_stream stream);
 
@@ -222,7 +234,7 @@ typedef struct dspark_qk_norm_rope_append_params {
   int64_t stride_cache_slot;
   int64_t stride_cache_head;
 } dspark_qk_norm_rope_append_params;
-#define DSPARK_QK_NORM_ROPE_APPEND_PARAMS_INIT {sizeof(dspark_qk_norm_rope_append_params)}
+#define DSPARK_QK_NORM_ROPE_APPEND_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_qk_norm_rope_append_params)
 dspark_status DSPARK_FN(dspark_qk_norm_rope_append)(const dspark_qk_norm_rope_append_params* params,
                                                     dspark_stream stream);
 
@@ -290,7 +302,7 @@ typedef struct dspark_attention_params {
   int64_t stride_cache_head;
   int64_t stride_block_row;
 } dspark_attention_params;
-#define DSPARK_ATTENTION_PARAMS_INIT {sizeof(dspark_attention_params)}
+#define DSPARK_ATTENTION_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_attention_params)
 /* Host. Bytes of workspace that the launch with these params needs; reads only sizes, no pointer.
  */
 dspark_status DSPARK_FN(dspark_attention_workspace_size)(const dspark_attention_params* params,
@@ -360,7 +372,7 @@ typedef struct dspark_draft_head_params {
   size_t workspace_bytes;
   int64_t stride_logits_row;
 } dspark_draft_head_params;
-#define DSPARK_DRAFT_HEAD_PARAMS_INIT {sizeof(dspark_draft_head_params)}
+#define DSPARK_DRAFT_HEAD_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_head_params)
 /* Host. Reads only sizes. */
 dspark_status DSPARK_FN(dspark_draft_head_workspace_size)(const dspark_draft_head_params* params,
                                                           size_t* bytes);
@@ -393,7 +405,7 @@ typedef struct dspark_survival_params {
   const float* temperature; /* may be NULL: all 1 (uncalibrated) */
   float* survival;
 } dspark_survival_params;
-#define DSPARK_SURVIVAL_PARAMS_INIT {sizeof(dspark_survival_params)}
+#define DSPARK_SURVIVAL_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_survival_params)
 dspark_status DSPARK_FN(dspark_survival)(const dspark_survival_params* params,
                                          dspark_stream stream);
 
@@ -464,7 +476,7 @@ typedef struct dspark_accept_params {
   int64_t stride_target_row;
   int64_t stride_draft_row;
 } dspark_accept_params;
-#define DSPARK_ACCEPT_PARAMS_INIT {sizeof(dspark_accept_params)}
+#define DSPARK_ACCEPT_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_accept_params)
 /* Host. Reads only sizes. */
 dspark_status DSPARK_FN(dspark_accept_workspace_size)(const dspark_accept_params* params,
                                                       size_t* bytes);
@@ -497,7 +509,7 @@ typedef struct dspark_commit_params {
   int32_t* seq_lens;
   int32_t* anchors;
 } dspark_commit_params;
-#define DSPARK_COMMIT_PARAMS_INIT {sizeof(dspark_commit_params)}
+#define DSPARK_COMMIT_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_commit_params)
 dspark_status DSPARK_FN(dspark_commit)(const dspark_commit_params* params, dspark_stream stream);
 
 #ifdef __cplusplus

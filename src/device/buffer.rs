@@ -19,7 +19,7 @@ impl<T: DeviceRepr + Copy> Buffer<T> {
     /// # Errors
     /// [`Error::Cuda`] when there is not enough; [`Error::Unsupported`] during capture.
     pub fn zeros(device: &Device, len: usize) -> Result<Self> {
-        let buffer = Self::uninit(device, len)?;
+        let mut buffer = Self::uninit(device, len)?;
         buffer.fill_bytes(0)?;
         Ok(buffer)
     }
@@ -84,10 +84,7 @@ impl<T: DeviceRepr + Copy> Buffer<T> {
     }
 
     /// Sets every byte.
-    ///
-    /// # Errors
-    /// [`Error::Cuda`].
-    pub fn fill_bytes(&self, byte: u8) -> Result<()> {
+    fn fill_bytes(&mut self, byte: u8) -> Result<()> {
         self.device.bind()?;
         let bytes = self.len * size_of::<T>();
         // SAFETY: the range is this buffer's own allocation, and the stream orders the write among its other uses.

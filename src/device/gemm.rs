@@ -178,6 +178,10 @@ impl Drop for Preference {
 /// `CUBLAS_OP_T` of `cublasOperation_t`, which cudarc's cuBLASLt bindings leave out.
 const TRANSPOSE: i32 = 1;
 
+/// `CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`: split sums meet in f32 through the workspace, in a fixed order; the other
+/// schemes add atomically or round to the output type first.
+const REDUCE_IN_F32: u32 = 2;
+
 /// The descriptors and the chosen algorithm of one shape.
 struct Plan {
     desc: Desc,
@@ -212,8 +216,14 @@ impl Plan {
         let x = Layout::new(operand, k, m)?;
         let out = Layout::new(result, n, m)?;
         let preference = Preference(lt::create_matmul_pref()?);
-        // SAFETY: the attribute takes a `usize` by address; all descriptors above are alive.
+        // SAFETY: the attributes take a `usize` and a 32-bit mask by address; all descriptors above are alive.
         let found = unsafe {
+            lt::set_matmul_pref_attribute(
+                preference.0,
+                sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                from_ref(&REDUCE_IN_F32).cast(),
+                size_of_val(&REDUCE_IN_F32),
+            )?;
             lt::set_matmul_pref_attribute(
                 preference.0,
                 sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,

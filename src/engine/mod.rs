@@ -13,6 +13,7 @@ mod output;
 mod request;
 mod stats;
 mod stop;
+pub mod text;
 
 pub use request::{Completion, Event, FinishReason, Piece, Request, RequestId, TextStream};
 pub use stats::{RequestStats, RoundStats};
@@ -53,6 +54,24 @@ impl EngineConfig {
     /// The most rows of a target pass when `draft_len` tokens are drafted: what the models' buffers must hold.
     pub fn max_rows(&self, draft_len: usize) -> usize {
         self.prefill_chunk.max(self.max_num_reqs * (1 + draft_len))
+    }
+
+    /// Checks the sizes, before models are loaded for them.
+    ///
+    /// # Errors
+    /// A size of zero.
+    pub fn validate(&self) -> Result<()> {
+        for (field, value) in [
+            ("max_num_reqs", self.max_num_reqs),
+            ("prefill_chunk", self.prefill_chunk),
+            ("num_pages", self.num_pages),
+            ("page_size", self.page_size),
+        ] {
+            if value == 0 {
+                return Err(Error::argument(field, "at least 1", value));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -103,14 +122,7 @@ impl<O: Ops> Engine<O> {
         drafter: Option<Box<dyn Drafter<O>>>,
         config: EngineConfig,
     ) -> Result<Self> {
-        for (field, value) in [
-            ("max_num_reqs", config.max_num_reqs),
-            ("prefill_chunk", config.prefill_chunk),
-        ] {
-            if value == 0 {
-                return Err(Error::argument(field, "at least 1", value));
-            }
-        }
+        config.validate()?;
         let mut pool = PagePool::new(config.num_pages, config.page_size)?;
         let longest = drafter.as_ref().map_or(0, |d| d.max_draft_len());
         let draft_len = config.draft_len.unwrap_or(longest);

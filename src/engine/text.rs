@@ -11,6 +11,7 @@ use minijinja::{Environment, ErrorKind, Value, context};
 use serde::Serialize;
 use serde_json::Value as Json;
 
+use super::TextStream;
 use crate::error::{Error, Result};
 
 /// What an incomplete character decodes to.
@@ -28,7 +29,10 @@ pub struct Message {
 impl Message {
     /// A user turn.
     pub fn user(content: impl Into<String>) -> Self {
-        Self { role: "user".into(), content: content.into() }
+        Self {
+            role: "user".into(),
+            content: content.into(),
+        }
     }
 }
 
@@ -57,9 +61,18 @@ impl Tokenizer {
     pub fn load(dir: &Path) -> Result<Self> {
         let file = dir.join("tokenizer.json");
         let bytes = std::fs::read(&file).map_err(|source| Error::io(&file, source))?;
-        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|e| Error::checkpoint(&file, "tokenizer", "a Hugging Face tokenizer", one_line(&e.to_string())))?;
-        Ok(Self { inner: Arc::new(inner), template: ChatTemplate::load(dir)? })
+        let inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| {
+            Error::checkpoint(
+                &file,
+                "tokenizer",
+                "a Hugging Face tokenizer",
+                one_line(&e.to_string()),
+            )
+        })?;
+        Ok(Self {
+            inner: Arc::new(inner),
+            template: ChatTemplate::load(dir)?,
+        })
     }
 
     /// Whether the checkpoint brings a chat template.
@@ -70,18 +83,25 @@ impl Tokenizer {
     /// Token ids of `text`. Special tokens written out in the text are recognised; the tokenizer's own
     /// post-processor (a leading BOS, say) is applied when `add_special` is set.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode(text, add_special)
-            .map_err(|e| Error::argument("prompt", "text the tokenizer can encode", one_line(&e.to_string())))?;
+        let encoding = self.inner.encode(text, add_special).map_err(|e| {
+            Error::argument(
+                "prompt",
+                "text the tokenizer can encode",
+                one_line(&e.to_string()),
+            )
+        })?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// Text of `ids`, special tokens left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner
-            .decode(ids, true)
-            .map_err(|e| Error::argument("token ids", "ids the tokenizer knows", one_line(&e.to_string())))
+        self.inner.decode(ids, true).map_err(|e| {
+            Error::argument(
+                "token ids",
+                "ids the tokenizer knows",
+                one_line(&e.to_string()),
+            )
+        })
     }
 
     /// The prompt of a conversation: the chat template with the assistant's turn opened.
@@ -89,10 +109,13 @@ impl Tokenizer {
     /// # Errors
     /// The checkpoint has no chat template, or the template refuses the messages.
     pub fn render_chat(&self, messages: &[Message]) -> Result<String> {
-        let template = self
-            .template
-            .as_ref()
-            .ok_or_else(|| Error::argument("chat template", "one in the target's directory", "none (use --raw)"))?;
+        let template = self.template.as_ref().ok_or_else(|| {
+            Error::argument(
+                "chat template",
+                "one in the target's directory",
+                "none (use --raw)",
+            )
+        })?;
         template.render(messages)
     }
 
@@ -107,7 +130,12 @@ impl Tokenizer {
 
     /// A streaming decoder for one request.
     pub fn stream(&self) -> TextDecoder {
-        TextDecoder { tokenizer: self.clone(), ids: Vec::new(), context_start: 0, released: 0 }
+        TextDecoder {
+            tokenizer: self.clone(),
+            ids: Vec::new(),
+            context_start: 0,
+            released: 0,
+        }
     }
 }
 
@@ -116,7 +144,12 @@ impl ChatTemplate {
         let config_file = dir.join("tokenizer_config.json");
         let config = match std::fs::read(&config_file) {
             Ok(bytes) => serde_json::from_slice::<Json>(&bytes).map_err(|e| {
-                Error::checkpoint(&config_file, "tokenizer_config.json", "JSON", one_line(&e.to_string()))
+                Error::checkpoint(
+                    &config_file,
+                    "tokenizer_config.json",
+                    "JSON",
+                    one_line(&e.to_string()),
+                )
             })?,
             Err(_) => Json::Null,
         };
@@ -129,21 +162,37 @@ impl ChatTemplate {
             return Ok(None);
         };
         let token = |name: &str| special_token(&config[name]);
-        Ok(Some(Self { file, source, bos_token: token("bos_token"), eos_token: token("eos_token") }))
+        Ok(Some(Self {
+            file,
+            source,
+            bos_token: token("bos_token"),
+            eos_token: token("eos_token"),
+        }))
     }
 
     fn render(&self, messages: &[Message]) -> Result<String> {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |reason: String| -> std::result::Result<Value, _> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, reason))
-        });
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function(
+            "raise_exception",
+            |reason: String| -> std::result::Result<Value, _> {
+                Err(minijinja::Error::new(ErrorKind::InvalidOperation, reason))
+            },
+        );
         let fail = |e: minijinja::Error| {
-            Error::checkpoint(&self.file, "chat_template", "a template that renders", one_line(&format!("{e:#}")))
+            Error::checkpoint(
+                &self.file,
+                "chat_template",
+                "a template that renders",
+                one_line(&format!("{e:#}")),
+            )
         };
-        environment.add_template("chat", &self.source).map_err(fail)?;
+        environment
+            .add_template("chat", &self.source)
+            .map_err(fail)?;
         environment
             .get_template("chat")
             .and_then(|template| {
@@ -174,7 +223,11 @@ fn default_template(value: &Json) -> Option<String> {
 
 /// A special token is a string or an object with its `content`.
 fn special_token(value: &Json) -> String {
-    value.as_str().or_else(|| value["content"].as_str()).unwrap_or_default().to_owned()
+    value
+        .as_str()
+        .or_else(|| value["content"].as_str())
+        .unwrap_or_default()
+        .to_owned()
 }
 
 fn one_line(text: &str) -> String {
@@ -191,18 +244,19 @@ pub struct TextDecoder {
     released: usize,
 }
 
-impl TextDecoder {
-    /// Takes the next token; returns the text that became final with it, often empty inside a character.
-    pub fn push(&mut self, token: u32) -> String {
+impl TextStream for TextDecoder {
+    fn push(&mut self, token: u32) -> String {
         self.ids.push(token);
         self.release(false)
     }
 
-    /// Returns whatever is left at the end of the output; an unfinished character comes as U+FFFD.
-    pub fn finish(&mut self) -> String {
+    /// An unfinished character comes as U+FFFD.
+    fn finish(&mut self) -> String {
         self.release(true)
     }
+}
 
+impl TextDecoder {
     fn release(&mut self, all: bool) -> String {
         let before = self.decode(self.context_start..self.released);
         let now = self.decode(self.context_start..self.ids.len());
@@ -263,7 +317,10 @@ mod tests {
             pieces.push(stream.push(u32::from(byte)));
         }
         pieces.push(stream.finish());
-        assert!(pieces.iter().all(|piece| !piece.contains(REPLACEMENT)), "{pieces:?}");
+        assert!(
+            pieces.iter().all(|piece| !piece.contains(REPLACEMENT)),
+            "{pieces:?}"
+        );
         assert_eq!(pieces.concat(), text);
     }
 
@@ -285,9 +342,18 @@ mod tests {
         };
         let source = "{% for m in messages[::-1] %}\n    {%- if m.role.startswith('us') %}\n{{ bos_token + m.content.strip() }}\
                       {% endif %}{% endfor %}{% if add_generation_prompt %}{{ '!' }}{% endif %}";
-        assert_eq!(template(source).render(&[Message::user("  hi ")]).unwrap(), "<s>hi!");
-        let refused = template("{{ raise_exception('no\nway') }}").render(&[]).unwrap_err().to_string();
-        assert!(refused.contains("no way") && !refused.contains('\n'), "{refused}");
+        assert_eq!(
+            template(source).render(&[Message::user("  hi ")]).unwrap(),
+            "<s>hi!"
+        );
+        let refused = template("{{ raise_exception('no\nway') }}")
+            .render(&[])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            refused.contains("no way") && !refused.contains('\n'),
+            "{refused}"
+        );
     }
 
     #[test]

@@ -3,6 +3,9 @@
 //! A checkpoint whose taps, block rows, Markov rows or positions are off by one loads without complaint and drafts tokens
 //! that are never accepted. The check lets the target continue a text greedily, drafts at every position of that
 //! continuation, and counts how many drafts the target would have accepted: as the checkpoint says, and under each slip.
+//!
+//! It names a slip only when undoing it clearly helps. In a deep target neighbouring layers are alike: there, taps off by
+//! one layer may cost so little that nothing shows. The continuation does not stop at an end token, so keep it short.
 
 use std::fmt;
 

@@ -4,6 +4,11 @@
 //! slot (then the block's rows), so that a row's result depends neither on the other rows nor on where the pages lie.
 //! Scores and values are f32, the sum of the softmax f64.
 
+#![allow(
+    clippy::inline_always,
+    reason = "vector code must be inlined into the function that has the machine's features"
+)]
+
 use pulp::{Arch, Simd, WithSimd};
 
 use super::exp::exp;
@@ -200,7 +205,9 @@ impl WithSimd for WithScores<'_, '_, '_> {
             #[allow(clippy::cast_possible_truncation, reason = "f64 is for the sum alone")]
             let scale = total.recip() as f32;
             weighted_sum(simd, &task.runs, scores, out);
-            out.iter_mut().for_each(|out| *out *= scale);
+            for out in out.iter_mut() {
+                *out *= scale;
+            }
         }
     }
 }
@@ -231,8 +238,8 @@ fn weighted_sum<S: Simd>(simd: S, runs: &[Run<'_>], scores: &[f32], out: &mut [f
         weighted_vectors::<S, 1>(simd, runs, scores, at, out);
         at += lanes;
     }
-    for at in at..out.len() {
-        out[at] = keys_of(runs)
+    for (at, out) in out.iter_mut().enumerate().skip(at) {
+        *out = keys_of(runs)
             .zip(scores)
             .map(|((run, i), score)| score * run.values[i * run.stride + at])
             .sum();

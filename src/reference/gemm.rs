@@ -9,6 +9,11 @@
 //! other rows, not on the register block a row falls into, not on the threads, not on the width of the machine's
 //! vectors. A row's result is bitwise the same alone, in a verify window or in a prefill.
 
+#![allow(
+    clippy::inline_always,
+    reason = "vector code must be inlined into the function that has the machine's features"
+)]
+
 use pulp::{Arch, Simd, WithSimd};
 
 use super::pool::Pool;
@@ -254,6 +259,65 @@ impl<L: Load, const VECTORS: usize, const BLOCK: usize> WithSimd
             S::as_mut_simd_f32s(&mut lanes).0.copy_from_slice(sums);
             for (out, lane) in out[chunk.first_output..].iter_mut().zip(lanes) {
                 *out += lane;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::{Dtype, HostTensor};
+    use crate::reference::philox::{philox4x32, uniform};
+
+    fn product<S: Simd>(simd: S, x: &[f32], weight: &Weight, num_rows: usize) -> Vec<f32> {
+        let mut out = vec![0.0; num_rows * weight.rows()];
+        let tile = Tile {
+            first_panel: 0,
+            out: out.chunks_exact_mut(weight.rows()).collect(),
+        };
+        simd.vectorize(TileProduct { x, weight, tile });
+        out
+    }
+
+    /// The same bits from every width of vectors with a fused multiply-add, and nearly the same without.
+    #[test]
+    fn the_width_of_the_machine_does_not_show() {
+        let (m, n, k) = (11, 70, 300);
+        let noise = |stream: u32, len: usize| -> Vec<f32> {
+            (0..len as u32)
+                .map(|i| uniform(philox4x32([stream, 0], [i, 0, 0, 0])[0]) as f32 - 0.5)
+                .collect()
+        };
+        let x = noise(1, m * k);
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let bytes: Vec<u8> = match dtype {
+                Dtype::F32 => noise(2, n * k)
+                    .iter()
+                    .flat_map(|w| w.to_le_bytes())
+                    .collect(),
+                _ => noise(2, n * k)
+                    .iter()
+                    .flat_map(|&w| half::bf16::from_f32(w).to_le_bytes())
+                    .collect(),
+            };
+            let weight = Weight::new(&[HostTensor {
+                name: "test".to_owned(),
+                dtype,
+                shape: vec![n, k],
+                bytes: &bytes,
+            }])
+            .unwrap();
+            let mut own = vec![f32::NAN; m * n];
+            linear(&Pool::new(Some(2)).unwrap(), &x, &weight, &mut own);
+            let plain = product(pulp::Scalar, &x, &weight, m);
+            assert!(own.iter().zip(&plain).all(|(a, b)| (a - b).abs() < 1e-4));
+            #[cfg(target_arch = "x86_64")]
+            {
+                let v3 = pulp::x86::V3::try_new().map(|simd| product(simd, &x, &weight, m));
+                let v4 = pulp::x86::V4::try_new().map(|simd| product(simd, &x, &weight, m));
+                assert!(v3.is_none_or(|v3| v3 == own));
+                assert!(v4.is_none_or(|v4| v4 == own));
             }
         }
     }

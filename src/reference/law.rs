@@ -98,7 +98,9 @@ pub fn residual(target: &[f64], draft: &[f64]) -> Option<Vec<f64>> {
     if max <= 0.0 {
         return None;
     }
-    rest.iter_mut().for_each(|rest| *rest /= max);
+    for rest in &mut rest {
+        *rest /= max;
+    }
     normalise(&mut rest);
     Some(rest)
 }
@@ -120,7 +122,9 @@ fn keep(probs: &mut [f64], kept: impl Fn(usize, f64) -> bool) {
 
 fn normalise(probs: &mut [f64]) {
     let scale = probs.iter().sum::<f64>().recip();
-    probs.iter_mut().for_each(|prob| *prob *= scale);
+    for prob in probs {
+        *prob *= scale;
+    }
 }
 
 #[cfg(test)]

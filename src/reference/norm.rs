@@ -1,5 +1,10 @@
 //! Norms and elementwise operations. Each row is computed by itself, in one order.
 
+#![allow(
+    clippy::inline_always,
+    reason = "vector code must be inlined into the function that has the machine's features"
+)]
+
 use pulp::{Arch, NullaryFnOnce};
 
 use super::exp::exp;

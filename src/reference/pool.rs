@@ -59,7 +59,9 @@ impl Pool {
             Some(helpers) if work >= MIN_SHARED_WORK && items.len() > 1 => helpers,
             _ => {
                 let mut scratch = init();
-                items.into_iter().for_each(|item| f(&mut scratch, item));
+                for item in items {
+                    f(&mut scratch, item);
+                }
                 return;
             }
         };

@@ -10,11 +10,11 @@ pub(super) const PANEL: usize = 32;
 /// Words of a [`Line`].
 const LINE: usize = 16;
 
-/// A weight `[out, in]`, in *panels* of [`PANEL`] rows, the last one padded with zeros. What a panel has for one input
+/// A weight `[out, in]`, in *panels* of 32 rows, the last one padded with zeros. What a panel has for one input
 /// is contiguous, so that a product runs along the outputs with contiguous loads and without sums across lanes.
 ///
-/// bf16 stays bf16, in one [`Line`] per panel and input: word `i` holds row `i` in its low and row `16 + i` in its high
-/// half, either of which becomes f32 by one instruction. Other types are held as f32, in two lines.
+/// bf16 stays bf16, in one cache line per panel and input: word `i` holds row `i` in its low and row `16 + i` in its high
+/// half, either of which becomes f32 by one instruction. Other types are held as f32, in two.
 #[derive(Clone, Debug)]
 pub struct Weight {
     lines: Vec<Line>,

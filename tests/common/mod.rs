@@ -221,8 +221,8 @@ pub trait Case {
 }
 
 /// Runs `case` on both backends and compares.
-pub fn check(cuda: &mut Cuda, label: &str, case: &impl Case, tolerance: Tolerance) {
-    let got = case.run(cuda);
+pub fn check<O: Ops>(ops: &mut O, label: &str, case: &impl Case, tolerance: Tolerance) {
+    let got = case.run(ops);
     let want = case.run(&mut reference());
     assert_close(label, &got, &want, case.cols(), tolerance);
 }

@@ -4,26 +4,25 @@
 //! The drafter gives base logits and hidden rows only; sampling, Markov bias and confidence are the backend's own head.
 
 // Every test binary uses another part of this module.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
+
+mod harness;
+mod laws;
+
+pub use harness::*;
+pub use laws::*;
 
 use std::collections::HashMap;
-use std::rc::Rc;
 
-use dspark::engine::{Completion, Engine, EngineConfig, Event};
+use dspark::Result;
 use dspark::model::{Drafter, Features, ProposeBatch, Target};
 use dspark::ops::{
-    ConfidenceHead, DraftHead, DraftLaw, Drafted, Dtype, HeadKind, HostTensor, Matrix, Ops, RowMap,
-    SamplingParams,
+    ConfidenceHead, DraftHead, DraftLaw, Drafted, Dtype, HeadKind, HostTensor, Ops, RowMap,
 };
 use dspark::reference::Reference;
-use dspark::schedule::{CostTable, Policy, StepCost};
-use dspark::{Error, Result};
 
 type Mat = <Reference as Ops>::Mat;
 type Logits = <Reference as Ops>::Logits;
-
-/// Logits of the token after a history.
-pub type LogitsOf = Rc<dyn Fn(&[u32]) -> Vec<f32>>;
 
 /// Sizes that target, drafter and engine share.
 #[derive(Clone, Copy, Debug)]
@@ -45,26 +44,6 @@ impl Sizes {
             page_size: 3,
         }
     }
-}
-
-/// A number in [-1, 1) that depends on every part.
-fn noise(salt: u64, history: &[u32], v: u64) -> f32 {
-    let mut state = salt ^ 0x9e37_79b9_7f4a_7c15;
-    for part in history.iter().map(|&t| u64::from(t)).chain([1000 + v]) {
-        state = (state ^ part).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        state ^= state >> 29;
-    }
-    state = state.wrapping_mul(0x94d0_49bb_1331_11eb);
-    (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-}
-
-/// Logits in `[-spread, spread)` that depend on the whole history.
-pub fn random_logits(vocab_size: usize, salt: u64, spread: f32) -> LogitsOf {
-    Rc::new(move |history| {
-        (0..vocab_size)
-            .map(|v| spread * noise(salt, history, v as u64))
-            .collect()
-    })
 }
 
 /// Paged token ids: what attention would see.
@@ -380,218 +359,4 @@ impl Drafter<Reference> for FakeDrafter {
     fn law(&self) -> DraftLaw<'_, Reference> {
         DraftLaw::Logits(&self.law)
     }
-}
-
-/// The target law after a history, written once more from the contract: temperature, top-k, top-p, min-p.
-pub fn exact_law(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
-    let n = logits.len();
-    if params.temperature == 0.0 {
-        let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let first = logits.iter().position(|&l| l == best);
-        return (0..n)
-            .map(|v| f64::from(u8::from(Some(v) == first)))
-            .collect();
-    }
-    let t = f64::from(params.temperature);
-    let mut p: Vec<f64> = logits.iter().map(|&l| (f64::from(l) / t).exp()).collect();
-    let mut filter = |keep: &dyn Fn(f64, &[f64]) -> bool| {
-        let before = p.clone();
-        let kept = before
-            .iter()
-            .map(|&x| if keep(x, &before) { x } else { 0.0 });
-        let kept: Vec<f64> = kept.collect();
-        let total: f64 = kept.iter().sum();
-        p = kept.iter().map(|x| x / total).collect();
-    };
-    filter(&|_, _| true);
-    if params.top_k > 0 {
-        filter(&|x, p| p.iter().filter(|&&y| y > x).count() < params.top_k as usize);
-    }
-    // x stays while those strictly above it do not reach the mass.
-    filter(&|x, p| {
-        params.top_p >= 1.0 || p.iter().filter(|&&y| y > x).sum::<f64>() < f64::from(params.top_p)
-    });
-    filter(&|x, p| {
-        let max = p.iter().copied().fold(0.0, f64::max);
-        x >= f64::from(params.min_p) * max
-    });
-    p
-}
-
-/// The law of the first `n` tokens after `prompt`.
-pub fn sequence_law(
-    law: &LogitsOf,
-    prompt: &[u32],
-    params: &SamplingParams,
-    n: usize,
-) -> HashMap<Vec<u32>, f64> {
-    let mut laws = HashMap::from([(Vec::new(), 1.0)]);
-    for _ in 0..n {
-        let mut longer = HashMap::new();
-        for (tokens, probability) in laws {
-            let history = [prompt, &tokens].concat();
-            for (v, p) in exact_law(&law(&history), params).into_iter().enumerate() {
-                if p > 0.0 {
-                    longer.insert([&tokens[..], &[v as u32]].concat(), probability * p);
-                }
-            }
-        }
-        laws = longer;
-    }
-    laws
-}
-
-/// Greedy decoding with nothing but the target's law.
-pub fn greedy(law: &LogitsOf, prompt: &[u32], n: usize) -> Vec<u32> {
-    let mut history = prompt.to_vec();
-    for _ in 0..n {
-        let p = exact_law(&law(&history), &SamplingParams::default());
-        let v = p.iter().position(|&p| p == 1.0).unwrap();
-        history.push(v as u32);
-    }
-    history.split_off(prompt.len())
-}
-
-/// Pearson's statistic of counts against an exact law, divided by the limit it passes once in about 1e9 times when the
-/// law holds (Wilson and Hilferty's approximation): above 1 the law is wrong.
-pub fn chi_square_ratio(counts: &HashMap<Vec<u32>, u64>, law: &HashMap<Vec<u32>, f64>) -> f64 {
-    let n: u64 = counts.values().sum();
-    if counts.keys().any(|tokens| !law.contains_key(tokens)) {
-        return f64::INFINITY;
-    }
-    let statistic: f64 = law
-        .iter()
-        .map(|(tokens, p)| {
-            let mean = p * n as f64;
-            assert!(mean > 5.0, "too few samples for chi-square");
-            (counts.get(tokens).copied().unwrap_or(0) as f64 - mean).powi(2) / mean
-        })
-        .sum();
-    let df = (law.len() - 1) as f64;
-    let spread = 2.0 / (9.0 * df);
-    statistic / (df * (1.0 - spread + 6.0 * spread.sqrt()).powi(3))
-}
-
-/// An [`Error::Argument`] of this field.
-pub fn is_argument<T>(result: Result<T>, name: &str) -> bool {
-    matches!(result, Err(Error::Argument { field, .. }) if field == name)
-}
-
-/// A backend on the calling thread alone.
-pub fn reference() -> Reference {
-    Reference::new(Some(1)).unwrap()
-}
-
-/// One second for a pass of one token, `slope` more for each further one.
-pub fn linear_cost(slope: f64) -> StepCost {
-    StepCost {
-        verify: CostTable::new(vec![(1, 1.0), (101, 1.0 + 100.0 * slope)]).unwrap(),
-        draft: None,
-    }
-}
-
-/// A drafter that always drafts the target's own greedy continuation.
-pub fn agreeing_draft(law: &LogitsOf, vocab_size: usize, max_draft_len: usize) -> DraftSpec {
-    let law = law.clone();
-    DraftSpec {
-        base: Rc::new(move |asked| {
-            let (k, history) = asked.split_last().unwrap();
-            let before = greedy(&law, history, *k as usize - 100);
-            law(&[history, &before].concat())
-        }),
-        markov: vec![0.0; vocab_size * vocab_size],
-        ..DraftSpec::random(vocab_size, 5, max_draft_len)
-    }
-}
-
-/// Four slots, chunks of four tokens, the pool of `sizes`, the drafter's longest draft.
-pub fn engine_config(sizes: &Sizes, policy: Policy) -> EngineConfig {
-    EngineConfig {
-        max_num_reqs: 4,
-        num_pages: sizes.num_pages,
-        page_size: sizes.page_size,
-        prefill_chunk: 4,
-        draft_len: None,
-        policy,
-        sts_temperatures: None,
-        cost: Some(linear_cost(0.2)),
-    }
-}
-
-/// An engine over the fakes.
-pub fn engine(
-    mut ops: Reference,
-    sizes: Sizes,
-    law: &LogitsOf,
-    draft: Option<&DraftSpec>,
-    config: EngineConfig,
-) -> Result<Engine<Reference>> {
-    let target = FakeTarget::new(&mut ops, sizes, law.clone());
-    let drafter = draft.map(|spec| {
-        Box::new(FakeDrafter::new(&mut ops, sizes, spec.clone())) as Box<dyn Drafter<Reference>>
-    });
-    Engine::new(ops, Box::new(target), drafter, config)
-}
-
-/// What a run of an engine said: completions by request, and what was streamed before.
-#[derive(Default)]
-pub struct Outcome {
-    pub completions: HashMap<usize, Completion>,
-    /// Requests in order of their first token.
-    pub first_tokens: Vec<usize>,
-    streamed: HashMap<usize, (Vec<u32>, String)>,
-}
-
-impl Outcome {
-    /// Takes an event, checking that streams and completions say the same.
-    pub fn take(&mut self, event: Event) {
-        match event {
-            Event::Tokens { request, pieces } => {
-                assert!(!pieces.is_empty());
-                assert!(!self.completions.contains_key(&request));
-                if !self.streamed.contains_key(&request) {
-                    self.first_tokens.push(request);
-                    assert!(pieces.len() == 1 && !pieces[0].drafted);
-                }
-                let (tokens, text) = self.streamed.entry(request).or_default();
-                tokens.extend(pieces.iter().map(|piece| piece.token));
-                pieces.iter().for_each(|piece| text.push_str(&piece.text));
-            }
-            Event::Finished {
-                request,
-                completion,
-            } => {
-                let (tokens, text) = &self.streamed[&request];
-                assert_eq!((tokens, text), (&completion.tokens, &completion.text));
-                check_trace(&completion);
-                assert!(self.completions.insert(request, *completion).is_none());
-            }
-        }
-    }
-
-    /// Generated tokens of a request.
-    pub fn tokens(&self, request: usize) -> &[u32] {
-        &self.completions[&request].tokens
-    }
-}
-
-/// The first token and the rounds hold the output, and at most the last round goes on after its end.
-fn check_trace(completion: &Completion) {
-    let mut all = completion.tokens[..1].to_vec();
-    for round in &completion.rounds {
-        assert!(all.len() < completion.tokens.len(), "a round after the end");
-        assert!(round.num_accepted <= round.verify_len);
-        assert!(round.verify_len <= round.draft_tokens.len());
-        let (drafts, next) = round.committed.split_at(round.num_accepted);
-        assert_eq!(
-            (drafts, next.len()),
-            (&round.draft_tokens[..round.num_accepted], 1)
-        );
-        all.extend(&round.committed);
-    }
-    assert!(all.starts_with(&completion.tokens));
-    let stats = &completion.stats;
-    assert_eq!(stats.num_generated, completion.tokens.len());
-    assert_eq!(stats.rounds.num_rounds as usize, completion.rounds.len());
-    assert_eq!(stats.rounds.num_committed as usize, all.len() - 1);
 }

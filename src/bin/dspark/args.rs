@@ -145,16 +145,31 @@ pub struct SamplingArgs {
     #[arg(long, default_value_t = 256, value_name = "N")]
     pub max_new_tokens: usize,
     /// 0 is greedy.
-    #[arg(long, default_value_t = 0.0, value_name = "T", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "T",
+        allow_negative_numbers = true
+    )]
     pub temperature: f32,
     /// Sample from the K most likely tokens; 0 is off.
     #[arg(long, default_value_t = 0, value_name = "K")]
     pub top_k: u32,
     /// Sample from the smallest set of this probability; 1 is off.
-    #[arg(long, default_value_t = 1.0, value_name = "P", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        default_value_t = 1.0,
+        value_name = "P",
+        allow_negative_numbers = true
+    )]
     pub top_p: f32,
     /// Sample from tokens at least P times as likely as the likeliest; 0 is off.
-    #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "P",
+        allow_negative_numbers = true
+    )]
     pub min_p: f32,
     /// Seed of the first request; request i uses S + i.
     #[arg(long, default_value_t = 0, value_name = "S")]
@@ -246,12 +261,20 @@ pub struct Ids(pub Vec<u32>);
 
 fn parse_ids(text: &str) -> Result<Ids, String> {
     let parse = |id: &str| {
-        id.trim().parse().map_err(|_| format!("expected token ids separated by commas, found '{}'", id.trim()))
+        id.trim().parse().map_err(|_| {
+            format!(
+                "expected token ids separated by commas, found '{}'",
+                id.trim()
+            )
+        })
     };
     if text.trim().is_empty() {
         return Ok(Ids(Vec::new()));
     }
-    text.split(',').map(parse).collect::<Result<_, _>>().map(Ids)
+    text.split(',')
+        .map(parse)
+        .collect::<Result<_, _>>()
+        .map(Ids)
 }
 
 fn parse_mode_dir(text: &str) -> Result<(Mode, PathBuf), String> {

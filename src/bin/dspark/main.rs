@@ -44,7 +44,11 @@ fn usage_error(error: &clap::Error) -> ExitCode {
         | ErrorKind::DisplayVersion
         | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             let shown = error.print();
-            ExitCode::from(if error.use_stderr() || shown.is_err() { 2 } else { 0 })
+            ExitCode::from(if error.use_stderr() || shown.is_err() {
+                2
+            } else {
+                0
+            })
         }
         _ => {
             // clap puts a list of missing arguments on lines of its own, then a blank line and the usage.
@@ -60,7 +64,11 @@ fn usage_error(error: &clap::Error) -> ExitCode {
 fn exit_status(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<dspark::Error>() {
         Some(dspark::Error::Cuda(_)) => 1,
-        Some(dspark::Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => 0,
+        Some(dspark::Error::Io { source, .. })
+            if source.kind() == std::io::ErrorKind::BrokenPipe =>
+        {
+            0
+        }
         _ => 2,
     }
 }

@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use dspark::{Error, Result};
+use dspark::engine::Completion;
 use dspark::step::Round;
+use dspark::{Error, Result};
 use serde::Serialize;
 
 use crate::report::Figures;
@@ -24,11 +25,21 @@ pub struct TraceRequest<'a> {
     pub rounds: &'a [Round],
 }
 
+impl<'a> TraceRequest<'a> {
+    pub fn new(completion: &'a Completion) -> Self {
+        Self {
+            prompt_ids: &completion.prompt_ids,
+            tokens: &completion.tokens,
+            rounds: &completion.rounds,
+        }
+    }
+}
+
 impl Trace<'_> {
     /// Writes the file.
     pub fn write(&self, file: &Path) -> Result<()> {
-        let json = serde_json::to_vec(self)
-            .map_err(|e| Error::io(file, std::io::Error::other(e)))?;
+        let json =
+            serde_json::to_vec(self).map_err(|e| Error::io(file, std::io::Error::other(e)))?;
         std::fs::write(file, json).map_err(|source| Error::io(file, source))
     }
 }

@@ -43,15 +43,6 @@ impl KvCache {
         &self.geometry
     }
 
-    /// Sets every byte of keys and values. 0xFF is NaN: tests poison unused pages with it.
-    ///
-    /// # Errors
-    /// [`Error::Cuda`].
-    pub fn fill_bytes(&mut self, byte: u8) -> Result<()> {
-        self.k.fill_bytes(byte)?;
-        self.v.fill_bytes(byte)
-    }
-
     /// Addresses of a layer's keys and values.
     pub(super) fn layer(&self, layer: usize) -> (*const bf16, *const bf16) {
         let offset = layer * self.layer_len();

@@ -73,15 +73,6 @@ impl<T: DeviceRepr + Copy + Zeroable> DeviceMatrix<T> {
         self.buffer.download(0, &mut values)?;
         Ok(values)
     }
-
-    /// Sets every byte of the whole matrix, rows in use or not. 0xFF is NaN in f32 and bf16: tests poison outputs with
-    /// it.
-    ///
-    /// # Errors
-    /// [`Error::Cuda`].
-    pub fn fill_bytes(&mut self, byte: u8) -> Result<()> {
-        self.buffer.fill_bytes(byte)
-    }
 }
 
 impl DeviceMatrix<bf16> {

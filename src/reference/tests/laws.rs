@@ -71,7 +71,7 @@ fn naive_head(
     previous: &[u32],
 ) -> (Vec<f64>, Vec<f64>) {
     let (mut biases, mut confidences) = (Vec::new(), Vec::new());
-    let mut state = vec![0.0; RANK];
+    let mut state = [0.0; RANK];
     for (h, &token) in hidden.chunks(WIDTH).zip(previous) {
         let h: Vec<f64> = h.iter().map(|&h| f64::from(h)).collect();
         let w1: Vec<f64> = t.w1[token as usize * RANK..][..RANK]

@@ -1,0 +1,170 @@
+//! `dspark doctor`: what was built, what can run, and whether a pair fits.
+
+use std::path::Path;
+
+use anyhow::Result;
+use dspark::device_is_available;
+use dspark::engine::text::Tokenizer;
+use dspark::model::selfcheck::self_check;
+use dspark::model::{DSparkDrafter, DecoderTarget, DrafterConfig, Limits, Pair, TargetConfig};
+use dspark::ops::Ops;
+
+use crate::args::DoctorArgs;
+use crate::session::{self, Job};
+
+/// What the target continues in the self-check; plain prose that any language model goes on with.
+const TEXT: &str = "The water cycle describes how water moves around the Earth. First, the sun";
+/// Greedy tokens along which drafts are made.
+const NUM_TOKENS: usize = 48;
+
+pub fn run(args: &DoctorArgs) -> Result<()> {
+    println!("dspark {}", env!("CARGO_PKG_VERSION"));
+    build();
+    devices();
+    let Some(target) = &args.target else {
+        return Ok(());
+    };
+    let config = TargetConfig::read(target)?;
+    let decoder = &config.decoder;
+    println!(
+        "target   {:?}: {} layers, hidden {}, {}/{} heads x {}, vocabulary {}, context {}",
+        config.family,
+        decoder.num_layers,
+        decoder.hidden_size,
+        decoder.num_q_heads,
+        decoder.num_kv_heads,
+        decoder.head_dim,
+        decoder.vocab_size,
+        decoder.max_position
+    );
+    session::on_device(
+        args.device,
+        None,
+        Check {
+            target,
+            draft: args.draft.as_deref(),
+        },
+    )
+}
+
+fn build() {
+    if cfg!(feature = "cuda") {
+        println!(
+            "built    with CUDA kernels for {}",
+            option_env!("DSPARK_BUILT_ARCHS").unwrap_or("?")
+        );
+        println!(
+            "compiler {}",
+            option_env!("DSPARK_BUILT_NVCC").unwrap_or("?")
+        );
+    } else {
+        println!("built    without CUDA (feature `cuda` is off): the reference backend alone");
+    }
+}
+
+fn devices() {
+    #[cfg(feature = "cuda")]
+    match dspark::device::reports() {
+        Ok(reports) => {
+            for gpu in reports {
+                println!(
+                    "GPU {}    {}, compute capability {}.{}, driver {} (CUDA {}.{}), {:.1} of {:.1} GB free",
+                    gpu.index,
+                    gpu.name,
+                    gpu.compute_capability.0,
+                    gpu.compute_capability.1,
+                    gpu.driver_version,
+                    gpu.cuda_version.0,
+                    gpu.cuda_version.1,
+                    gpu.memory_free_bytes as f64 / 1e9,
+                    gpu.memory_total_bytes as f64 / 1e9
+                );
+            }
+        }
+        Err(error) => println!("GPU      none: {error}"),
+    }
+    let backends = if device_is_available() {
+        "cuda (default), cpu"
+    } else {
+        "cpu"
+    };
+    println!("can run  {backends}");
+}
+
+/// Loads what was named and, for a DSpark pair, measures acceptance under every known layout slip.
+struct Check<'a> {
+    target: &'a Path,
+    draft: Option<&'a Path>,
+}
+
+impl Job for Check<'_> {
+    type Output = ();
+
+    fn run<O: Ops + 'static>(self, mut ops: O) -> Result<()> {
+        println!("device   {}", ops.describe());
+        let limits = Limits {
+            max_num_reqs: 8,
+            max_rows: 256,
+            max_logit_rows: 64,
+            max_draft_len: 16,
+            num_pages: 32,
+            page_size: 16,
+        };
+        let Some(draft) = self.draft else {
+            DecoderTarget::load(&mut ops, self.target, &limits, &[])?;
+            println!("target   loads");
+            return Ok(());
+        };
+        let DrafterConfig::DSpark(config) = DrafterConfig::read(draft)? else {
+            Pair::load(&mut ops, self.target, Some(draft), &limits)?;
+            println!("drafter  MTP: loads, and fits the target");
+            return Ok(());
+        };
+        println!(
+            "drafter  head {:?} (rank {}), block {}, taps {:?}, confidence head: {}",
+            config.head,
+            config.markov_rank,
+            config.block_size,
+            config.target_layer_ids,
+            if config.confidence.is_some() {
+                "yes"
+            } else {
+                "no"
+            }
+        );
+        DrafterConfig::read(draft)?.check_pair(draft, &TargetConfig::read(self.target)?)?;
+        let mut target =
+            DecoderTarget::load(&mut ops, self.target, &limits, &config.target_layer_ids)?;
+        let mut drafter = DSparkDrafter::load(&mut ops, &target, draft, &limits)?;
+        let prompt = prompt(self.target)?;
+        let check = self_check(
+            &mut ops,
+            &mut target,
+            &mut drafter,
+            &limits,
+            &prompt,
+            NUM_TOKENS,
+        )?;
+        println!("self-check, accepted drafts per block along {NUM_TOKENS} greedy tokens:");
+        println!("  {:5.2}  as the checkpoint says", check.straight);
+        for (slip, accepted) in &check.slips {
+            println!("  {accepted:5.2}  with {slip}");
+        }
+        match check.suspect() {
+            Some(slip) => println!("this pair looks like one with {slip}"),
+            None => {
+                println!("no layout slip explains more acceptance than the checkpoint as it is")
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The text's ids, or the first ids of the vocabulary where there is no tokenizer.
+fn prompt(target: &Path) -> Result<Vec<u32>> {
+    if Tokenizer::exists(target) {
+        return Ok(Tokenizer::load(target)?.encode(TEXT, true)?);
+    }
+    let vocab_size = TargetConfig::read(target)?.decoder.vocab_size as u32;
+    Ok((1..17).map(|id| id % vocab_size).collect())
+}

@@ -1,0 +1,191 @@
+//! `dspark generate`.
+
+use std::io::Write as _;
+
+use anyhow::Result;
+use dspark::engine::{Completion, Engine, Event, Piece};
+use dspark::model::TargetConfig;
+use dspark::ops::Ops;
+
+use crate::args::GenerateArgs;
+use crate::report::Figures;
+use crate::session::{self, Drafting, Job, Texts};
+use crate::trace::{Trace, TraceRequest};
+use crate::{colour, prompts};
+
+/// Green: drafted and accepted.
+const DRAFTED: &str = "\x1b[32m";
+const PLAIN: &str = "\x1b[0m";
+
+/// Text of `pieces`, drafted ones in colour where wanted.
+pub fn paint(pieces: &[Piece], colour: bool) -> String {
+    let mut text = String::new();
+    for piece in pieces.iter().filter(|piece| !piece.text.is_empty()) {
+        if colour && piece.drafted {
+            text += &format!("{DRAFTED}{}{PLAIN}", piece.text);
+        } else {
+            text += &piece.text;
+        }
+    }
+    text
+}
+
+pub fn run(args: &GenerateArgs) -> Result<()> {
+    let texts = Texts::load(&args.run.target)?;
+    let prompts = prompts::load(&args.prompts, texts.tokenizer.as_ref(), args.sampling.raw)?;
+    let drafting = Drafting::new(
+        args.mode,
+        args.draft.as_deref(),
+        &args.run.target,
+        &args.drafting,
+    )?;
+    let job = Generate {
+        args,
+        texts,
+        prompts,
+        drafting,
+    };
+    session::on_device(args.run.device, args.run.threads, job)
+}
+
+struct Generate<'a> {
+    args: &'a GenerateArgs,
+    texts: Texts,
+    prompts: Vec<Vec<u32>>,
+    drafting: Drafting,
+}
+
+impl Job for Generate<'_> {
+    type Output = ();
+
+    fn run<O: Ops + 'static>(self, ops: O) -> Result<()> {
+        let args = self.args;
+        let context = TargetConfig::read(&args.run.target)?.decoder.max_position;
+        let longest = session::longest(&self.prompts, args.sampling.max_new_tokens, context);
+        let count = self.prompts.len();
+        let mut engine = session::start(ops, &args.run, &self.drafting, count, longest)?;
+        if args.stats {
+            eprintln!(
+                "{}, mode {}",
+                engine.ops().describe(),
+                self.drafting.mode.name()
+            );
+        }
+        for (index, prompt) in self.prompts.iter().enumerate() {
+            engine.submit(self.texts.request(prompt.clone(), index, &args.sampling))?;
+        }
+        let completions = self.print(&mut engine)?;
+        let figures = Figures::new(&completions, engine.times());
+        if let Some(file) = &args.trace {
+            let requests = completions.iter().map(TraceRequest::new).collect();
+            Trace {
+                requests,
+                stats: &figures,
+            }
+            .write(file)?;
+        }
+        if args.stats {
+            eprint!("{}", figures.describe());
+        }
+        Ok(())
+    }
+}
+
+impl Generate<'_> {
+    /// Streams a single answer as it comes; prints several in order, each when its turn has come.
+    fn print<O: Ops>(&self, engine: &mut Engine<O>) -> Result<Vec<Completion>> {
+        let single = self.prompts.len() == 1;
+        let (colour, has_text) = (colour(), self.texts.tokenizer.is_some());
+        let mut next = Next {
+            waiting: vec![None; self.prompts.len()],
+            first: 0,
+        };
+        let mut written = Ok(());
+        let mut out = std::io::stdout().lock();
+        let completions = session::finish(engine, |event| {
+            let text = match event {
+                Event::Tokens { pieces, .. } if single && has_text => paint(pieces, colour),
+                Event::Finished { .. } if single && has_text => "\n".into(),
+                Event::Finished {
+                    request,
+                    completion,
+                } => {
+                    let number = request + 1;
+                    let body = if has_text {
+                        completion.text.clone()
+                    } else {
+                        ids(completion)
+                    };
+                    let head = if single {
+                        String::new()
+                    } else {
+                        format!("== {number}\n")
+                    };
+                    next.ready(*request, format!("{head}{body}\n"))
+                }
+                Event::Tokens { .. } => String::new(),
+            };
+            if written.is_ok() {
+                written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+            }
+        })?;
+        written.map_err(|source| dspark::Error::io("standard output", source))?;
+        Ok(completions)
+    }
+}
+
+/// Holds finished answers back until all before them are out.
+struct Next {
+    waiting: Vec<Option<String>>,
+    first: usize,
+}
+
+impl Next {
+    /// What can be printed now that answer `index` is there.
+    fn ready(&mut self, index: usize, text: String) -> String {
+        self.waiting[index] = Some(text);
+        let mut out = String::new();
+        while let Some(text) = self.waiting.get_mut(self.first).and_then(Option::take) {
+            out += &text;
+            self.first += 1;
+        }
+        out
+    }
+}
+
+fn ids(completion: &Completion) -> String {
+    completion
+        .tokens
+        .iter()
+        .map(u32::to_string)
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_come_out_in_order() {
+        let mut next = Next {
+            waiting: vec![None; 3],
+            first: 0,
+        };
+        assert_eq!(next.ready(1, "b".into()), "");
+        assert_eq!(next.ready(0, "a".into()), "ab");
+        assert_eq!(next.ready(2, "c".into()), "c");
+    }
+
+    #[test]
+    fn only_drafted_pieces_are_painted() {
+        let piece = |text: &str, drafted| Piece {
+            token: 0,
+            text: text.into(),
+            drafted,
+        };
+        let pieces = [piece("a", false), piece("b", true), piece("", true)];
+        assert_eq!(paint(&pieces, false), "ab");
+        assert_eq!(paint(&pieces, true), "a\x1b[32mb\x1b[0m");
+    }
+}

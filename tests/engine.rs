@@ -1,0 +1,514 @@
+//! The engine: greedy output that depends on the prompt alone, order and pages of admission, ends of outputs, streams
+//! of text, counts, and every bad input.
+
+mod fakes;
+
+use std::rc::Rc;
+
+use dspark::Error;
+use dspark::engine::{Engine, EngineConfig, FinishReason, Request, TextStream};
+use dspark::ops::SamplingParams;
+use dspark::reference::Reference;
+use dspark::schedule::Policy;
+use fakes::{
+    DraftSpec, LogitsOf, Outcome, Sizes, agreeing_draft, engine, engine_config, greedy,
+    is_argument, random_logits, reference,
+};
+
+const VOCAB_SIZE: usize = 5;
+
+const POLICIES: [Policy; 3] = [Policy::Fixed, Policy::Threshold(0.5), Policy::Adaptive];
+
+fn law() -> LogitsOf {
+    random_logits(VOCAB_SIZE, 77, 2.0)
+}
+
+fn random_draft(draft_len: usize) -> DraftSpec {
+    DraftSpec::random(VOCAB_SIZE, 78, draft_len)
+}
+
+/// Prompts of many lengths with outputs of many lengths.
+fn prompts() -> Vec<(Vec<u32>, usize)> {
+    [
+        (1, 9),
+        (7, 1),
+        (2, 2),
+        (12, 5),
+        (4, 16),
+        (1, 3),
+        (9, 8),
+        (5, 11),
+        (3, 4),
+    ]
+    .iter()
+    .enumerate()
+    .map(|(i, &(len, new))| {
+        (
+            (0..len)
+                .map(|j| ((i * 3 + j * j) % VOCAB_SIZE) as u32)
+                .collect(),
+            new,
+        )
+    })
+    .collect()
+}
+
+fn run(engine: &mut Engine<Reference>) -> Outcome {
+    let mut outcome = Outcome::default();
+    engine.run(|event| outcome.take(event)).unwrap();
+    assert!(engine.is_idle());
+    assert_eq!(
+        engine.pool().num_free(),
+        engine.pool().num_pages(),
+        "pages were lost"
+    );
+    outcome
+}
+
+/// Runs all prompts, half of them joining later, and compares with plain greedy decoding.
+fn check_greedy(draft: Option<&DraftSpec>, sizes: Sizes, config: &EngineConfig, seed: u64) {
+    let context = format!("{config:?}");
+    let mut engine = engine(reference(), sizes, &law(), draft, config.clone()).unwrap();
+    let mut outcome = Outcome::default();
+    let params = SamplingParams {
+        seed,
+        ..SamplingParams::default()
+    };
+    for (i, (prompt, new)) in prompts().into_iter().enumerate() {
+        assert_eq!(engine.submit(Request::new(prompt, params, new)).unwrap(), i);
+        if i > 3 {
+            let events = engine.advance().unwrap();
+            for event in events {
+                outcome.take(event);
+            }
+        }
+    }
+    engine.run(|event| outcome.take(event)).unwrap();
+    assert_eq!(engine.pool().num_free(), config.num_pages, "{context}");
+    for (i, (prompt, new)) in prompts().iter().enumerate() {
+        assert_eq!(
+            outcome.tokens(i),
+            greedy(&law(), prompt, *new),
+            "request {i}, {context}"
+        );
+        assert_eq!(outcome.completions[&i].reason, FinishReason::MaxNewTokens);
+    }
+    let order: Vec<usize> = (0..prompts().len()).collect();
+    assert_eq!(outcome.first_tokens, order, "someone overtook, {context}");
+}
+
+#[test]
+fn greedy_output_depends_on_the_prompt_alone() {
+    for page_size in [1, 3, 16] {
+        for (max_num_reqs, prefill_chunk) in [(1, 16), (2, 1), (3, 3), (9, 5)] {
+            for tiny in [false, true] {
+                let mut sizes = Sizes::new(VOCAB_SIZE);
+                sizes.page_size = page_size;
+                // The largest request needs 4 + 16 entries and a draft of 3 and the anchor.
+                sizes.num_pages = if tiny {
+                    24_usize.div_ceil(page_size)
+                } else {
+                    300
+                };
+                let mut config = EngineConfig {
+                    max_num_reqs,
+                    prefill_chunk,
+                    ..engine_config(&sizes, Policy::Fixed)
+                };
+                sizes.max_rows = config.max_rows(0);
+                check_greedy(None, sizes, &config, 0);
+                for policy in POLICIES {
+                    for draft_len in 1..=3 {
+                        config.policy = policy;
+                        config.draft_len = Some(draft_len);
+                        sizes.max_rows = config.max_rows(draft_len);
+                        check_greedy(Some(&random_draft(3)), sizes, &config, 9);
+                    }
+                }
+                check_greedy(
+                    Some(&agreeing_draft(&law(), VOCAB_SIZE, 3)),
+                    sizes,
+                    &config,
+                    1,
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn sampled_output_does_not_depend_on_the_neighbours() {
+    let sizes = Sizes::new(VOCAB_SIZE);
+    for policy in [Policy::Fixed, Policy::Threshold(0.5)] {
+        let generate = |members: &[usize], max_num_reqs: usize| {
+            let config = EngineConfig {
+                max_num_reqs,
+                ..engine_config(&sizes, policy)
+            };
+            let mut engine =
+                engine(reference(), sizes, &law(), Some(&random_draft(3)), config).unwrap();
+            for &i in members {
+                let (prompt, new) = prompts()[i].clone();
+                let params = SamplingParams {
+                    temperature: 0.5 * (i % 3) as f32,
+                    seed: i as u64,
+                    ..SamplingParams::default()
+                };
+                engine.submit(Request::new(prompt, params, new)).unwrap();
+            }
+            let outcome = run(&mut engine);
+            let tokens = (0..members.len()).map(|i| outcome.tokens(i).to_vec());
+            tokens.collect::<Vec<_>>()
+        };
+        let all: Vec<usize> = (0..prompts().len()).collect();
+        let together = generate(&all, 4);
+        for &i in &all {
+            assert_eq!(generate(&[i], 1)[0], together[i], "request {i}, {policy}");
+        }
+    }
+}
+
+#[test]
+fn seeds_give_different_samples() {
+    let sizes = Sizes::new(VOCAB_SIZE);
+    let config = engine_config(&sizes, Policy::Fixed);
+    let mut engine = engine(reference(), sizes, &law(), Some(&random_draft(3)), config).unwrap();
+    for seed in [4, 4, 5] {
+        let params = SamplingParams {
+            temperature: 1.0,
+            seed,
+            ..SamplingParams::default()
+        };
+        engine.submit(Request::new(vec![0, 1], params, 30)).unwrap();
+    }
+    let outcome = run(&mut engine);
+    assert_eq!(outcome.tokens(0), outcome.tokens(1));
+    assert_ne!(outcome.tokens(0), outcome.tokens(2));
+}
+
+#[test]
+fn a_sure_drafter_commits_whole_blocks() {
+    let sizes = Sizes::new(VOCAB_SIZE);
+    let config = engine_config(&sizes, Policy::Fixed);
+    let draft = agreeing_draft(&law(), VOCAB_SIZE, 3);
+    let mut engine = engine(reference(), sizes, &law(), Some(&draft), config).unwrap();
+    let request = Request::new(vec![2], SamplingParams::default(), 10);
+    engine.submit(request).unwrap();
+    let outcome = run(&mut engine);
+    // 1 from the prefill, then 4 + 4 + 4, of which the last 3 are cut.
+    let stats = &outcome.completions[&0].stats;
+    assert_eq!(stats.rounds.num_rounds, 3);
+    assert_eq!(stats.rounds.accepted_length(), 4.0);
+    assert_eq!(stats.rounds.verify_budget(), 4.0);
+    assert_eq!(stats.rounds.accepted, [3, 3, 3]);
+    assert_eq!(stats.rounds.acceptance_rates(), [1.0; 3]);
+    assert_eq!(engine.totals(), &stats.rounds);
+}
+
+/// A letter per token, each shown one token late.
+#[derive(Default)]
+struct Letters(Option<char>);
+
+impl TextStream for Letters {
+    fn push(&mut self, token: u32) -> String {
+        let letter = char::from(b'a' + token as u8);
+        self.0.replace(letter).map(String::from).unwrap_or_default()
+    }
+
+    fn finish(&mut self) -> String {
+        self.0.take().map(String::from).unwrap_or_default()
+    }
+}
+
+fn letters(tokens: &[u32]) -> String {
+    tokens.iter().map(|&t| char::from(b'a' + t as u8)).collect()
+}
+
+/// Runs one prompt with stop conditions, by a drafter whose blocks are all accepted.
+fn run_stops(stop_tokens: Vec<u32>, stop_strings: Vec<String>, new: usize) -> Outcome {
+    let sizes = Sizes::new(VOCAB_SIZE);
+    let config = engine_config(&sizes, Policy::Fixed);
+    let draft = agreeing_draft(&law(), VOCAB_SIZE, 3);
+    let mut engine = engine(reference(), sizes, &law(), Some(&draft), config).unwrap();
+    engine
+        .submit(Request {
+            stop_tokens,
+            stop_strings,
+            text: Some(Box::new(Letters::default())),
+            ..Request::new(vec![2, 4], SamplingParams::default(), new)
+        })
+        .unwrap();
+    run(&mut engine)
+}
+
+#[test]
+fn stop_tokens_end_the_output_inside_a_round() {
+    let plain = greedy(&law(), &[2, 4], 20);
+    for stop in 0..VOCAB_SIZE as u32 {
+        let outcome = run_stops(vec![stop, 99], vec![], 20);
+        let done = &outcome.completions[&0];
+        let at = plain.iter().position(|&t| t == stop);
+        let end = at.map_or(20, |at| at + 1);
+        assert_eq!(
+            done.tokens,
+            plain[..end],
+            "the stop token is the last token"
+        );
+        assert_eq!(
+            done.text,
+            letters(&plain[..at.unwrap_or(20)]),
+            "and no text"
+        );
+        let reason = at.map_or(FinishReason::MaxNewTokens, |_| FinishReason::StopToken);
+        assert_eq!(done.reason, reason);
+    }
+}
+
+#[test]
+fn stop_strings_cut_the_text() {
+    let plain = greedy(&law(), &[2, 4], 20);
+    let text = letters(&plain);
+    for at in 0..18 {
+        let stop = &text[at..at + 2];
+        let outcome = run_stops(vec![], vec!["zz".into(), stop.into()], 20);
+        let done = &outcome.completions[&0];
+        let found = text.find(stop).unwrap();
+        assert_eq!(done.text, text[..found], "before `{stop}`");
+        assert_eq!(done.reason, FinishReason::StopString);
+        // The stream shows a letter one token late, so the string is complete one token later.
+        assert_eq!(done.tokens, plain[..found + 3]);
+    }
+    // The last letter comes with the end of the stream only; a string completed by it still cuts the text.
+    let done = &run_stops(vec![], vec![text[3..5].into()], 5).completions[&0];
+    assert_eq!((done.text.as_str(), done.tokens.len()), (&text[..3], 5));
+    // A possible beginning of a stop string is text after all at the end.
+    let done = &run_stops(vec![], vec![format!("{}z", &text[3..5])], 5).completions[&0];
+    assert_eq!(
+        (done.text.as_str(), done.reason),
+        (&text[..5], FinishReason::MaxNewTokens)
+    );
+}
+
+#[test]
+fn a_full_context_ends_the_output() {
+    for draft_len in 1..=3 {
+        for prompt_len in [1, 5, 11] {
+            let mut sizes = Sizes::new(VOCAB_SIZE);
+            sizes.max_position = 12;
+            let config = EngineConfig {
+                draft_len: Some(draft_len),
+                ..engine_config(&sizes, Policy::Fixed)
+            };
+            let draft = agreeing_draft(&law(), VOCAB_SIZE, 3);
+            let mut engine = engine(reference(), sizes, &law(), Some(&draft), config).unwrap();
+            let prompt = vec![1; prompt_len];
+            let request = Request::new(prompt.clone(), SamplingParams::default(), 100);
+            engine.submit(request).unwrap();
+            let outcome = run(&mut engine);
+            assert_eq!(outcome.tokens(0), greedy(&law(), &prompt, 12 - prompt_len));
+            assert_eq!(outcome.completions[&0].reason, FinishReason::Context);
+        }
+    }
+}
+
+#[test]
+fn measuring_the_cost_leaves_no_trace() {
+    let sizes = Sizes::new(VOCAB_SIZE);
+    for num_pages in [64, 4] {
+        let sizes = Sizes { num_pages, ..sizes };
+        let config = EngineConfig {
+            cost: None,
+            ..engine_config(&sizes, Policy::Adaptive)
+        };
+        let mut engine =
+            engine(reference(), sizes, &law(), Some(&random_draft(3)), config).unwrap();
+        assert_eq!(engine.pool().num_free(), num_pages);
+        let cost = engine.step().scheduler().cost().unwrap().clone();
+        // With 4 pages of 3 slots, two scratch sequences of 1 + 1 + 3 entries fit.
+        let most = if num_pages == 64 { 16 } else { 8 };
+        let points = cost.verify.points();
+        assert_eq!((points[0].0, points.last().unwrap().0), (1, most));
+        assert!(cost.draft.is_some());
+        assert_eq!(engine.times(), dspark::step::PhaseTimes::default());
+        for prompt in [vec![0, 1], vec![3]] {
+            engine
+                .submit(Request::new(prompt, SamplingParams::default(), 6))
+                .unwrap();
+        }
+        let outcome = run(&mut engine);
+        assert_eq!(outcome.tokens(0), greedy(&law(), &[0, 1], 6));
+        assert_eq!(outcome.tokens(1), greedy(&law(), &[3], 6));
+    }
+}
+
+#[test]
+fn bad_requests_are_refused() {
+    let sizes = Sizes {
+        num_pages: 10,
+        ..Sizes::new(VOCAB_SIZE)
+    };
+    let config = engine_config(&sizes, Policy::Fixed);
+    let mut engine = engine(reference(), sizes, &law(), Some(&random_draft(3)), config).unwrap();
+    let good = || Request::new(vec![0], SamplingParams::default(), 4);
+    let sampling = |change: fn(&mut SamplingParams)| {
+        let mut request = good();
+        change(&mut request.sampling);
+        request
+    };
+    let bad = [
+        (
+            "prompt",
+            Request {
+                prompt_ids: vec![],
+                ..good()
+            },
+        ),
+        (
+            "prompt",
+            Request {
+                prompt_ids: vec![0, 5],
+                ..good()
+            },
+        ),
+        (
+            "prompt",
+            Request {
+                prompt_ids: vec![0; 64],
+                ..good()
+            },
+        ),
+        (
+            "max_new_tokens",
+            Request {
+                max_new_tokens: 0,
+                ..good()
+            },
+        ),
+        (
+            "stop_strings",
+            Request {
+                stop_strings: vec!["a".into()],
+                ..good()
+            },
+        ),
+        (
+            "stop_strings",
+            Request {
+                stop_strings: vec![String::new()],
+                ..good()
+            },
+        ),
+        ("temperature", sampling(|s| s.temperature = -1.0)),
+        ("temperature", sampling(|s| s.temperature = f32::NAN)),
+        ("top_p", sampling(|s| s.top_p = 0.0)),
+        ("min_p", sampling(|s| s.min_p = 1.0)),
+        // 1 + 26 + 3 + 1 entries; the pool has 30.
+        (
+            "num_pages",
+            Request {
+                max_new_tokens: 26,
+                ..good()
+            },
+        ),
+        (
+            "num_pages",
+            Request {
+                max_new_tokens: usize::MAX,
+                ..good()
+            },
+        ),
+    ];
+    for (field, request) in bad {
+        assert!(is_argument(engine.submit(request), field), "{field}");
+    }
+    assert!(engine.is_idle());
+    engine
+        .submit(Request {
+            max_new_tokens: 25,
+            ..good()
+        })
+        .unwrap();
+    assert_eq!(run(&mut engine).tokens(0).len(), 25);
+}
+
+#[test]
+fn bad_configurations_are_refused() {
+    let sizes = Sizes::new(VOCAB_SIZE);
+    let build = |draft: Option<DraftSpec>, change: &dyn Fn(&mut EngineConfig)| {
+        let mut config = engine_config(&sizes, Policy::Fixed);
+        change(&mut config);
+        engine(reference(), sizes, &law(), draft.as_ref(), config)
+    };
+    let draft = || Some(random_draft(3));
+    let blind = || {
+        Some(DraftSpec {
+            confidence: None,
+            ..random_draft(3)
+        })
+    };
+    assert!(is_argument(build(None, &|c| c.num_pages = 0), "num_pages"));
+    assert!(is_argument(build(None, &|c| c.page_size = 0), "page_size"));
+    assert!(is_argument(
+        build(None, &|c| c.max_num_reqs = 0),
+        "max_num_reqs"
+    ));
+    assert!(is_argument(
+        build(None, &|c| c.prefill_chunk = 0),
+        "prefill_chunk"
+    ));
+    assert!(is_argument(
+        build(None, &|c| c.draft_len = Some(1)),
+        "draft_len"
+    ));
+    assert!(is_argument(
+        build(draft(), &|c| c.draft_len = Some(4)),
+        "draft_len"
+    ));
+    assert!(is_argument(
+        build(draft(), &|c| c.draft_len = Some(0)),
+        "draft_len"
+    ));
+    for policy in [Policy::Threshold(0.5), Policy::Adaptive] {
+        let error = build(blind(), &|c| c.policy = policy)
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(error.contains("confidence head"), "{error}");
+        let error = build(None, &|c| c.policy = policy)
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(error.contains("no drafter"), "{error}");
+    }
+    assert!(is_argument(
+        build(draft(), &|c| c.policy = Policy::Threshold(1.5)),
+        "threshold"
+    ));
+    let cold = |c: &mut EngineConfig| c.sts_temperatures = Some(vec![0.0; 3]);
+    assert!(is_argument(build(draft(), &cold), "sts_temperatures"));
+}
+
+#[test]
+fn logits_that_are_no_law_name_their_request() {
+    let sizes = Sizes::new(VOCAB_SIZE);
+    for bad_len in [3, 5] {
+        let law: LogitsOf = Rc::new(move |history| match history {
+            [4, ..] if history.len() == bad_len => vec![f32::NAN; VOCAB_SIZE],
+            _ => vec![0.0; VOCAB_SIZE],
+        });
+        let config = engine_config(&sizes, Policy::Fixed);
+        let mut engine = engine(reference(), sizes, &law, Some(&random_draft(2)), config).unwrap();
+        for prompt in [vec![0, 0], vec![1], vec![4, 0, 0]] {
+            let params = SamplingParams {
+                temperature: 1.0,
+                ..SamplingParams::default()
+            };
+            engine.submit(Request::new(prompt, params, 8)).unwrap();
+        }
+        let error = engine.run(|_| ()).unwrap_err();
+        assert!(
+            matches!(error, Error::BadLogits { request: 2, .. }),
+            "{error}"
+        );
+    }
+}
