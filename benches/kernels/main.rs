@@ -33,7 +33,7 @@ struct Options {
     #[arg(long)]
     record: Option<PathBuf>,
     /// Timed replays of each graph.
-    #[arg(long, default_value_t = 31, value_parser = clap::value_parser!(u32).range(30..))]
+    #[arg(long, default_value_t = 31, value_parser = clap::value_parser!(u32).range(30..=1000))]
     replays: u32,
     /// Runs each case once and times nothing: for a profiler or a sanitizer.
     #[arg(long)]
