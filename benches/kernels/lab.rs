@@ -273,6 +273,24 @@ fn l2_bytes(ordinal: usize) -> anyhow::Result<usize> {
     Ok(usize::try_from(bytes?)?)
 }
 
+/// Refuses the first `len` elements of an output that are all zero, not finite, or larger on average than random inputs
+/// can make them.
+pub fn inspect_output<T>(output: &Buffer<T>, len: usize) -> anyhow::Result<()>
+where
+    T: DeviceRepr + Copy + Default + Into<f32>,
+{
+    const LARGEST_MEAN: f32 = 1e3;
+    let mut values = vec![T::default(); len];
+    output.download(0, &mut values)?;
+    let sum: f32 = values.iter().map(|&value| value.into().abs()).sum();
+    let mean = sum / len as f32;
+    anyhow::ensure!(
+        mean > 0.0 && mean < LARGEST_MEAN,
+        "output: expected a mean magnitude in (0, {LARGEST_MEAN}), found {mean}"
+    );
+    Ok(())
+}
+
 /// A launcher's status as a result.
 pub fn check(status: sys::dspark_status) -> dspark::Result<()> {
     if status == sys::DSPARK_OK {

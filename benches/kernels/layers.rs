@@ -5,7 +5,7 @@ use dspark::device::Buffer;
 use dspark::sys;
 use half::bf16;
 
-use crate::lab::{Lab, Traffic, Work, check, struct_size};
+use crate::lab::{Lab, Traffic, Work, check, inspect_output, struct_size};
 
 const NUM_ROWS: [usize; 4] = [1, 8, 64, 512];
 const HIDDEN_SIZE: usize = 4096;
@@ -108,6 +108,11 @@ impl Work for RmsNorm {
         // SAFETY: every pointer is a window of a live buffer with the shape the params say, each its own.
         check(unsafe { sys::launch::dspark_rms_norm_cu(&raw const params, self.stream) })
     }
+
+    fn inspect(&mut self) -> anyhow::Result<Option<String>> {
+        inspect_output(&self.out, self.rows * HIDDEN_SIZE)?;
+        Ok(None)
+    }
 }
 
 struct RopeAppend {
@@ -200,6 +205,12 @@ impl Work for RopeAppend {
         // page, and the page table names pages of the copy's own cache.
         check(unsafe { sys::launch::dspark_qk_norm_rope_append_cu(&raw const params, self.stream) })
     }
+
+    fn inspect(&mut self) -> anyhow::Result<Option<String>> {
+        inspect_output(&self.q_out, self.rows * Q_SIZE)?;
+        inspect_output(&self.k_cache, PAGE_SIZE * KV_SIZE)?;
+        Ok(None)
+    }
 }
 
 struct SiluMul {
@@ -234,5 +245,10 @@ impl Work for SiluMul {
         };
         // SAFETY: both pointers are windows of live buffers with the shapes the params say.
         check(unsafe { sys::launch::dspark_silu_mul_cu(&raw const params, self.stream) })
+    }
+
+    fn inspect(&mut self) -> anyhow::Result<Option<String>> {
+        inspect_output(&self.out, self.rows * FFN_SIZE)?;
+        Ok(None)
     }
 }

@@ -3,7 +3,7 @@
 use dspark::device::{Buffer, Gemm, GemmOut};
 use half::bf16;
 
-use crate::lab::{Lab, Traffic, Work};
+use crate::lab::{Lab, Traffic, Work, inspect_output};
 
 const NUM_ROWS: [usize; 3] = [1, 8, 64];
 /// Name, K, N.
@@ -77,5 +77,14 @@ impl Work for Linear {
             Out::F32(out) => GemmOut::F32(out),
         };
         self.gemm.run(self.shape, &self.x, &self.weights[copy], out)
+    }
+
+    fn inspect(&mut self) -> anyhow::Result<Option<String>> {
+        let [m, n, _] = self.shape;
+        match &self.out {
+            Out::Bf16(out) => inspect_output(out, m * n)?,
+            Out::F32(out) => inspect_output(out, m * n)?,
+        }
+        Ok(None)
     }
 }

@@ -32,7 +32,8 @@ def against(row, peers):
 
 
 def title(ours, peers):
-    clocks = f"SM {ours['sm_clock_mhz']} of {ours['max_sm_clock_mhz']} MHz, memory {ours['memory_clock_mhz']} MHz"
+    mhz = lambda name: "?" if ours[name] is None else ours[name]
+    clocks = f"SM {mhz('sm_clock_mhz')} of {mhz('max_sm_clock_mhz')} MHz, memory {mhz('memory_clock_mhz')} MHz"
     versions = ", ".join(f"{name} {version}" for name, version in peers["versions"].items())
     return [f"{ours['gpu']}, driver {ours['driver']}, {clocks}; dspark {ours['commit']}, {ours['date']}; "
             f"peers {peers['date']}: {versions}", "",
