@@ -158,7 +158,7 @@ impl Job for Check<'_> {
         match check.suspect() {
             Some(slip) => println!("this pair looks like one with {slip}"),
             None => {
-                println!("no layout slip explains more acceptance than the checkpoint as it is")
+                println!("no layout slip explains more acceptance than the checkpoint as it is");
             }
         }
         Ok(())
