@@ -83,6 +83,14 @@ impl DrafterConfig {
         }
     }
 
+    /// Tokens of the longest draft it can make: `block_size`, or the longest chain of an MTP module.
+    pub fn max_draft_len(&self) -> usize {
+        match self {
+            Self::DSpark(config) => config.block_size,
+            Self::Mtp(_) => super::mtp::MAX_DRAFT_LEN,
+        }
+    }
+
     /// Sizes of the drafter's layers.
     pub fn decoder(&self) -> &DecoderConfig {
         match self {
