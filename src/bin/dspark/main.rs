@@ -50,12 +50,9 @@ fn usage_error(error: &clap::Error) -> ExitCode {
         ErrorKind::DisplayHelp
         | ErrorKind::DisplayVersion
         | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            let shown = error.print();
-            ExitCode::from(if error.use_stderr() || shown.is_err() {
-                2
-            } else {
-                0
-            })
+            // Nobody there to read it is no failure.
+            let _ = error.print();
+            ExitCode::from(if error.use_stderr() { 2 } else { 0 })
         }
         _ => {
             // clap puts a list of missing arguments on lines of its own, then a blank line and the usage.
