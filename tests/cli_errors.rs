@@ -111,9 +111,9 @@ fn unknown_values() {
 
 #[test]
 fn devices_that_are_not_there() {
-    refused(&["--device", "cuda:99"], &["cuda"]);
+    refused(&["--device", "cuda:99"], &["--device", "cuda"]);
     if !dspark::device_is_available() {
-        refused(&["--device", "cuda"], &["cuda"]);
+        refused(&["--device", "cuda"], &["--device", "cuda"]);
     }
 }
 
@@ -197,6 +197,10 @@ fn targets_that_are_broken() {
     target_refused(huge.path(), &["model.safetensors", "expected"]);
 
     target_refused("/no/such/dir", &["/no/such/dir/config.json: No such"]);
+    assert_refused(
+        &["generate", "--target", "/no/such/dir", "--prompt", "text"],
+        &["/no/such/dir/config.json: No such"],
+    );
     let file = TempFile::new("{}");
     target_refused(file.path(), &["config.json"]);
     let empty = tempfile::tempdir().unwrap();

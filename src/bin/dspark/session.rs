@@ -32,14 +32,26 @@ pub fn on_device<J: Job>(
     };
     match choice {
         #[cfg(feature = "cuda")]
-        DeviceChoice::Cuda(ordinal) => job.run(dspark::ops::cuda::Cuda::open(ordinal)?),
+        DeviceChoice::Cuda(ordinal) => job.run(open_cuda(ordinal)?),
         #[cfg(not(feature = "cuda"))]
         DeviceChoice::Cuda(_) => {
             let expected = "auto or cpu (this build is without the `cuda` feature)";
-            Err(Error::argument("device", expected, "cuda").into())
+            Err(Error::argument("--device", expected, "cuda").into())
         }
         DeviceChoice::Auto | DeviceChoice::Cpu => job.run(Reference::new(threads)?),
     }
+}
+
+/// The CUDA backend; a device that is missing or too old is the option's fault.
+#[cfg(feature = "cuda")]
+fn open_cuda(ordinal: usize) -> dspark::Result<dspark::ops::cuda::Cuda> {
+    dspark::ops::cuda::Cuda::open(ordinal).map_err(|error| match error {
+        Error::Unsupported { reason, .. } => {
+            let expected = "a CUDA device that can be used, or cpu";
+            Error::argument("--device", expected, format!("cuda:{ordinal} ({reason})"))
+        }
+        other => other,
+    })
 }
 
 /// How tokens will be proposed, settled from `--mode` and `--draft`.
@@ -144,6 +156,8 @@ pub struct Texts {
 
 impl Texts {
     pub fn load(target: &Path) -> Result<Self> {
+        // A directory without a target is to be called that, not one without a tokenizer.
+        TargetConfig::read(target)?;
         let tokenizer = Tokenizer::exists(target)
             .then(|| Tokenizer::load(target))
             .transpose()?;
