@@ -13,5 +13,5 @@ dspark_say "running"
     --target "$dspark_target/demo/target" \
     --draft mtp=tools/demo/mtp \
     --draft dspark=tools/demo/dspark \
-    --prompt "A baker makes 12 trays of 8 rolls each day and sells every roll for 3 dollars. How much money does the baker make in 5 days? Reason step by step." \
+    --prompt "Write a Python function that returns the sum of the squares of a list of numbers, and explain how it works." \
     --max-new-tokens 160 "$@"

@@ -54,19 +54,24 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
 }
 
 fn build() -> Result<()> {
-    if cfg!(feature = "cuda") {
-        say!(
-            "built    with CUDA kernels for {}",
-            option_env!("DSPARK_BUILT_ARCHS").unwrap_or("?")
-        );
-        say!(
-            "compiler {}",
-            option_env!("DSPARK_BUILT_NVCC").unwrap_or("?")
-        );
-    } else {
-        say!("built    without CUDA (feature `cuda` is off): the reference backend alone");
+    match (option_env!("DSPARK_NVCC"), option_env!("DSPARK_GENCODE")) {
+        (Some(nvcc), Some(gencode)) => {
+            say!("built    with CUDA kernels, {}", archs(gencode));
+            say!("compiler {nvcc}");
+        }
+        _ => say!("built    without CUDA (feature `cuda` is off): the reference backend alone"),
     }
     Ok(())
+}
+
+/// The code each `-gencode=arch=...,code=[...]` asks for: "sm_90a sm_80 compute_80".
+fn archs(gencode: &str) -> String {
+    gencode
+        .split(' ')
+        .filter_map(|flag| flag.split_once("code=[")?.1.strip_suffix(']'))
+        .collect::<Vec<_>>()
+        .join(" ")
+        .replace(',', " ")
 }
 
 fn devices() -> Result<()> {
@@ -175,4 +180,13 @@ fn prompt(target: &Path) -> Result<Vec<u32>> {
     }
     let vocab_size = TargetConfig::read(target)?.decoder.vocab_size as u32;
     Ok((1..17).map(|id| id % vocab_size).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn architectures_are_read_from_the_compiler_flags() {
+        let flags = "-gencode=arch=compute_90a,code=[sm_90a] -gencode=arch=compute_80,code=[sm_80,compute_80]";
+        assert_eq!(super::archs(flags), "sm_90a sm_80 compute_80");
+    }
 }
