@@ -236,7 +236,9 @@ fn sampled_tokens_depend_on_the_seed_alone() {
                 assert_eq!(run(batch, &asks), alone, "{drafter}, {policy}, {batch:?}");
             }
             let mut others = asks.clone();
-            others.iter_mut().for_each(|ask| ask.sampling.seed += 100);
+            for ask in &mut others {
+                ask.sampling.seed += 100;
+            }
             assert_ne!(run(Batch::Alone, &others), alone, "{drafter}, {policy}");
         }
     }

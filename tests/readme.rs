@@ -70,7 +70,15 @@ fn options(readme: &str) -> BTreeSet<(String, String)> {
 /// Paths of this repository named in the text.
 fn paths(readme: &str) -> BTreeSet<String> {
     let is_path = |c: char| c.is_ascii_alphanumeric() || "_-./*".contains(c);
-    let roots = ["tools/", "examples/", "tests/", "src/", "cuda/", ".ci/"];
+    let roots = [
+        "tools/",
+        "examples/",
+        "benches/",
+        "tests/",
+        "src/",
+        "cuda/",
+        ".ci/",
+    ];
     readme
         .split(|c| !is_path(c))
         .map(|word| word.trim_end_matches(['.', '/']))

@@ -58,15 +58,15 @@ pub fn run(args: &CompareArgs) -> Result<()> {
         };
         outcomes.push(session::on_device(args.run.device, args.run.threads, job)?);
     }
+    let mut out = io::stdout().lock();
     if args.json {
         let rows: Vec<Row> = outcomes
             .iter()
             .map(|outcome| row(outcome, &outcomes[0]))
             .collect();
-        writeln!(io::stdout(), "{}", serde_json::to_string_pretty(&rows)?)?;
+        writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
     } else {
-        let text = describe(&outcomes, args.sampling.temperature == 0.0);
-        io::stdout().write_all(text.as_bytes())?;
+        print(&mut out, &outcomes, args.sampling.temperature == 0.0)?;
     }
     Ok(())
 }
@@ -139,31 +139,31 @@ fn num_same(outcome: &Outcome, base: &Outcome) -> usize {
 }
 
 /// The texts (of a single prompt) and the table.
-fn describe(outcomes: &[Outcome], greedy: bool) -> String {
+fn print(out: &mut impl io::Write, outcomes: &[Outcome], greedy: bool) -> io::Result<()> {
     let colour = colour();
-    let mut text = String::new();
     if outcomes[0].completions.len() == 1 {
         for outcome in outcomes {
             let answer = paint(&outcome.pieces, colour);
-            text += &format!("--- {}\n{}\n\n", outcome.name, answer.trim_end());
+            writeln!(out, "--- {}\n{}\n", outcome.name, answer.trim_end())?;
         }
         if colour {
-            text += "(drafted and accepted tokens are green)\n\n";
+            writeln!(out, "(drafted and accepted tokens are green)\n")?;
         }
     }
     let rows: Vec<_> = outcomes
         .iter()
         .map(|o| (o.name.to_owned(), o.figures.clone()))
         .collect();
-    text += &format!("{}\n{}", outcomes[0].device, table(&rows));
+    write!(out, "{}\n{}", outcomes[0].device, table(&rows))?;
     if greedy {
         for outcome in &outcomes[1..] {
             let (same, all) = (num_same(outcome, &outcomes[0]), outcome.completions.len());
-            text += &format!(
-                "{}: {same} of {all} outputs are token for token those of none\n",
+            writeln!(
+                out,
+                "{}: {same} of {all} outputs are token for token those of none",
                 outcome.name
-            );
+            )?;
         }
     }
-    text
+    Ok(())
 }

@@ -166,7 +166,7 @@ impl Job for Check<'_> {
         match check.suspect() {
             Some(slip) => say!("this pair looks like one with {slip}"),
             None => {
-                say!("no layout slip explains more acceptance than the checkpoint as it is")
+                say!("no layout slip explains more acceptance than the checkpoint as it is");
             }
         }
         Ok(())

@@ -21,7 +21,7 @@ pub fn paint(pieces: &[Piece], colour: bool) -> String {
     let mut text = String::new();
     for piece in pieces.iter().filter(|piece| !piece.text.is_empty()) {
         if colour && piece.drafted {
-            text += &format!("{DRAFTED}{}{PLAIN}", piece.text);
+            text.extend([DRAFTED, &piece.text, PLAIN]);
         } else {
             text += &piece.text;
         }
