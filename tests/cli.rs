@@ -334,6 +334,31 @@ fn doctor_looks_at_a_pair() {
 }
 
 #[test]
+fn a_gpu_generates_too() {
+    if !dspark::device_is_available() {
+        let required = std::env::var("DSPARK_REQUIRE_GPU").is_ok_and(|value| value == "1");
+        assert!(
+            !required,
+            "DSPARK_REQUIRE_GPU=1, but there is no CUDA device"
+        );
+        println!("skipped: no CUDA device");
+        return;
+    }
+    let (target, draft) = (target("qwen3_bf16"), drafter("qwen3_vanilla"));
+    let args = ["generate", "--target", &target, "--draft", &draft];
+    let rest = [
+        "--prompt-ids",
+        "1,2,3",
+        "--max-new-tokens",
+        "24",
+        "--device",
+    ];
+    let printed = stdout(&[&args[..], &rest, &["cuda:0"]].concat());
+    assert_eq!(printed.split(',').count(), 24, "{printed}");
+    assert_eq!(stdout(&[&args[..], &rest, &["auto"]].concat()), printed);
+}
+
+#[test]
 fn help_has_examples() {
     for name in ["generate", "compare", "doctor"] {
         let help = stdout(&[name, "--help"]);

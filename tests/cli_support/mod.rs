@@ -15,9 +15,14 @@ pub struct Run {
     pub stderr: String,
 }
 
+/// The program with these arguments. What is expected of it is exact, so it generates on the CPU unless told otherwise.
 pub fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dspark"));
     command.args(args).stdin(Stdio::null());
+    let generates = matches!(args.first(), Some(&("generate" | "compare")));
+    if generates && !args.contains(&"--device") {
+        command.args(["--device", "cpu"]);
+    }
     command
 }
 
