@@ -492,11 +492,14 @@ fn policies_are_parsed_and_written() {
         ("fixed", Policy::Fixed),
         ("threshold:0.5", Policy::Threshold(0.5)),
         ("threshold:1", Policy::Threshold(1.0)),
-        ("adaptive", Policy::Algorithm1),
+        ("algorithm1", Policy::Algorithm1),
+        ("delayed", Policy::Delayed),
+        ("global", Policy::Global),
     ] {
         assert_eq!(text.parse::<Policy>().unwrap(), policy);
         assert_eq!(policy.to_string(), text);
     }
+    assert_eq!("adaptive".parse::<Policy>().unwrap(), Policy::Algorithm1);
     for text in [
         "",
         "Fixed",

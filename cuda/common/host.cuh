@@ -155,9 +155,6 @@ inline dspark_status check_cuda(const char* what, cudaError_t error) {
               cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
-/* Shared memory that a kernel may use without opting in. */
-constexpr size_t kDefaultSharedBytes = 48 * 1024;
-
 /* Enqueues `kernel` on `stream`; the grid must not be empty. */
 template <typename... Params, typename... Args>
 dspark_status launch(const char* name,
@@ -167,7 +164,8 @@ dspark_status launch(const char* name,
                      size_t shared_bytes,
                      dspark_stream stream,
                      Args&&... args) {
-  if (shared_bytes > kDefaultSharedBytes) {
+  /* A kernel's static shared memory counts against the 48 KB that need no opting in too. */
+  if (shared_bytes > 0) {
     DSPARK_TRY(check_cuda(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                      static_cast<int>(shared_bytes))));

@@ -409,6 +409,56 @@ typedef struct dspark_survival_params {
 dspark_status DSPARK_FN(dspark_survival)(const dspark_survival_params* params,
                                          dspark_stream stream);
 
+/* Rules of dspark_schedule. */
+#define DSPARK_SCHEDULE_FIRST_FALL 0 /* Algorithm 1: until throughput first falls */
+#define DSPARK_SCHEDULE_CAPACITY 1   /* as many drafts as `capacity` says */
+#define DSPARK_SCHEDULE_BEST 2       /* the best number by this step's confidences: peeks */
+
+/*
+ * Computes      verify_lens: how many drafts of each request are verified. Survivals are the running
+ *               products, left to right, of the calibrated confidences, rounded to units of 2^-17.
+ *               Drafts below limits with a survival above 0 are ranked by survival, largest first,
+ *               ties by request, then position; the first n of the ranking are admitted. With n
+ *               drafts the step commits tau(n) = requests + sum of survivals and costs ticks[n].
+ *               FIRST_FALL: n grows while tau(n + 1) * ticks[n] > (tau(n) + tau(n) / (100 *
+ *               requests)) * ticks[n + 1]. BEST: the smallest n of the largest tau(n) / ticks[n], 0
+ *               unless tau(n) * ticks[0] > 1.01 * tau(0) * ticks[n]. CAPACITY: capacity[0] drafts
+ *               made for capacity[1] requests, scaled to this step's. FIRST_FALL, where n > 0, and
+ *               CAPACITY, where capacity[0] > 0, then take all drafts that ticks prices no higher
+ *               than n (the rest of a graph bucket).
+ *               best: the n of BEST whatever the rule, and the number of requests: the capacity of
+ *               the step after the next.
+ * Shapes        confidence [num_reqs, draft_len]; temperature [draft_len]; limits, verify_lens
+ *               [num_reqs]; ticks [num_reqs * draft_len + 1]; capacity, best [2]; num_live [1].
+ * Dtypes        f32; ticks uint32, 1 to 2^30, not falling; the rest int32.
+ * Layout        contiguous.
+ * Alignment     4 bytes.
+ * Aliasing      none, but that best may be capacity.
+ * Workspace     none.
+ * Determinism   bitwise, and that of the host (dspark::schedule::Ranking): calibration is rounded
+ *               operation by operation, all sums and comparisons are of integers.
+ * Stream/graph  capture-safe. One launch of one CTA.
+ * Errors        null pointers, sizes < 0, num_reqs > 8192, num_reqs * draft_len > 16384, a rule that
+ *               is none, CAPACITY without capacity.
+ */
+typedef struct dspark_schedule_params {
+  uint32_t struct_size;
+  int32_t num_reqs; /* bound */
+  int32_t draft_len;
+  int32_t rule;
+  const float* confidence;
+  const float* temperature; /* may be NULL: all 1 */
+  const int32_t* limits;    /* may be NULL: draft_len */
+  const int32_t* num_live;  /* may be NULL: num_reqs; requests from it on are padding, 0 drafts */
+  const uint32_t* ticks;
+  const int32_t* capacity; /* may be NULL unless the rule is CAPACITY */
+  int32_t* best;           /* may be NULL */
+  int32_t* verify_lens;
+} dspark_schedule_params;
+#define DSPARK_SCHEDULE_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_schedule_params)
+dspark_status DSPARK_FN(dspark_schedule)(const dspark_schedule_params* params,
+                                         dspark_stream stream);
+
 /* ------------------------------------------------------------------------------------------------
  * verify: target law and acceptance
  * --------------------------------------------------------------------------------------------- */

@@ -49,8 +49,6 @@ pub struct EngineConfig {
     pub sts_temperatures: Option<Vec<f32>>,
     /// What a step costs, where [`Policy::needs_cost`]; `None` measures it at start-up.
     pub cost: Option<StepCost>,
-    /// What of the schedule follows live outcomes.
-    pub adapt: Adapt,
 }
 
 impl EngineConfig {
@@ -129,8 +127,7 @@ impl<O: Ops> Engine<O> {
         let mut pool = PagePool::new(config.num_pages, config.page_size)?;
         let longest = drafter.as_ref().map_or(0, |d| d.max_draft_len());
         let draft_len = config.draft_len.unwrap_or(longest);
-        let mut scheduler = Scheduler::new(config.policy, config.sts_temperatures)?;
-        scheduler.set_adapt(config.adapt);
+        let scheduler = Scheduler::new(config.policy, config.sts_temperatures)?;
         let mut step = DecodeStep::new(target, drafter, scheduler, draft_len)?;
         if config.policy.needs_cost() {
             let cost = match config.cost {
@@ -152,6 +149,11 @@ impl<O: Ops> Engine<O> {
             next_id: 0,
             totals: RoundStats::default(),
         })
+    }
+
+    /// What of the schedule follows live outcomes from now on; nothing does before.
+    pub fn set_adapt(&mut self, adapt: Adapt) {
+        self.step.set_adapt(adapt);
     }
 
     /// Measures what a step costs; `on_point` hears of every point to come and of all there are. The cost is not put to

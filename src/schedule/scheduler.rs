@@ -302,7 +302,7 @@ impl Scheduler {
         })?;
         let num_reqs = limits.len();
         let ranking = Ranking::new(&survival(calibrated, draft_len), draft_len, limits);
-        let ticks = Ticks::new(ranking.len(), |num_drafts| {
+        let ticks = Ticks::new(num_reqs * draft_len, |num_drafts| {
             cost.seconds(StepShape {
                 num_drafted: num_reqs,
                 num_tokens: num_reqs + num_drafts,

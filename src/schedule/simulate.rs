@@ -4,7 +4,8 @@
 //! The model: a simulated request takes the recorded rounds of one recorded request, from a drawn place on and around
 //! its end, one a step. With `verify_len` drafts verified it commits `min(num_accepted, verify_len) + 1` tokens, and the
 //! recording's next round comes next, however many were committed: text is taken to be as hard a few tokens earlier or
-//! later. A step without drafts commits one token a request and passes over no round. A request leaves when it has its
+//! later. A step without drafts commits one token a request and passes over no round (but for the oracle, which has
+//! looked at it). A request leaves when it has its
 //! number of tokens. Steps take what the cost says; prompts are free.
 
 use serde::Serialize;
@@ -43,10 +44,11 @@ pub enum Arrivals {
     Closed,
     /// Poisson arrivals of this many requests a second; at most the load run at once, the others wait.
     Poisson(f64),
-    /// The batch is full for this many steps, then down to this many requests for as long, in turn.
+    /// The batch is full until this many tokens were committed, then down to this many requests for as many tokens, in
+    /// turn: the same work in both phases.
     Waves {
-        /// Steps of each phase.
-        steps: usize,
+        /// Tokens of each phase.
+        tokens: u64,
         /// Requests of the quiet phase.
         low: usize,
     },
@@ -120,6 +122,18 @@ struct Live {
     context: usize,
 }
 
+/// The state of a run.
+struct World {
+    draws: Draws,
+    live: Vec<Live>,
+    free: Vec<usize>,
+    next_arrival: f64,
+    /// Whether the quiet phase is on, and the tokens at which this phase ends.
+    quiet: bool,
+    phase_end: u64,
+    report: SimReport,
+}
+
 /// Uniform draws from a 64-bit linear congruential generator.
 struct Draws(u64);
 
@@ -155,27 +169,27 @@ impl Simulation<'_> {
             }
             _ => None,
         };
-        let mut draws = Draws(self.seed);
-        let mut report = SimReport::default();
-        let mut live: Vec<Live> = Vec::new();
-        let mut free: Vec<usize> = (0..self.num_reqs).rev().collect();
-        let mut next_arrival = 0.0;
-        for step in 0..self.num_steps {
-            self.arrive(
-                step,
-                report.seconds,
-                &mut next_arrival,
-                &mut live,
-                &mut free,
-                &mut draws,
-                &mut scheduler,
-            );
-            if live.is_empty() {
-                report.seconds = next_arrival;
+        let mut world = World {
+            draws: Draws(self.seed),
+            live: Vec::new(),
+            free: (0..self.num_reqs).rev().collect(),
+            next_arrival: 0.0,
+            quiet: false,
+            phase_end: match self.arrivals {
+                Arrivals::Waves { tokens, .. } => tokens,
+                _ => u64::MAX,
+            },
+            report: SimReport::default(),
+        };
+        for _ in 0..self.num_steps {
+            self.arrive(&mut world, scheduler.as_mut());
+            if world.live.is_empty() {
+                world.report.seconds = world.next_arrival;
                 continue;
             }
-            self.step(rule, scheduler.as_mut(), &mut live, &mut report)?;
-            live.retain(|request| {
+            self.step(rule, scheduler.as_mut(), &mut world)?;
+            let free = &mut world.free;
+            world.live.retain(|request| {
                 let stays = request.tokens_left > 0;
                 if !stays {
                     free.push(request.slot);
@@ -183,7 +197,7 @@ impl Simulation<'_> {
                 stays
             });
         }
-        Ok(report)
+        Ok(world.report)
     }
 
     fn validate(&self) -> Result<()> {
@@ -212,34 +226,34 @@ impl Simulation<'_> {
     }
 
     /// Lets requests in.
-    #[allow(clippy::too_many_arguments)] // the state of the one loop that calls it
-    fn arrive(
-        &self,
-        step: usize,
-        now: f64,
-        next_arrival: &mut f64,
-        live: &mut Vec<Live>,
-        free: &mut Vec<usize>,
-        draws: &mut Draws,
-        scheduler: &mut Option<Scheduler>,
-    ) {
-        let most = match self.arrivals {
-            Arrivals::Waves { steps, low } if (step / steps.max(1)) % 2 == 1 => low.max(1),
-            _ => self.num_reqs,
-        };
-        while live.len() > most {
-            // The quiet phase begins: the newest requests are taken elsewhere.
-            free.extend(live.pop().map(|request| request.slot));
+    fn arrive(&self, world: &mut World, mut scheduler: Option<&mut Scheduler>) {
+        let mut most = self.num_reqs;
+        if let Arrivals::Waves { tokens, low } = self.arrivals {
+            if world.report.num_tokens >= world.phase_end {
+                world.quiet = !world.quiet;
+                world.phase_end = world.report.num_tokens + tokens;
+            }
+            if world.quiet {
+                most = low.clamp(1, most);
+            }
         }
+        while world.live.len() > most {
+            // The quiet phase begins: the newest requests are taken elsewhere.
+            let gone = world.live.pop().map(|request| request.slot);
+            world.free.extend(gone);
+        }
+        let World {
+            draws, live, free, ..
+        } = world;
         while live.len() < most {
             if let Arrivals::Poisson(rate) = self.arrivals {
-                if *next_arrival > now {
+                if world.next_arrival > world.report.seconds {
                     break;
                 }
-                *next_arrival -= (1.0 - draws.uniform()).ln() / rate;
+                world.next_arrival -= (1.0 - draws.uniform()).ln() / rate;
             }
             let Some(slot) = free.pop() else { break };
-            if let Some(scheduler) = scheduler {
+            if let Some(scheduler) = &mut scheduler {
                 scheduler.forget(slot);
             }
             let request = draws.below(self.requests.len());
@@ -254,13 +268,8 @@ impl Simulation<'_> {
         }
     }
 
-    fn step(
-        &self,
-        rule: Rule,
-        scheduler: Option<&mut Scheduler>,
-        live: &mut [Live],
-        report: &mut SimReport,
-    ) -> Result<()> {
+    fn step(&self, rule: Rule, scheduler: Option<&mut Scheduler>, world: &mut World) -> Result<()> {
+        let World { live, report, .. } = world;
         let rounds: Vec<&RecordedRound> = live
             .iter()
             .map(|live| &self.requests[live.request].rounds[live.next_round])
@@ -288,10 +297,11 @@ impl Simulation<'_> {
             let accepted = choice
                 .as_ref()
                 .map_or(0, |lens| lens[r].min(rounds[r].num_accepted));
-            if choice.is_some() {
+            // The oracle has looked at the round also where it drafts nothing.
+            if choice.is_some() || rule == Rule::Oracle {
                 live.next_round = (live.next_round + 1) % self.requests[live.request].rounds.len();
-                report.num_drafted += 1;
             }
+            report.num_drafted += u64::from(choice.is_some());
             let committed = 1 + accepted;
             live.tokens_left = live.tokens_left.saturating_sub(committed);
             live.context += committed;

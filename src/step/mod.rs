@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::model::{Drafter, ProposeBatch, Target};
 use crate::ops::{DraftLaw, Ops, RowMap, SamplingParams};
-use crate::schedule::{Batch, Evidence, Graded, Scheduler, StepCost, StepShape};
+use crate::schedule::{Adapt, Batch, Evidence, Graded, Scheduler, StepCost, StepShape};
 
 /// A target, a drafter (or none: plain decoding) and a rule for how many drafts to verify.
 pub struct DecodeStep<O: Ops> {
@@ -101,6 +101,11 @@ impl<O: Ops> DecodeStep<O> {
     /// What the rule believes a step to cost.
     pub fn set_cost(&mut self, cost: StepCost) {
         self.scheduler.set_cost(cost);
+    }
+
+    /// What of the rule follows live outcomes from now on.
+    pub fn set_adapt(&mut self, adapt: Adapt) {
+        self.scheduler.set_adapt(adapt);
     }
 
     /// Time spent so far.

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use dspark::engine::{Completion, Engine, EngineConfig, Event};
 use dspark::model::Drafter;
 use dspark::reference::Reference;
-use dspark::schedule::{Adapt, CostTable, Policy, StepCost};
+use dspark::schedule::{CostTable, Policy, StepCost};
 use dspark::{Error, Result};
 
 use super::{DraftSpec, FakeDrafter, FakeTarget, LogitsOf, Sizes, greedy};
@@ -52,7 +52,6 @@ pub fn engine_config(sizes: &Sizes, policy: Policy) -> EngineConfig {
         policy,
         sts_temperatures: None,
         cost: Some(linear_cost(0.2)),
-        adapt: Adapt::OFF,
     }
 }
 

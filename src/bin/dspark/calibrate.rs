@@ -3,10 +3,9 @@
 use anyhow::Result;
 use dspark::Error;
 use dspark::engine::Event;
-use dspark::model::{TargetConfig, drafter_identity, target_identity};
 use dspark::ops::Ops;
+use dspark::schedule::Calibration;
 use dspark::schedule::sts::{self, PositionFit, RecordedRound};
-use dspark::schedule::{Calibration, PairIdentity};
 
 use crate::args::{CalibrateArgs, DraftArgs, PromptArgs};
 use crate::diagram::{self, Panel};
@@ -14,12 +13,11 @@ use crate::session::{self, Drafting, Job, Texts};
 use crate::{progress, prompts, trace};
 
 pub fn run(args: &CalibrateArgs) -> Result<()> {
-    let pair = PairIdentity {
-        target: target_identity(&args.run.target)?,
-        drafter: drafter_identity(&args.draft)?,
-    };
+    let all_verified = DraftArgs::fixed();
+    let drafting = Drafting::new(None, Some(&args.draft), &args.run.target, &all_verified)?;
+    let pair = drafting.identity(&args.run.target)?;
     let rounds = match args.traces.as_slice() {
-        [] => record(args)?,
+        [] => record(args, drafting)?,
         files => trace::read_rounds(files)?,
     };
     let held_out = trace::read_rounds(&args.held_out)?;
@@ -80,7 +78,7 @@ fn table(temperatures: &[f32], fits: &[PositionFit]) -> String {
 }
 
 /// Generates from the prompts with every draft verified.
-fn record(args: &CalibrateArgs) -> Result<Vec<RecordedRound>> {
+fn record(args: &CalibrateArgs, drafting: Drafting) -> Result<Vec<RecordedRound>> {
     let texts = Texts::load(&args.run.target)?;
     let mut prompts = Vec::new();
     for file in &args.prompts {
@@ -95,8 +93,6 @@ fn record(args: &CalibrateArgs) -> Result<Vec<RecordedRound>> {
             args.sampling.raw,
         )?);
     }
-    let all_verified = DraftArgs::fixed();
-    let drafting = Drafting::new(None, Some(&args.draft), &args.run.target, &all_verified)?;
     let job = Record {
         args,
         texts,
@@ -117,18 +113,14 @@ impl Job for Record<'_> {
     type Output = Vec<RecordedRound>;
 
     fn run<O: Ops + 'static>(self, ops: O) -> Result<Vec<RecordedRound>> {
-        let (run, sampling) = (&self.args.run, &self.args.sampling);
-        let context = TargetConfig::read(&run.target)?.decoder.max_position;
-        let longest = session::longest(&self.prompts, sampling.max_new_tokens, context);
-        let mut engine = session::start(ops, run, &self.drafting, self.prompts.len(), longest)?;
-        for (index, prompt) in self.prompts.iter().enumerate() {
-            engine.submit(self.texts.request(prompt.clone(), index, sampling))?;
-        }
+        let requests = self.texts.requests(&self.prompts, &self.args.sampling);
+        let mut engine = session::start(ops, &self.args.run, &self.drafting, requests)?;
         let bar = progress::bar("prompts", self.prompts.len());
         let completions = session::finish(&mut engine, |event| {
             if let Event::Finished { .. } = event {
                 bar.inc(1);
             }
+            Ok(())
         })?;
         bar.finish_and_clear();
         let rounds = completions.iter().flat_map(|c| &c.rounds);

@@ -1,9 +1,10 @@
 //! `dspark profile`: what a step costs on this machine with these models.
 
 use anyhow::Result;
-use dspark::model::{TargetConfig, drafter_identity, target_identity};
-use dspark::ops::Ops;
-use dspark::schedule::{CostFile, CostIdentity, PairIdentity, StepShape};
+use dspark::engine::Request;
+use dspark::model::TargetConfig;
+use dspark::ops::{Ops, SamplingParams};
+use dspark::schedule::{CostFile, CostIdentity, StepShape};
 
 use crate::args::{DraftArgs, ProfileArgs};
 use crate::progress;
@@ -33,9 +34,12 @@ impl Job for Profile<'_> {
 
     fn run<O: Ops + 'static>(self, ops: O) -> Result<()> {
         let run = &self.args.run;
-        let context = TargetConfig::read(&run.target)?.decoder.max_position;
-        let longest = self.args.context.min(context);
-        let mut engine = session::start(ops, run, &self.drafting, run.max_num_reqs, longest)?;
+        // Requests that fill the pool the points are timed in; they are never submitted.
+        let max_position = TargetConfig::read(&run.target)?.decoder.max_position;
+        let context = self.args.context.clamp(1, max_position - 1);
+        let request = || Request::new(vec![0; context], SamplingParams::default(), 1);
+        let requests: Vec<Request> = (0..run.max_num_reqs).map(|_| request()).collect();
+        let mut engine = session::build(ops, run, &self.drafting, &requests)?;
         let bar = progress::bar("points", 1);
         let cost = engine.profile(&mut |done, all| {
             bar.set_length(all as u64);
@@ -43,13 +47,7 @@ impl Job for Profile<'_> {
         })?;
         bar.finish_and_clear();
         let draft_len = engine.step().draft_len();
-        let pair = PairIdentity {
-            target: target_identity(&run.target)?,
-            drafter: match &self.drafting.dir {
-                Some(dir) => drafter_identity(dir)?,
-                None => String::new(),
-            },
-        };
+        let pair = self.drafting.identity(&run.target)?;
         let device = engine.ops().describe();
         let identity = CostIdentity::of_this_build(pair, device, draft_len);
         println!("{}, {} drafts a round", identity.device, draft_len);

@@ -133,10 +133,10 @@ fn print(rows: &[Row]) {
     }
 }
 
-/// `closed`, `poisson:RATE` or `waves:STEPS:LOW`.
+/// `closed`, `poisson:RATE` or `waves:TOKENS:LOW`.
 pub fn parse_arrivals(text: &str) -> Result<Arrivals, String> {
     let expected =
-        || "expected closed, poisson:RATE (requests a second) or waves:STEPS:LOW".to_owned();
+        || "expected closed, poisson:RATE (requests a second) or waves:TOKENS:LOW".to_owned();
     let mut parts = text.split(':');
     let arrivals = match (parts.next(), parts.next(), parts.next(), parts.next()) {
         (Some("closed"), None, None, None) => Some(Arrivals::Closed),
@@ -145,14 +145,10 @@ pub fn parse_arrivals(text: &str) -> Result<Arrivals, String> {
             .ok()
             .filter(|rate: &f64| rate.is_finite() && *rate > 0.0)
             .map(Arrivals::Poisson),
-        (Some("waves"), Some(steps), Some(low), None) => {
-            match (steps.parse::<usize>(), low.parse::<usize>()) {
-                (Ok(steps), Ok(low)) if steps > 0 && low > 0 => {
-                    Some(Arrivals::Waves { steps, low })
-                }
-                _ => None,
-            }
-        }
+        (Some("waves"), Some(tokens), Some(low), None) => match (tokens.parse(), low.parse()) {
+            (Ok(tokens), Ok(low)) if tokens > 0 && low > 0 => Some(Arrivals::Waves { tokens, low }),
+            _ => None,
+        },
         _ => None,
     };
     arrivals.ok_or_else(expected)

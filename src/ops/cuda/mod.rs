@@ -33,6 +33,7 @@ pub use cache::KvCache;
 pub use matrix::{DeviceMatrix, Norm};
 pub use rope::Rope;
 pub use rows::Rows;
+pub use schedule::{ScheduleInputs, ScheduleRule, Scheduled};
 pub use verify::Committed;
 
 /// Room for the packed arguments of a few hundred requests, in 32-bit words, before the first growth.
