@@ -107,9 +107,10 @@ impl CostFile {
             other => other,
         };
         let table = |field: &str, points: &[(usize, f64)]| {
-            let rises = |pair: &[(usize, f64)]| pair[0].0 < pair[1].0 && pair[0].1 <= pair[1].1;
-            if let Some(pair) = points.windows(2).find(|pair| !rises(pair)) {
-                let found = format!("{:?} after {:?}", pair[1], pair[0]);
+            let rises = |low: (usize, f64), high: (usize, f64)| low.0 < high.0 && low.1 <= high.1;
+            let mut pairs = points.iter().zip(points.iter().skip(1));
+            if let Some((low, high)) = pairs.find(|(low, high)| !rises(**low, **high)) {
+                let found = format!("{high:?} after {low:?}");
                 let expected = "rising counts and seconds that do not fall";
                 return Err(Error::checkpoint(file, field, expected, found));
             }

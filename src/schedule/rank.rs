@@ -64,11 +64,12 @@ impl Ranking {
     /// round to 0 are left out.
     pub fn new(survival: &[f32], draft_len: usize, limits: &[usize]) -> Self {
         let mut keys = Vec::with_capacity(survival.len());
-        for (r, &limit) in limits.iter().enumerate() {
-            for index in r * draft_len..r * draft_len + limit.min(draft_len) {
-                let units = (survival[index] * ONE as f32).round_ties_even() as u32;
+        for ((r, row), &limit) in survival.chunks(draft_len.max(1)).enumerate().zip(limits) {
+            for (j, &a) in row.iter().take(limit).enumerate() {
+                let units = (a * ONE as f32).round_ties_even() as u32;
                 if units > 0 {
-                    keys.push(u64::from(ONE - units.min(ONE)) << 32 | index as u64);
+                    let index = (r * draft_len + j) as u64;
+                    keys.push(u64::from(ONE - units.min(ONE)) << 32 | index);
                 }
             }
         }

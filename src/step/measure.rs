@@ -89,12 +89,13 @@ impl<O: Ops> DecodeStep<O> {
         chunk: usize,
     ) -> Result<()> {
         while seq.seq_len() < context {
-            let tokens = vec![0; (context - seq.seq_len()).min(chunk)];
-            seq.anchor = None;
+            let left = context - seq.seq_len();
+            let mut tokens = vec![0; left.min(chunk)];
+            tokens[0] = seq.anchor.take().unwrap_or(0);
             let chunk = PrefillChunk {
                 sequence: seq,
                 tokens: &tokens,
-                next: None,
+                next: (tokens.len() < left).then_some(0),
             };
             self.prefill(ops, &mut [chunk])?;
         }

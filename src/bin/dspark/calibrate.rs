@@ -1,5 +1,7 @@
 //! `dspark calibrate`: temperatures for a drafter's confidences, from recorded rounds.
 
+use std::fmt::Write as _;
+
 use anyhow::Result;
 use dspark::Error;
 use dspark::engine::Event;
@@ -61,8 +63,9 @@ fn table(temperatures: &[f32], fits: &[PositionFit]) -> String {
         "position  rounds  temperature   ECE %           AUC             Brier\n".to_owned();
     for (fit, temperature) in fits.iter().zip(temperatures) {
         let auc = |auc: Option<f64>| auc.map_or("-".into(), |auc| format!("{auc:.3}"));
-        text += &format!(
-            "{:>8} {:>7} {:>12.3}   {:>5.2} -> {:>5.2}  {:>5} -> {:>5}  {:.4} -> {:.4}\n",
+        let _ = writeln!(
+            text,
+            "{:>8} {:>7} {:>12.3}   {:>5.2} -> {:>5.2}  {:>5} -> {:>5}  {:.4} -> {:.4}",
             fit.position,
             fit.num_rounds,
             temperature,
