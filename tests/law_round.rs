@@ -12,7 +12,7 @@ use dspark::model::Drafter;
 use dspark::ops::SamplingParams;
 use dspark::reference::Reference;
 use dspark::reference::choices::enumerate;
-use dspark::schedule::{CostTable, Policy, Scheduler, StepCost};
+use dspark::schedule::{Adapt, CostTable, Policy, Scheduler, StepCost};
 use dspark::step::{DecodeStep, PrefillChunk, Proposal, Sequence};
 use fakes::{
     ConfidenceSpec, DraftSpec, FakeDrafter, FakeTarget, LogitsOf, Sizes, linear_cost,
@@ -305,6 +305,19 @@ fn delayed_schedules() {
         world.assert_exact(n);
         assert!(world.num_plans() > 1, "the schedule never mattered");
     }
+    // Temperatures that follow the outcomes, and rounds that draft nothing because it did not pay.
+    let mut learning = World::new(2, 1, sampled(1.0)).policy(Policy::Delayed);
+    let draft = CostTable::new(vec![(1, 0.4)]).unwrap();
+    let verify = CostTable::new(vec![(1, 1.0), (3, 1.2)]).unwrap();
+    learning
+        .scheduler
+        .set_cost(StepCost::new(verify, Some(draft)));
+    learning.scheduler.set_adapt(Adapt {
+        cost: false,
+        ..Adapt::ON
+    });
+    learning.assert_exact(7);
+    assert!(learning.num_plans() > 1);
     let params = sampled(0.7);
     World::new(2, 1, params)
         .policy(Policy::Delayed)
