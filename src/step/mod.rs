@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::model::{Drafter, ProposeBatch, Target};
-use crate::ops::{DraftLaw, Ops, RowMap, SamplingParams};
+use crate::ops::{AcceptBatch, AcceptExtras, DraftLaw, Ops, RowMap, SamplingParams};
 use crate::schedule::{Scheduler, StepCost};
 
 /// A target, a drafter (or none: plain decoding) and a rule for how many drafts to verify.
@@ -215,15 +215,16 @@ impl<O: Ops> DecodeStep<O> {
             Some(drafter) if proposal.draft_len > 0 => drafter.law(),
             _ => DraftLaw::PointMass,
         };
-        let accepted = ops.accept(
-            self.target.logits(),
-            &map.qo_indptr,
-            &proposal.tokens,
-            proposal.draft_len,
+        let accepted = ops.accept(&AcceptBatch {
+            target: self.target.logits(),
+            qo_indptr: &map.qo_indptr,
+            draft_tokens: &proposal.tokens,
+            draft_len: proposal.draft_len,
             law,
-            &anchor_positions,
-            &sampling(seqs),
-        )?;
+            anchor_positions: &anchor_positions,
+            sampling: &sampling(seqs),
+            extras: AcceptExtras::default(),
+        })?;
         Ok(Verified {
             map,
             num_accepted: accepted.num_accepted.iter().map(|&n| n as usize).collect(),

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::{DecodeStep, Sequence, check_context, row_map};
 use crate::error::{Error, Result};
-use crate::ops::{DraftLaw, Ops};
+use crate::ops::{AcceptBatch, AcceptExtras, DraftLaw, Ops};
 
 /// The next piece of a prompt of one sequence.
 pub struct PrefillChunk<'a> {
@@ -105,15 +105,16 @@ impl<O: Ops> DecodeStep<O> {
         let sampling: Vec<_> = ended().map(|(s, _)| s.sampling).collect();
         let qo_indptr: Vec<i32> = (0..=last_positions.len() as i32).collect();
         let accepted = ops
-            .accept(
-                self.target.logits(),
-                &qo_indptr,
-                &[],
-                0,
-                DraftLaw::PointMass,
-                &last_positions,
-                &sampling,
-            )
+            .accept(&AcceptBatch {
+                target: self.target.logits(),
+                qo_indptr: &qo_indptr,
+                draft_tokens: &[],
+                draft_len: 0,
+                law: DraftLaw::PointMass,
+                anchor_positions: &last_positions,
+                sampling: &sampling,
+                extras: AcceptExtras::default(),
+            })
             .map_err(|e| {
                 e.in_batch(|i| (0..ends.len()).filter(|&r| ends[r]).nth(i).unwrap_or(i))
             })?;
