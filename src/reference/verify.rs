@@ -95,7 +95,7 @@ impl Window<'_> {
                 .map_or(&[], |mask| &mask[index * words..][..words]),
         };
         let logits = shape.apply(batch.target.row(index));
-        match law::defect(batch.target.row(index)).or(law::defect(&logits)) {
+        match law::defect(&logits) {
             None => Ok(logits),
             Some(found) => Err(Error::BadLogits {
                 request: self.req,
