@@ -81,6 +81,7 @@ struct Stop {
   int32_t next;           /* -1: to be drawn */
   int32_t num_rejections; /* of Window::rejections */
   float share;
+  bool rejected; /* a draft behind `row` was turned down */
 };
 
 struct RequestView {
@@ -244,7 +245,7 @@ __device__ __forceinline__ void reject(Window& window, int32_t row, int32_t inde
 
 /* Greedy and coupled: drafts that are what their parent's row says. */
 __device__ __forceinline__ Stop follow(const RequestView& view, const Window& window) {
-  Stop stop = {0, 0, false, -1, 0, 1.f};
+  Stop stop = {0, 0, false, -1, 0, 1.f, false};
   while (true) {
     stop.bad = window.target_laws[stop.row].bad != 0;
     if (stop.bad) return stop;
@@ -265,8 +266,9 @@ __device__ __forceinline__ Stop decide_token_rule(const VerifyInputs& in,
                                                   const RequestView& view,
                                                   Window& window,
                                                   RaceShared& race) {
-  Stop stop = {0, 0, false, -1, 0, 1.f};
+  Stop stop = {0, 0, false, -1, 0, 1.f, false};
   int32_t child = 0;
+  int32_t tried = 0; /* siblings turned down at this row */
   while (true) {
     stop.bad = window.target_laws[stop.row].bad != 0;
     if (stop.bad) return stop;
@@ -277,24 +279,32 @@ __device__ __forceinline__ Stop decide_token_rule(const VerifyInputs& in,
     if (stop.num_rejections > 0) {
       const WeightSource before =
           weight_source(in, work, view, window, stop.row, stop.num_rejections, 1.f);
-      const float inv_mass = 1.f / row_mass(in, before, race);
-      if (threadIdx.x == 0) window.rejections[stop.num_rejections - 1].inv_mass = inv_mass;
-      __syncthreads();
+      const float mass = row_mass(in, before, race);
+      if (mass > 0.f) {
+        if (threadIdx.x == 0) window.rejections[stop.num_rejections - 1].inv_mass = 1.f / mass;
+        __syncthreads();
+      } else {
+        --stop.num_rejections; /* rounding has left nothing: the law stays as it was before */
+      }
       for (int32_t i = 0; i < stop.num_rejections && in_vocab(in, token); ++i) {
         const Rejection& rejection = window.rejections[i];
         const float prob = draft_probability(in, view.req, rejection.row, rejection.law, token);
         rest = fmaxf(rest - prob, 0.f) * rejection.inv_mass;
       }
     }
-    const double uniform = accept_uniform(in, view, window, stop.row, stop.num_rejections);
+    const double uniform = accept_uniform(in, view, window, stop.row, tried);
     if (uniform * static_cast<double>(window.draft_probs[child]) < static_cast<double>(rest)) {
       stop.kept |= 1ull << (child - 1);
       stop.row = child;
       stop.num_rejections = 0;
       child = 0;
+      tried = 0;
+      stop.rejected = false;
     } else {
       reject(window, child, stop.num_rejections);
       ++stop.num_rejections;
+      ++tried;
+      stop.rejected = true;
     }
   }
 }
@@ -341,7 +351,7 @@ __device__ __forceinline__ float candidate_mass(const VerifyInputs& in,
 __device__ __forceinline__ Stop decide_block_rule(const VerifyInputs& in,
                                                   const RequestView& view,
                                                   Window& window) {
-  Stop stop = {0, 0, false, -1, 0, 1.f};
+  Stop stop = {0, 0, false, -1, 0, 1.f, false};
   for (int32_t row = 0; row <= view.num_drafts; ++row) {
     stop.bad |= window.target_laws[row].bad != 0;
   }
@@ -373,6 +383,7 @@ __device__ __forceinline__ Stop decide_block_rule(const VerifyInputs& in,
   } else {
     reject(window, stop.row + 1, 0);
     stop.num_rejections = 1;
+    stop.rejected = true;
   }
   return stop;
 }
@@ -447,15 +458,14 @@ __device__ __forceinline__ int32_t draw_next(const VerifyInputs& in,
                                              const Window& window,
                                              const Stop& stop,
                                              RaceShared& race) {
-  const bool residual = stop.num_rejections > 0;
+  const bool residual = stop.rejected;
   const DrawKey key = draw_key(in, view, window, stop.row,
                                residual ? DSPARK_PURPOSE_RESIDUAL : DSPARK_PURPOSE_BONUS);
-  int32_t next = kNoRunner;
-  for (int32_t rejections = stop.num_rejections; next == kNoRunner; rejections = 0) {
-    const float share = rejections > 0 ? stop.share : 1.f;
-    next =
-        race_row(in, weight_source(in, work, view, window, stop.row, rejections, share), key, race);
-    if (rejections == 0) break;
+  int32_t next =
+      race_row(in, weight_source(in, work, view, window, stop.row, stop.num_rejections, stop.share),
+               key, race);
+  if (next == kNoRunner && residual) {
+    next = race_row(in, weight_source(in, work, view, window, stop.row, 0, 1.f), key, race);
   }
   return next == kNoRunner ? window.target_laws[stop.row].argmax : next;
 }
@@ -504,7 +514,7 @@ __global__ void __launch_bounds__(AcceptPolicy::kNumThreads, 1)
       view.num_drafts >= 0 && view.rule >= 0 && (rule == DSPARK_RULE_COUPLED || dense_block);
   if (!shared && blockIdx.x % work.ctas_per_req != 0) return; /* whole CTA, as all returns here */
 
-  Stop stop = {0, 0, false, -1, 0, 1.f};
+  Stop stop = {0, 0, false, -1, 0, 1.f, false};
   if (view.num_drafts >= 0) {
     load_window(in, work, view, window);
     if (shared && !share_rows(in, work, view, window, race)) return;
