@@ -118,6 +118,8 @@ mod cuda {
         let reports = out_dir.join("ptxas");
         fs::create_dir_all(&reports).map_err(|error| format!("{}: {error}", reports.display()))?;
         let gencode = gencode()?;
+        println!("cargo:rustc-env=DSPARK_NVCC={}", nvcc.display());
+        println!("cargo:rustc-env=DSPARK_GENCODE={}", gencode.join(" "));
         let host = cc::Build::new()
             .cpp(true)
             .try_get_compiler()
@@ -191,10 +193,8 @@ mod cuda {
         let nvcc = nvcc.canonicalize().unwrap_or_else(|_| nvcc.to_owned());
         let root = nvcc.ancestors().nth(2).unwrap_or(Path::new("/usr"));
         for lib in ["lib64", "lib", "targets/x86_64-linux/lib"] {
-            println!(
-                "cargo:rustc-link-search=native={}",
-                root.join(lib).display()
-            );
+            let dir = root.join(lib);
+            println!("cargo:rustc-link-search=native={}", dir.display());
         }
         println!("cargo:rustc-link-lib=static=cudart_static");
         for lib in ["dl", "pthread", "rt", "stdc++"] {

@@ -62,6 +62,7 @@ pub enum Error {
 
 impl Error {
     /// An [`Error::Argument`].
+    #[allow(clippy::needless_pass_by_value)] // call sites hand over literals and numbers
     pub fn argument(
         field: impl Into<String>,
         expected: impl Into<String>,
@@ -75,6 +76,7 @@ impl Error {
     }
 
     /// An [`Error::Checkpoint`].
+    #[allow(clippy::needless_pass_by_value)] // as above
     pub fn checkpoint(
         file: impl Into<PathBuf>,
         field: impl Into<String>,

@@ -39,6 +39,7 @@ dspark_find_cargo() {
     command -v python3 >/dev/null || dspark_die "python3 not found; install it (apt-get install python3 python3-pip)"
 }
 
+# build.rs looks in the same places in the same order, so nothing is exported.
 dspark_find_nvcc() {
     if [ -n "${NVCC:-}" ] || [ -x "${CUDA_HOME:-/nonexistent}/bin/nvcc" ] || command -v nvcc >/dev/null; then
         return
@@ -48,7 +49,6 @@ dspark_find_nvcc() {
         dspark_pip_into "$dspark_toolkit" nvidia-cuda-nvcc==13.0.* nvidia-cuda-runtime==13.0.* \
             nvidia-cuda-crt==13.0.* nvidia-nvvm==13.0.* nvidia-cuda-cccl==13.0.*
     fi
-    export CUDA_HOME=$dspark_toolkit/nvidia/cu13
 }
 
 dspark_find_libclang() {
@@ -57,7 +57,6 @@ dspark_find_libclang() {
     for dir in /usr/lib/llvm-*/lib /usr/lib/x86_64-linux-gnu /usr/lib64; do
         # libclang-cpp.so is another library.
         if compgen -G "$dir/libclang.so*" >/dev/null || compgen -G "$dir/libclang-[0-9]*.so*" >/dev/null; then
-            export LIBCLANG_PATH=$dir
             return
         fi
     done
@@ -65,7 +64,18 @@ dspark_find_libclang() {
         dspark_say "no libclang found: installing its wheel into $dspark_toolkit"
         dspark_pip_into "$dspark_toolkit" libclang
     fi
-    export LIBCLANG_PATH=$dspark_toolkit/clang/native
+}
+
+# cuBLASLt is loaded at run time, where there is a GPU to run on.
+dspark_find_cublas() {
+    [ -e /dev/nvidiactl ] || return 0
+    if ldconfig -p 2>/dev/null | grep -q libcublasLt.so.13 ||
+        compgen -G "${CUDA_HOME:-/usr/local/cuda}/lib64/libcublasLt.so*" >/dev/null ||
+        compgen -G "$dspark_toolkit/nvidia/cu13/lib/libcublasLt.so*" >/dev/null; then
+        return
+    fi
+    dspark_say "a GPU but no cuBLASLt found: installing its wheel (about 500 MB) into $dspark_toolkit"
+    dspark_pip_into "$dspark_toolkit" nvidia-cublas==13.*
 }
 
 dspark_make_demo_target() {
@@ -97,6 +107,7 @@ dspark_find_clang_format() {
 dspark_find_cargo
 dspark_find_nvcc
 dspark_find_libclang
+dspark_find_cublas
 for dspark_option in "$@"; do
     case $dspark_option in
         --demo) dspark_make_demo_target ;;
@@ -104,4 +115,4 @@ for dspark_option in "$@"; do
         *) dspark_die "unknown option $dspark_option; known: --demo --clang-format" ;;
     esac
 done
-dspark_say "ready (nvcc: ${NVCC:-${CUDA_HOME:+$CUDA_HOME/bin/nvcc}})"
+dspark_say "ready"

@@ -99,13 +99,19 @@ impl<T: DeviceRepr + Copy> Buffer<T> {
         .map_err(driver)
     }
 
-    /// The device address of element `offset`, for a launcher.
-    pub(crate) fn ptr(&self, offset: usize) -> *const T {
+    /// The device address of element `offset`, for a launcher; good while the buffer lives.
+    ///
+    /// # Panics
+    /// `offset` past the end.
+    pub fn ptr(&self, offset: usize) -> *const T {
         self.address(offset) as *const T
     }
 
-    /// The device address of element `offset`, for a launcher that writes there.
-    pub(crate) fn mut_ptr(&mut self, offset: usize) -> *mut T {
+    /// The device address of element `offset`, for a launcher that writes there; good while the buffer lives.
+    ///
+    /// # Panics
+    /// `offset` past the end.
+    pub fn mut_ptr(&mut self, offset: usize) -> *mut T {
         self.address(offset) as *mut T
     }
 

@@ -95,12 +95,15 @@ impl Device {
     }
 
     /// Makes the device's context current on this thread, as the launchers need it.
-    pub(crate) fn bind(&self) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(driver)
     }
 
-    /// The raw stream, for launchers.
-    pub(crate) fn raw_stream(&self) -> sys::CUstream {
+    /// The raw stream, for launchers; good while the device or a clone of it lives.
+    pub fn raw_stream(&self) -> sys::CUstream {
         self.stream.cu_stream()
     }
 

@@ -250,6 +250,7 @@ pub trait Ops: Sized {
 
     /// Per-head norms (where given: q's and k's weight `[head_dim]`) and RoPE of `qkv [rows, (Hq + 2 Hkv) D]`; q goes to
     /// `q_out [rows, Hq D]`, k and v to `sink`. With `q_out` `None`, `qkv` is `[k | v]` alone.
+    #[allow(clippy::too_many_arguments)] // one operand each; the C ABI has the params struct
     fn qk_norm_rope(
         &mut self,
         spec: &AttentionSpec,
@@ -271,6 +272,7 @@ pub trait Ops: Sized {
         out: &mut Self::Mat,
     ) -> Result<()>;
     /// Every row of request r sees cache slots `0 .. seq_lens[r]` and all of the request's rows of `block` `[k | v]`.
+    #[allow(clippy::too_many_arguments)] // one operand each; the C ABI has the params struct
     fn draft_attention(
         &mut self,
         spec: &AttentionSpec,
@@ -288,6 +290,7 @@ pub trait Ops: Sized {
     /// logits and is overwritten with `l = U + B`; the draft law is exactly `softmax(l / temperature)` of what is
     /// written. `hidden [num_reqs * draft_len, d]`. Draft k of request r (k from 1) is the token at position
     /// `anchor_positions[r] + k`, sampled with [`Rule::draft_purpose`]; argmax (lowest index wins) at temperature 0.
+    #[allow(clippy::too_many_arguments)] // one operand each; the C ABI has the params struct
     fn draft_head(
         &mut self,
         head: &DraftHead<Self>,

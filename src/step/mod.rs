@@ -215,6 +215,7 @@ impl<O: Ops> DecodeStep<O> {
             Some(drafter) if proposal.draft_len > 0 => drafter.law(),
             _ => DraftLaw::PointMass,
         };
+        let edits = sequence::edits(seqs.iter().map(|seq| &**seq));
         let accepted = ops.accept(&AcceptBatch {
             target: self.target.logits(),
             qo_indptr: &map.qo_indptr,
@@ -223,7 +224,10 @@ impl<O: Ops> DecodeStep<O> {
             law,
             anchor_positions: &anchor_positions,
             sampling: &sampling(seqs),
-            extras: AcceptExtras::default(),
+            extras: AcceptExtras {
+                edits: edits.as_deref(),
+                ..AcceptExtras::default()
+            },
         })?;
         Ok(Verified {
             map,
@@ -256,6 +260,7 @@ impl<O: Ops> DecodeStep<O> {
             seq.pages
                 .rollback(verified.map.seq_lens[r] as usize + committed.len());
             seq.anchor = Some(next);
+            seq.output.extend(&committed);
             rounds.push(Round {
                 draft_tokens: proposal.tokens_of(r).to_vec(),
                 confidence: proposal.confidence_of(r).to_vec(),

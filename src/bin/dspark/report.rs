@@ -34,9 +34,9 @@ impl Figures {
     /// Adds up every request and the engine's times.
     pub fn new(completions: &[Completion], times: PhaseTimes) -> Self {
         let mut rounds = RoundStats::default();
-        completions
-            .iter()
-            .for_each(|c| rounds.merge(&c.stats.rounds));
+        for completion in completions {
+            rounds.merge(&completion.stats.rounds);
+        }
         let num_tokens: usize = completions.iter().map(|c| c.tokens.len()).sum();
         let decode = times.propose + times.schedule + times.verify + times.commit;
         let decoded = num_tokens.saturating_sub(completions.len()) as f64;
@@ -170,7 +170,9 @@ mod tests {
             round(2, 1, [0.5, 0.8]),
         ];
         let mut stats = RequestStats::default();
-        rounds.iter().for_each(|round| stats.rounds.add(round));
+        for round in &rounds {
+            stats.rounds.add(round);
+        }
         let completion = Completion {
             prompt_ids: vec![1],
             tokens: vec![0; 7],

@@ -1,0 +1,287 @@
+//! Acceptance: 8 rows of bf16 target logits a request, drafts from a law of 32 candidates or from dense f32 logits.
+//!
+//! Draft logits are target logits with noise and the drafts are drawn from them, so that requests stop where they would
+//! in service.
+
+use dspark::device::Buffer;
+use dspark::ops;
+use dspark::sys;
+use half::bf16;
+
+use crate::lab::{Lab, Traffic, Work, check, struct_size};
+use crate::random::Random;
+
+const VOCAB_SIZE: usize = 151_936;
+const DRAFT_LEN: usize = 7;
+const NUM_ROWS: usize = DRAFT_LEN + 1;
+const NUM_CANDIDATES: usize = 32;
+const NUM_REQS: [usize; 4] = [1, 8, 32, 128];
+/// Requests with logits of their own; the others repeat them under other seeds.
+const DISTINCT: usize = 4;
+
+/// What all requests of a case do.
+struct Rule {
+    name: &'static str,
+    rule: ops::Rule,
+    temperature: f32,
+    /// top-k and top-p; without them the arrays are left out.
+    filters: Option<(i32, f32)>,
+    /// The draft law is dense.
+    dense: bool,
+}
+
+const TOKEN: Rule = Rule {
+    name: "token T=1",
+    rule: ops::Rule::Token,
+    temperature: 1.0,
+    filters: None,
+    dense: false,
+};
+
+const RULES: [Rule; 6] = [
+    TOKEN,
+    Rule {
+        name: "greedy",
+        temperature: 0.0,
+        ..TOKEN
+    },
+    Rule {
+        name: "token top-k 50 top-p 0.9 T=0.7",
+        temperature: 0.7,
+        filters: Some((50, 0.9)),
+        ..TOKEN
+    },
+    Rule {
+        name: "block T=1",
+        rule: ops::Rule::Block,
+        ..TOKEN
+    },
+    Rule {
+        name: "coupled T=1",
+        rule: ops::Rule::Coupled,
+        ..TOKEN
+    },
+    Rule {
+        name: "token T=1, dense f32 drafts",
+        dense: true,
+        ..TOKEN
+    },
+];
+
+/// Host logits of [`DISTINCT`] requests, and drafts drawn from them.
+struct Block {
+    target: Vec<bf16>,
+    /// Empty unless the law is dense.
+    draft: Vec<f32>,
+    candidate_tokens: Vec<i32>,
+    candidate_logits: Vec<f32>,
+    tokens: Vec<i32>,
+}
+
+impl Block {
+    fn new(random: &mut Random, rule: &Rule) -> Self {
+        let normals = random.normals(DISTINCT * NUM_ROWS * VOCAB_SIZE);
+        let target: Vec<f32> = normals.iter().map(|x| 3.0 * x).collect();
+        let noise = random.normals(DISTINCT * DRAFT_LEN * VOCAB_SIZE);
+        let drafted = target
+            .chunks_exact(NUM_ROWS * VOCAB_SIZE)
+            .flat_map(|request| &request[..DRAFT_LEN * VOCAB_SIZE]);
+        let draft: Vec<f32> = drafted.zip(noise).map(|(x, e)| x + 0.5 * e).collect();
+        let mut block = Self {
+            target: target.iter().map(|&x| bf16::from_f32(x)).collect(),
+            draft: Vec::new(),
+            candidate_tokens: Vec::new(),
+            candidate_logits: Vec::new(),
+            tokens: Vec::new(),
+        };
+        for row in draft.chunks_exact(VOCAB_SIZE) {
+            let mut order: Vec<usize> = (0..VOCAB_SIZE).collect();
+            order.select_nth_unstable_by(NUM_CANDIDATES, |&a, &b| row[b].total_cmp(&row[a]));
+            let candidates = &order[..NUM_CANDIDATES];
+            let logits: Vec<f32> = candidates.iter().map(|&v| row[v]).collect();
+            block.tokens.push(if rule.dense {
+                random.draw(row, rule.temperature)
+            } else {
+                candidates[random.draw(&logits, rule.temperature) as usize] as i32
+            });
+            let candidates = candidates.iter().map(|&v| v as i32);
+            block.candidate_tokens.extend(candidates);
+            block.candidate_logits.extend(logits);
+        }
+        if rule.dense {
+            block.draft = draft;
+        }
+        block
+    }
+}
+
+/// All cases.
+pub fn run(lab: &mut Lab) -> anyhow::Result<()> {
+    for rule in &RULES {
+        let block = Block::new(&mut lab.random, rule);
+        for num_reqs in NUM_REQS {
+            let target = NUM_ROWS * VOCAB_SIZE * size_of::<bf16>();
+            let draft = DRAFT_LEN * VOCAB_SIZE * size_of::<f32>();
+            let needed = target + if rule.dense { draft } else { 0 };
+            let traffic = Traffic::once(num_reqs * needed);
+            let name = format!("reqs={num_reqs} {}", rule.name);
+            lab.case(&name, traffic, |lab, copies| {
+                Acceptance::new(lab, copies, num_reqs, rule, &block)
+            })?;
+        }
+    }
+    Ok(())
+}
+
+struct Acceptance {
+    stream: sys::dspark_stream,
+    num_reqs: usize,
+    filtered: bool,
+    ruled: bool,
+    dense: bool,
+    target_logits: Buffer<bf16>,
+    draft_logits: Buffer<f32>,
+    candidate_tokens: Buffer<i32>,
+    candidate_logits: Buffer<f32>,
+    rules: Buffer<i32>,
+    draft_tokens: Buffer<i32>,
+    qo_indptr: Buffer<i32>,
+    anchor_positions: Buffer<i32>,
+    temperature: Buffer<f32>,
+    top_k: Buffer<i32>,
+    top_p: Buffer<f32>,
+    seeds: Buffer<u64>,
+    num_accepted: Buffer<i32>,
+    next_tokens: Buffer<i32>,
+    status: Buffer<i32>,
+    workspace: Buffer<u8>,
+}
+
+impl Acceptance {
+    fn new(
+        lab: &mut Lab,
+        copies: usize,
+        num_reqs: usize,
+        rule: &Rule,
+        block: &Block,
+    ) -> anyhow::Result<Self> {
+        let requests = copies * num_reqs;
+        let tokens: Vec<i32> = block
+            .tokens
+            .iter()
+            .copied()
+            .cycle()
+            .take(requests * DRAFT_LEN)
+            .collect();
+        let qo_indptr: Vec<i32> = (0..=num_reqs).map(|r| (r * NUM_ROWS) as i32).collect();
+        let seeds: Vec<u64> = (0..requests as u64).collect();
+        let pairs = requests * DRAFT_LEN * NUM_CANDIDATES;
+        let (top_k, top_p) = rule.filters.unwrap_or((0, 1.0));
+        let mut work = Self {
+            stream: lab.stream(),
+            num_reqs,
+            filtered: rule.filters.is_some(),
+            ruled: rule.rule != ops::Rule::Token,
+            dense: rule.dense,
+            target_logits: lab.tiled(requests * NUM_ROWS * VOCAB_SIZE, &block.target)?,
+            draft_logits: match rule.dense {
+                true => lab.tiled(requests * DRAFT_LEN * VOCAB_SIZE, &block.draft)?,
+                false => lab.empty(0)?,
+            },
+            candidate_tokens: lab.tiled(pairs, &block.candidate_tokens)?,
+            candidate_logits: lab.tiled(pairs, &block.candidate_logits)?,
+            rules: lab.upload(&vec![rule.rule as i32; num_reqs])?,
+            draft_tokens: lab.upload(&tokens)?,
+            qo_indptr: lab.upload(&qo_indptr)?,
+            anchor_positions: lab.upload(&vec![100; num_reqs])?,
+            temperature: lab.upload(&vec![rule.temperature; num_reqs])?,
+            top_k: lab.upload(&vec![top_k; num_reqs])?,
+            top_p: lab.upload(&vec![top_p; num_reqs])?,
+            seeds: lab.upload(&seeds)?,
+            num_accepted: lab.upload(&vec![-1; requests])?,
+            next_tokens: lab.upload(&vec![-1; requests])?,
+            status: lab.upload(&vec![-1; requests])?,
+            workspace: lab.empty(0)?,
+        };
+        let mut bytes = 0;
+        let params = work.params(0);
+        // SAFETY: reads the sizes of `params` and writes one host integer.
+        check(unsafe {
+            sys::launch::dspark_accept_workspace_size_cu(&raw const params, &raw mut bytes)
+        })?;
+        work.workspace = lab.empty(bytes)?;
+        Ok(work)
+    }
+
+    fn params(&mut self, copy: usize) -> sys::dspark_accept_params {
+        let first = copy * self.num_reqs;
+        let drafts = first * DRAFT_LEN;
+        // SAFETY: integers, floats and pointers; 0 and NULL leave a part out.
+        let mut params: sys::dspark_accept_params = unsafe { std::mem::zeroed() };
+        params.struct_size = struct_size::<sys::dspark_accept_params>();
+        params.target_dtype = sys::DSPARK_DTYPE_BF16;
+        params.draft_dtype = sys::DSPARK_DTYPE_F32;
+        params.num_rows = (self.num_reqs * NUM_ROWS) as i32;
+        params.num_reqs = self.num_reqs as i32;
+        params.draft_len = DRAFT_LEN as i32;
+        params.vocab_size = VOCAB_SIZE as i32;
+        params.target_logits = self
+            .target_logits
+            .ptr(first * NUM_ROWS * VOCAB_SIZE)
+            .cast();
+        params.stride_target_row = VOCAB_SIZE as i64;
+        if self.dense {
+            params.draft_logits = self.draft_logits.ptr(drafts * VOCAB_SIZE).cast();
+            params.stride_draft_row = VOCAB_SIZE as i64;
+        } else {
+            params.num_candidates = NUM_CANDIDATES as i32;
+            params.candidate_tokens = self.candidate_tokens.ptr(drafts * NUM_CANDIDATES);
+            params.candidate_logits = self.candidate_logits.ptr(drafts * NUM_CANDIDATES);
+        }
+        params.draft_tokens = self.draft_tokens.ptr(drafts);
+        params.qo_indptr = self.qo_indptr.ptr(0);
+        params.anchor_positions = self.anchor_positions.ptr(0);
+        params.temperature = self.temperature.ptr(0);
+        if self.filtered {
+            params.top_k = self.top_k.ptr(0);
+            params.top_p = self.top_p.ptr(0);
+        }
+        if self.ruled {
+            params.rules = self.rules.ptr(0);
+        }
+        params.seeds = self.seeds.ptr(first);
+        params.num_accepted = self.num_accepted.mut_ptr(first);
+        params.next_tokens = self.next_tokens.mut_ptr(first);
+        params.status = self.status.mut_ptr(first);
+        params.workspace = self.workspace.mut_ptr(0).cast();
+        params.workspace_bytes = self.workspace.len();
+        params
+    }
+}
+
+impl Work for Acceptance {
+    fn enqueue(&mut self, copy: usize) -> dspark::Result<()> {
+        let params = self.params(copy);
+        // SAFETY: every pointer is a window of a live buffer with the shape the params say; qo_indptr ends at num_rows
+        // and drafts are below the vocabulary.
+        check(unsafe { sys::launch::dspark_accept_cu(&raw const params, self.stream) })
+    }
+
+    /// The mean number of committed tokens of the calls that ran.
+    fn inspect(&mut self) -> anyhow::Result<Option<String>> {
+        let read = |buffer: &Buffer<i32>| -> dspark::Result<Vec<i32>> {
+            let mut values = vec![0; buffer.len()];
+            buffer.download(0, &mut values)?;
+            Ok(values)
+        };
+        let status = read(&self.status)?;
+        let accepted = read(&self.num_accepted)?;
+        let next = read(&self.next_tokens)?;
+        anyhow::ensure!(
+            status.iter().all(|&s| s == 0) && next.iter().all(|&t| t >= 0),
+            "status: expected 0 and a next token for every request, found {status:?}, {next:?}"
+        );
+        let mean = accepted.iter().map(|&n| f64::from(n)).sum::<f64>() / accepted.len() as f64;
+        Ok(Some(format!("{:.2} tokens committed", mean + 1.0)))
+    }
+}
