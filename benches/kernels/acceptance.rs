@@ -225,10 +225,7 @@ impl Acceptance {
         params.num_reqs = self.num_reqs as i32;
         params.draft_len = DRAFT_LEN as i32;
         params.vocab_size = VOCAB_SIZE as i32;
-        params.target_logits = self
-            .target_logits
-            .ptr(first * NUM_ROWS * VOCAB_SIZE)
-            .cast();
+        params.target_logits = self.target_logits.ptr(first * NUM_ROWS * VOCAB_SIZE).cast();
         params.stride_target_row = VOCAB_SIZE as i64;
         if self.dense {
             params.draft_logits = self.draft_logits.ptr(drafts * VOCAB_SIZE).cast();

@@ -59,7 +59,9 @@ impl Sequence {
 }
 
 /// The edits of a batch; `None` where no sequence has any.
-pub(super) fn edits<'s>(seqs: impl Iterator<Item = &'s Sequence> + Clone) -> Option<Vec<TokenEdits>> {
+pub(super) fn edits<'s>(
+    seqs: impl Iterator<Item = &'s Sequence> + Clone,
+) -> Option<Vec<TokenEdits>> {
     let edited = |seq: &Sequence| seq.sampling.has_penalties() || !seq.logit_bias.is_empty();
     let any = seqs.clone().any(edited);
     any.then(|| seqs.map(Sequence::edits).collect())
