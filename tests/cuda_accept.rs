@@ -136,9 +136,10 @@ impl Batch {
     fn push_rows(&mut self, rng: &mut Rng, r: usize, rows: usize) {
         for k in 0..rows {
             for v in 0..self.vocab_size {
-                let base = match k < self.draft_len {
-                    true => self.draft[(r * self.draft_len + k) * self.vocab_size + v],
-                    false => 0.0,
+                let base = if k < self.draft_len {
+                    self.draft[(r * self.draft_len + k) * self.vocab_size + v]
+                } else {
+                    0.0
                 };
                 let logit = base + 0.5 * rng.normal();
                 self.target
@@ -334,9 +335,10 @@ impl Law {
                 qo_indptr: &qo_indptr,
                 draft_tokens: &tokens,
                 draft_len: DRAFT_LEN,
-                law: match self.sparse {
-                    true => DraftLaw::Sparse(&sparse),
-                    false => DraftLaw::Logits(&draft),
+                law: if self.sparse {
+                    DraftLaw::Sparse(&sparse)
+                } else {
+                    DraftLaw::Logits(&draft)
                 },
                 anchor_positions: &vec![0; NUM_DRAWS],
                 sampling: &sampling,

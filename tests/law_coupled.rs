@@ -117,9 +117,10 @@ fn greedy_output_with_penalties_is_the_one_by_hand() {
             for (v, logit) in logits.iter_mut().enumerate() {
                 let is_v = |&&t: &&u32| t as usize == v;
                 if history.iter().any(|t| is_v(&t)) {
-                    *logit = match *logit > 0.0 {
-                        true => *logit / params.repetition_penalty,
-                        false => *logit * params.repetition_penalty,
+                    *logit = if *logit > 0.0 {
+                        *logit / params.repetition_penalty
+                    } else {
+                        *logit * params.repetition_penalty
                     };
                 }
                 let count = history[prompt_len..].iter().filter(is_v).count();

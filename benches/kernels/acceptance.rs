@@ -20,7 +20,7 @@ const NUM_REQS: [usize; 4] = [1, 8, 32, 128];
 const DISTINCT: usize = 4;
 
 /// What all requests of a case do.
-struct Rule {
+struct Case {
     name: &'static str,
     rule: ops::Rule,
     temperature: f32,
@@ -30,7 +30,7 @@ struct Rule {
     dense: bool,
 }
 
-const TOKEN: Rule = Rule {
+const TOKEN: Case = Case {
     name: "token T=1",
     rule: ops::Rule::Token,
     temperature: 1.0,
@@ -38,30 +38,30 @@ const TOKEN: Rule = Rule {
     dense: false,
 };
 
-const RULES: [Rule; 6] = [
+const CASES: [Case; 6] = [
     TOKEN,
-    Rule {
+    Case {
         name: "greedy",
         temperature: 0.0,
         ..TOKEN
     },
-    Rule {
+    Case {
         name: "token top-k 50 top-p 0.9 T=0.7",
         temperature: 0.7,
         filters: Some((50, 0.9)),
         ..TOKEN
     },
-    Rule {
+    Case {
         name: "block T=1",
         rule: ops::Rule::Block,
         ..TOKEN
     },
-    Rule {
+    Case {
         name: "coupled T=1",
         rule: ops::Rule::Coupled,
         ..TOKEN
     },
-    Rule {
+    Case {
         name: "token T=1, dense f32 drafts",
         dense: true,
         ..TOKEN
@@ -79,7 +79,7 @@ struct Block {
 }
 
 impl Block {
-    fn new(random: &mut Random, rule: &Rule) -> Self {
+    fn new(random: &mut Random, case: &Case) -> Self {
         let normals = random.normals(DISTINCT * NUM_ROWS * VOCAB_SIZE);
         let target: Vec<f32> = normals.iter().map(|x| 3.0 * x).collect();
         let noise = random.normals(DISTINCT * DRAFT_LEN * VOCAB_SIZE);
@@ -99,16 +99,16 @@ impl Block {
             order.select_nth_unstable_by(NUM_CANDIDATES, |&a, &b| row[b].total_cmp(&row[a]));
             let candidates = &order[..NUM_CANDIDATES];
             let logits: Vec<f32> = candidates.iter().map(|&v| row[v]).collect();
-            block.tokens.push(if rule.dense {
-                random.draw(row, rule.temperature)
+            block.tokens.push(if case.dense {
+                random.draw(row, case.temperature)
             } else {
-                candidates[random.draw(&logits, rule.temperature) as usize] as i32
+                candidates[random.draw(&logits, case.temperature) as usize] as i32
             });
             let candidates = candidates.iter().map(|&v| v as i32);
             block.candidate_tokens.extend(candidates);
             block.candidate_logits.extend(logits);
         }
-        if rule.dense {
+        if case.dense {
             block.draft = draft;
         }
         block
@@ -117,16 +117,16 @@ impl Block {
 
 /// All cases.
 pub fn run(lab: &mut Lab) -> anyhow::Result<()> {
-    for rule in &RULES {
-        let block = Block::new(&mut lab.random, rule);
+    for case in &CASES {
+        let block = Block::new(&mut lab.random, case);
         for num_reqs in NUM_REQS {
             let target = NUM_ROWS * VOCAB_SIZE * size_of::<bf16>();
             let draft = DRAFT_LEN * VOCAB_SIZE * size_of::<f32>();
-            let needed = target + if rule.dense { draft } else { 0 };
+            let needed = target + if case.dense { draft } else { 0 };
             let traffic = Traffic::once(num_reqs * needed);
-            let name = format!("reqs={num_reqs} {}", rule.name);
+            let name = format!("reqs={num_reqs} {}", case.name);
             lab.case(&name, traffic, |lab, copies| {
-                Acceptance::new(lab, copies, num_reqs, rule, &block)
+                Acceptance::new(lab, copies, num_reqs, case, &block)
             })?;
         }
     }
@@ -162,7 +162,7 @@ impl Acceptance {
         lab: &mut Lab,
         copies: usize,
         num_reqs: usize,
-        rule: &Rule,
+        case: &Case,
         block: &Block,
     ) -> anyhow::Result<Self> {
         let requests = copies * num_reqs;
@@ -176,25 +176,26 @@ impl Acceptance {
         let qo_indptr: Vec<i32> = (0..=num_reqs).map(|r| (r * NUM_ROWS) as i32).collect();
         let seeds: Vec<u64> = (0..requests as u64).collect();
         let pairs = requests * DRAFT_LEN * NUM_CANDIDATES;
-        let (top_k, top_p) = rule.filters.unwrap_or((0, 1.0));
+        let (top_k, top_p) = case.filters.unwrap_or((0, 1.0));
         let mut work = Self {
             stream: lab.stream(),
             num_reqs,
-            filtered: rule.filters.is_some(),
-            ruled: rule.rule != ops::Rule::Token,
-            dense: rule.dense,
+            filtered: case.filters.is_some(),
+            ruled: case.rule != ops::Rule::Token,
+            dense: case.dense,
             target_logits: lab.tiled(requests * NUM_ROWS * VOCAB_SIZE, &block.target)?,
-            draft_logits: match rule.dense {
-                true => lab.tiled(requests * DRAFT_LEN * VOCAB_SIZE, &block.draft)?,
-                false => lab.empty(0)?,
+            draft_logits: if case.dense {
+                lab.tiled(requests * DRAFT_LEN * VOCAB_SIZE, &block.draft)?
+            } else {
+                lab.empty(0)?
             },
             candidate_tokens: lab.tiled(pairs, &block.candidate_tokens)?,
             candidate_logits: lab.tiled(pairs, &block.candidate_logits)?,
-            rules: lab.upload(&vec![rule.rule as i32; num_reqs])?,
+            rules: lab.upload(&vec![case.rule as i32; num_reqs])?,
             draft_tokens: lab.upload(&tokens)?,
             qo_indptr: lab.upload(&qo_indptr)?,
             anchor_positions: lab.upload(&vec![100; num_reqs])?,
-            temperature: lab.upload(&vec![rule.temperature; num_reqs])?,
+            temperature: lab.upload(&vec![case.temperature; num_reqs])?,
             top_k: lab.upload(&vec![top_k; num_reqs])?,
             top_p: lab.upload(&vec![top_p; num_reqs])?,
             seeds: lab.upload(&seeds)?,

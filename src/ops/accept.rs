@@ -174,7 +174,7 @@ impl AcceptExtras<'_> {
             expect("edits", num_reqs, edits.len())?;
             let tokens = edits
                 .iter()
-                .flat_map(|edits| edits.as_slice())
+                .flat_map(TokenEdits::as_slice)
                 .map(|edit| &edit.token);
             expect_tokens("edited token", tokens, vocab_size)?;
         }

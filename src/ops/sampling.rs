@@ -189,10 +189,15 @@ impl TokenEdits {
             };
             edit.bias += bias;
         };
-        prompt.iter().for_each(|&token| edit(token, Some(0), 0.0));
-        output.iter().for_each(|&token| edit(token, Some(1), 0.0));
-        bias.iter()
-            .for_each(|&(token, bias)| edit(token, None, bias));
+        for &token in prompt {
+            edit(token, Some(0), 0.0);
+        }
+        for &token in output {
+            edit(token, Some(1), 0.0);
+        }
+        for &(token, bias) in bias {
+            edit(token, None, bias);
+        }
         Self(edits.into_values().collect())
     }
 

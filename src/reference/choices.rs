@@ -254,26 +254,22 @@ mod tests {
         let (mut sums, mut products, mut least) = ([0.0; 5], [[0.0; 5]; 5], 0.0);
         for position in 0..n {
             let e = tokens.map(|v| token_exponential(9, position, 3, v));
-            for i in 0..5 {
-                sums[i] += e[i];
-                for j in 0..5 {
-                    products[i][j] += e[i] * e[j];
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum += e[i];
+                for (product, other) in products[i].iter_mut().zip(e) {
+                    *product += e[i] * other;
                 }
             }
             least += Zone::new(9, position, 3, 0).least * ZONE as f64;
         }
         let n = f64::from(n);
         assert!((least / n - 1.0).abs() < 6.0 / n.sqrt());
-        for i in 0..5 {
+        for (i, products) in products.iter().enumerate() {
             assert!((sums[i] / n - 1.0).abs() < 6.0 / n.sqrt(), "mean of {i}");
-            for j in 0..5 {
-                let moment = if i == j { 2.0 } else { 1.0 };
-                let spread = if i == j { 20.0_f64 } else { 3.0 }.sqrt();
-                let found = products[i][j] / n;
-                assert!(
-                    (found - moment).abs() < 6.0 * spread / n.sqrt(),
-                    "{i} {j} {found}"
-                );
+            for (j, product) in products.iter().enumerate() {
+                let (moment, variance): (f64, f64) = if i == j { (2.0, 20.0) } else { (1.0, 3.0) };
+                let off = (product / n - moment).abs();
+                assert!(off < 6.0 * (variance / n).sqrt(), "{i} {j}: {off}");
             }
         }
     }

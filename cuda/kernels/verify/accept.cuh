@@ -422,11 +422,12 @@ __device__ __forceinline__ bool share_rows(const VerifyInputs& in,
   __syncthreads();
   if (!is_last) return false;
   __threadfence();
+  /* From L2: other SMs wrote them. */
   for (int32_t row = threadIdx.x; row < num_rows; row += AcceptPolicy::kNumThreads) {
     if (coupled) {
-      window.targets[row] = static_cast<int32_t>(results[row]);
+      window.targets[row] = static_cast<int32_t>(__ldcg(results + row));
     } else {
-      window.masses[row] = __uint_as_float(results[row]);
+      window.masses[row] = __uint_as_float(__ldcg(results + row));
     }
   }
   __syncthreads();

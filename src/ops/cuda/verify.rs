@@ -285,8 +285,8 @@ impl Cuda {
         let wants_logprobs = answers.num_top.is_some();
         let mut params = sys::dspark_accept_params {
             struct_size: struct_size::<sys::dspark_accept_params>(),
-            target_dtype: sys::DSPARK_DTYPE_F32 as i32,
-            draft_dtype: sys::DSPARK_DTYPE_F32 as i32,
+            target_dtype: sys::DSPARK_DTYPE_F32,
+            draft_dtype: sys::DSPARK_DTYPE_F32,
             num_rows: int("target.rows", target.rows())?,
             num_reqs: int("requests", answers.num_reqs)?,
             draft_len: int("draft_len", batch.draft_len)?,
