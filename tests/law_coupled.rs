@@ -21,7 +21,7 @@ fn target() -> LogitsOf {
 }
 
 fn prompt(i: usize) -> Vec<u32> {
-    (0..1 + i % 5)
+    (0..=i % 5)
         .map(|k| ((i * 3 + k * k) % VOCAB_SIZE) as u32)
         .collect()
 }

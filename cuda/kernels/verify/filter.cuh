@@ -104,6 +104,7 @@ __device__ __forceinline__ void for_each_logit(
   for (int32_t zone = threadIdx.x / kWarpSize; zone < in.num_zones;
        zone += FilterPolicy::kNumWarps) {
     if (shared.zone_max[zone] < floor) continue; /* the same for the whole warp */
+    touch_zone(in.target, row.index, zone, in.vocab_size);
 #pragma unroll 1
     for (int group = 0; group < kGroupsPerLane; ++group) {
       float values[kGroup];

@@ -276,6 +276,25 @@ __device__ __forceinline__ void load_group(const LogitMatrix& matrix,
   }
 }
 
+/* Starts the loads of a zone, an access per lane and group, so that reading it group by group (few
+ * registers) waits for memory once. */
+__device__ __forceinline__ void touch_zone(const LogitMatrix& matrix,
+                                           int64_t row,
+                                           int32_t zone,
+                                           int32_t vocab_size) {
+#ifdef __CUDA_ARCH__
+  const int element_bytes = matrix.dtype == DSPARK_DTYPE_F32 ? 4 : 2;
+  const char* data = static_cast<const char*>(matrix.data);
+#pragma unroll
+  for (int group = 0; group < kGroupsPerLane; ++group) {
+    const int32_t first = group_token(zone, group);
+    if (first >= vocab_size) break;
+    const char* address = data + (row * matrix.stride_row + first) * element_bytes;
+    asm volatile("prefetch.global.L1 [%0];" : : "l"(address));
+  }
+#endif
+}
+
 /* values[token - first] = f(values[token - first]) if this lane's group has the token. */
 template <typename F>
 __device__ __forceinline__ void update_token(float (&values)[kGroup],

@@ -42,6 +42,7 @@ __device__ __forceinline__ Indexed next_likeliest(const VerifyInputs& in,
   for (int32_t zone = threadIdx.x / kWarpSize; zone < in.num_zones;
        zone += LogprobsPolicy::kNumWarps) {
     if (zones[zone].max < floor) continue; /* the same for the whole warp */
+    touch_zone(in.target, row.index, zone, in.vocab_size);
 #pragma unroll 1
     for (int group = 0; group < kGroupsPerLane; ++group) {
       float values[kGroup];

@@ -138,6 +138,7 @@ __device__ __forceinline__ Indexed race_zone(const VerifyInputs& in,
                                              const DrawKey& key,
                                              int32_t zone,
                                              float cutoff) {
+  touch_zone(in.target, source.row.index, zone, in.vocab_size);
   const ZoneNoise noise = zone_noise(key.seed, zone, key.position, key.purpose);
   Indexed best = {INFINITY, kNoRunner};
 #pragma unroll 1
@@ -215,6 +216,7 @@ __device__ float row_mass(const VerifyInputs& in, const WeightSource& source, Ra
   for (int32_t zone = threadIdx.x / kWarpSize; zone < in.num_zones; zone += RacePolicy::kNumWarps) {
     float sum = 0.f;
     if (source.zones[zone].max >= source.law.threshold) {
+      touch_zone(in.target, source.row.index, zone, in.vocab_size);
 #pragma unroll 1
       for (int group = 0; group < kGroupsPerLane; ++group) {
         float weights[kGroup];
