@@ -77,7 +77,7 @@ fn coupled_output_is_plain_decodings() {
     ];
     let mut most = 0;
     for draft in &drafts {
-        for policy in [Policy::Fixed, Policy::Threshold(0.5), Policy::Adaptive] {
+        for policy in [Policy::Fixed, Policy::Threshold(0.5), Policy::Algorithm1] {
             for (draft_len, max_num_reqs) in [(1, 1), (2, 4), (3, 3)] {
                 let config = EngineConfig {
                     draft_len: Some(draft_len),
