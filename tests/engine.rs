@@ -17,7 +17,7 @@ use fakes::{
 
 const VOCAB_SIZE: usize = 5;
 
-const POLICIES: [Policy; 3] = [Policy::Fixed, Policy::Threshold(0.5), Policy::Adaptive];
+const POLICIES: [Policy; 3] = [Policy::Fixed, Policy::Threshold(0.5), Policy::Algorithm1];
 
 fn law() -> LogitsOf {
     random_logits(VOCAB_SIZE, 77, 2.0)
@@ -318,7 +318,7 @@ fn measuring_the_cost_leaves_no_trace() {
         let sizes = Sizes { num_pages, ..sizes };
         let config = EngineConfig {
             cost: None,
-            ..engine_config(&sizes, Policy::Adaptive)
+            ..engine_config(&sizes, Policy::Algorithm1)
         };
         let mut engine =
             engine(reference(), sizes, &law(), Some(&random_draft(3)), config).unwrap();
@@ -326,9 +326,9 @@ fn measuring_the_cost_leaves_no_trace() {
         let cost = engine.step().scheduler().cost().unwrap().clone();
         // With 4 pages of 3 slots, two scratch sequences of 1 + 1 + 3 entries fit.
         let most = if num_pages == 64 { 16 } else { 8 };
-        let points = cost.verify.points();
+        let points = cost.verify().points();
         assert_eq!((points[0].0, points.last().unwrap().0), (1, most));
-        assert!(cost.draft.is_some());
+        assert!(cost.draft().is_some());
         assert_eq!(engine.times(), dspark::step::PhaseTimes::default());
         for prompt in [vec![0, 1], vec![3]] {
             engine
@@ -468,17 +468,16 @@ fn bad_configurations_are_refused() {
         build(draft(), &|c| c.draft_len = Some(0)),
         "draft_len"
     ));
-    for policy in [Policy::Threshold(0.5), Policy::Adaptive] {
-        let error = build(blind(), &|c| c.policy = policy)
-            .err()
-            .unwrap()
-            .to_string();
-        assert!(error.contains("confidence head"), "{error}");
+    for policy in [Policy::Threshold(0.5), Policy::Algorithm1] {
+        assert!(
+            build(blind(), &|c| c.policy = policy).is_ok(),
+            "confidences are estimated"
+        );
         let error = build(None, &|c| c.policy = policy)
             .err()
             .unwrap()
             .to_string();
-        assert!(error.contains("no drafter"), "{error}");
+        assert!(error.contains("a drafter for"), "{error}");
     }
     assert!(is_argument(
         build(draft(), &|c| c.policy = Policy::Threshold(1.5)),
@@ -510,5 +509,86 @@ fn logits_that_are_no_law_name_their_request() {
             matches!(error, Error::BadLogits { request: 2, .. }),
             "{error}"
         );
+    }
+}
+
+/// A drafter without a confidence head is scheduled by estimates, also of sampled requests; peeking is for greedy ones.
+#[test]
+fn schedules_without_a_confidence_head_and_schedules_that_peek() {
+    let sizes = Sizes::new(VOCAB_SIZE);
+    let blind = DraftSpec {
+        confidence: None,
+        ..random_draft(3)
+    };
+    let sampled = SamplingParams {
+        temperature: 1.0,
+        ..SamplingParams::default()
+    };
+    for policy in [Policy::Threshold(0.5), Policy::Delayed, Policy::Global] {
+        for draft in [&blind, &random_draft(3)] {
+            let config = engine_config(&sizes, policy);
+            let mut engine = engine(reference(), sizes, &law(), Some(draft), config).unwrap();
+            engine.set_adapt(dspark::schedule::Adapt::ON);
+            for (prompt, new) in prompts() {
+                let request = Request::new(prompt, SamplingParams::default(), new);
+                engine.submit(request).unwrap();
+            }
+            let refused = engine.submit(Request::new(vec![1], sampled, 4));
+            assert_eq!(is_argument(refused, "schedule"), policy == Policy::Global);
+            let outcome = run(&mut engine);
+            for (i, (prompt, new)) in prompts().into_iter().enumerate() {
+                assert_eq!(outcome.tokens(i), greedy(&law(), &prompt, new), "{policy}");
+            }
+            let rounds = &engine.totals();
+            assert!(rounds.verified.iter().sum::<u64>() < rounds.proposed.iter().sum::<u64>());
+            assert_eq!(rounds.predicted.len(), rounds.reached.len());
+        }
+    }
+}
+
+#[test]
+fn counters_are_exposed_as_prometheus_text() {
+    let sizes = Sizes::new(VOCAB_SIZE);
+    let config = EngineConfig {
+        sts_temperatures: Some(vec![2.0, 1.0, 0.5]),
+        ..engine_config(&sizes, Policy::Delayed)
+    };
+    let mut engine = engine(reference(), sizes, &law(), Some(&random_draft(3)), config).unwrap();
+    for (prompt, new) in prompts() {
+        let request = Request::new(prompt, SamplingParams::default(), new);
+        engine.submit(request).unwrap();
+    }
+    assert!(
+        engine
+            .prometheus()
+            .contains("dspark_requests{state=\"waiting\"} 9\n")
+    );
+    run(&mut engine);
+    let text = engine.prometheus();
+    let sample = |name: &str| -> f64 {
+        let line = text.lines().find(|line| line.starts_with(name));
+        let line = line.unwrap_or_else(|| panic!("no {name} in {text}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    let totals = engine.totals();
+    assert_eq!(sample("dspark_rounds_total "), totals.num_rounds as f64);
+    for (name, counts) in [
+        ("proposed", &totals.proposed),
+        ("verified", &totals.verified),
+        ("reached", &totals.reached),
+        ("accepted", &totals.accepted),
+    ] {
+        let of_first = sample(&format!("dspark_drafts_{name}_total{{position=\"1\"}}"));
+        assert_eq!(of_first, counts[0] as f64, "{name}");
+    }
+    let predicted = sample("dspark_drafts_predicted_total{position=\"1\"}");
+    assert!((predicted - totals.predicted[0]).abs() < 1e-9);
+    assert_eq!(sample("dspark_sts_temperature{position=\"3\"}"), 0.5);
+    assert_eq!(sample("dspark_cost_factor{term=\"verify\"}"), 1.0);
+    assert_eq!(sample("dspark_requests{state=\"running\"}"), 0.0);
+    // Every sample belongs to a metric that was announced with its kind.
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        let name = line.split(['{', ' ']).next().unwrap();
+        assert!(text.contains(&format!("# TYPE {name} ")), "{line}");
     }
 }

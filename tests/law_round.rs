@@ -12,7 +12,7 @@ use dspark::model::Drafter;
 use dspark::ops::SamplingParams;
 use dspark::reference::Reference;
 use dspark::reference::choices::enumerate;
-use dspark::schedule::{CostTable, Policy, Scheduler, StepCost};
+use dspark::schedule::{Adapt, CostTable, Policy, Scheduler, StepCost};
 use dspark::step::{DecodeStep, PrefillChunk, Proposal, Sequence};
 use fakes::{
     ConfidenceSpec, DraftSpec, FakeDrafter, FakeTarget, LogitsOf, Sizes, linear_cost,
@@ -271,7 +271,7 @@ fn temperature_and_filters() {
     for params in filtered() {
         World::new(3, 2, params).assert_exact(3);
         World::new(4, 2, params)
-            .policy(Policy::Adaptive)
+            .policy(Policy::Algorithm1)
             .assert_exact(2);
     }
     World::new(3, 2, sampled(0.7)).assert_exact(3);
@@ -288,18 +288,57 @@ fn thresholds() {
 
 #[test]
 fn adaptive_schedules() {
-    let world = World::new(3, 2, sampled(1.0)).policy(Policy::Adaptive);
+    let world = World::new(3, 2, sampled(1.0)).policy(Policy::Algorithm1);
     world.assert_exact(3);
     assert!(world.num_plans() > 1, "the schedule never mattered");
-    let world = World::new(2, 3, sampled(0.7)).policy(Policy::Adaptive);
+    let world = World::new(2, 3, sampled(0.7)).policy(Policy::Algorithm1);
     world.assert_exact(3);
     assert!(world.num_plans() > 1, "the schedule never mattered");
+}
+
+/// The capacity of `delayed` comes from two steps before from the third round on; five tokens after the first are at
+/// least three rounds.
+#[test]
+fn delayed_schedules() {
+    for (vocab_size, draft_len, n) in [(2, 1, 7), (2, 2, 6), (3, 1, 5)] {
+        let world = World::new(vocab_size, draft_len, sampled(1.0)).policy(Policy::Delayed);
+        world.assert_exact(n);
+        assert!(world.num_plans() > 1, "the schedule never mattered");
+    }
+    // Temperatures that follow the outcomes, and rounds that draft nothing because it did not pay.
+    let mut learning = World::new(2, 1, sampled(1.0)).policy(Policy::Delayed);
+    let draft = CostTable::new(vec![(1, 0.4)]).unwrap();
+    let verify = CostTable::new(vec![(1, 1.0), (3, 1.2)]).unwrap();
+    learning
+        .scheduler
+        .set_cost(StepCost::new(verify, Some(draft)));
+    learning.scheduler.set_adapt(Adapt {
+        cost: false,
+        ..Adapt::ON
+    });
+    learning.assert_exact(7);
+    assert!(learning.num_plans() > 1);
+    let params = sampled(0.7);
+    World::new(2, 1, params)
+        .policy(Policy::Delayed)
+        .requests(&[(&[0], params), (&[1, 1, 0, 1], sampled(1.0))])
+        .assert_exact(4);
+}
+
+#[test]
+fn global_is_refused_where_it_would_bias_the_law() {
+    let mut world = World::new(2, 2, sampled(1.0)).policy(Policy::Global);
+    let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| world.enumerated(3)));
+    assert!(refused.is_err());
+    // Greedy output does not depend on what is verified.
+    world.requests = vec![(vec![0, 1, 1], sampled(0.0))];
+    world.assert_exact(6);
 }
 
 #[test]
 fn several_requests() {
     let params = sampled(0.7);
-    for policy in [Policy::Fixed, Policy::Threshold(0.5), Policy::Adaptive] {
+    for policy in [Policy::Fixed, Policy::Threshold(0.5), Policy::Algorithm1] {
         let world = World::new(2, 2, params)
             .policy(policy)
             .requests(&[(&[0], params), (&[1, 1, 0, 1], sampled(1.0))]);
@@ -314,7 +353,7 @@ fn several_requests() {
 
 #[test]
 fn greedy_and_sampled_requests_together() {
-    for policy in [Policy::Fixed, Policy::Threshold(0.5), Policy::Adaptive] {
+    for policy in [Policy::Fixed, Policy::Threshold(0.5), Policy::Algorithm1] {
         World::new(3, 2, sampled(1.0))
             .policy(policy)
             .requests(&[(&[0], sampled(0.0)), (&[1, 2, 0], sampled(1.0))])
@@ -350,10 +389,7 @@ fn appendix_a() -> World {
 
 fn appendix_a_sps() -> StepCost {
     let seconds = vec![(1, 1.0), (2, 1.0 / 0.5), (3, 1.0 / 0.45)];
-    StepCost {
-        verify: CostTable::new(seconds).unwrap(),
-        draft: None,
-    }
+    StepCost::new(CostTable::new(seconds).unwrap(), None)
 }
 
 /// The unconstrained best length: it looks at c_2, which depends on x_1, before it chooses whether to verify x_1.
@@ -370,7 +406,7 @@ fn peek(proposal: &Proposal, sps: &dyn Fn(usize) -> f64) -> Vec<usize> {
 #[test]
 fn appendix_a_is_lossless_with_algorithm_1() {
     let mut world = appendix_a();
-    world.scheduler = Scheduler::new(Policy::Adaptive, None).unwrap();
+    world.scheduler = Scheduler::new(Policy::Algorithm1, None).unwrap();
     world.scheduler.set_cost(appendix_a_sps());
     world.assert_exact(2);
     assert!((world.enumerated(2)[&vec![0, 0]] - 0.7).abs() < 1e-6);

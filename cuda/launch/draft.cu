@@ -126,6 +126,7 @@ class DraftHead {
     sample_.anchor_positions = p_.anchor_positions;
     sample_.temperature = p_.temperature;
     sample_.seeds = p_.seeds;
+    sample_.rules = p_.rules;
     sample_.winners = at<Indexed>(layout_.winners);
     sample_.stride_logits_row = p_.stride_logits_row;
     sample_.vocab_size = p_.vocab_size;
@@ -244,7 +245,7 @@ using namespace dspark;
 
 extern "C" dspark_status DSPARK_FN(dspark_draft_head_workspace_size)(
     const dspark_draft_head_params* params, size_t* bytes) {
-  DSPARK_CHECK_PARAMS(params, stride_logits_row);
+  DSPARK_CHECK_PARAMS(params, rules);
   DSPARK_TRY(check_draft_sizes(*params));
   DSPARK_CHECK_ARG(bytes != nullptr, DSPARK_ERROR_NULL_POINTER,
                    "bytes: expected a host pointer, got NULL");
@@ -254,7 +255,7 @@ extern "C" dspark_status DSPARK_FN(dspark_draft_head_workspace_size)(
 
 extern "C" dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* params,
                                                       dspark_stream stream) {
-  DSPARK_CHECK_PARAMS(params, stride_logits_row);
+  DSPARK_CHECK_PARAMS(params, rules);
   const dspark_draft_head_params& p = *params;
   DSPARK_TRY(check_half_dtype(p.dtype));
   DSPARK_TRY(check_draft_sizes(p));

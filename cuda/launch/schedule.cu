@@ -1,5 +1,6 @@
-/* Launchers of the schedule family: survival probabilities. */
+/* Launchers of the schedule family: survival probabilities and how many drafts are verified. */
 #include "common/host.cuh"
+#include "kernels/schedule/schedule.cuh"
 #include "kernels/schedule/survival.cuh"
 
 using namespace dspark;
@@ -18,4 +19,46 @@ extern "C" dspark_status DSPARK_FN(dspark_survival)(const dspark_survival_params
                 dim3(ceil_div(p.num_reqs, SurvivalPolicy::kWarpsPerCta)),
                 dim3(SurvivalPolicy::kNumThreads), 0, stream, p.confidence, p.temperature,
                 p.survival, p.num_reqs, p.draft_len);
+}
+
+namespace {
+
+template <int kStages>
+dspark_status launch_schedule(const ScheduleArgs& args, dspark_stream stream) {
+  const size_t bytes = ScheduleSort<kStages>::kSharedWords * sizeof(uint32_t);
+  return launch("schedule_kernel", schedule_kernel<kStages>, dim3(1),
+                dim3(SchedulePolicy::kNumThreads), bytes, stream, args);
+}
+
+}  // namespace
+
+extern "C" dspark_status DSPARK_FN(dspark_schedule)(const dspark_schedule_params* params,
+                                                    dspark_stream stream) {
+  DSPARK_CHECK_PARAMS(params, verify_lens);
+  const dspark_schedule_params& p = *params;
+  DSPARK_TRY(check_range("num_reqs", p.num_reqs, 0, SchedulePolicy::kMaxReqs));
+  DSPARK_TRY(check_range("draft_len", p.draft_len, 0, SchedulePolicy::kMaxDrafts));
+  DSPARK_TRY(check_range("num_reqs * draft_len", int64_t{p.num_reqs} * p.draft_len, 0,
+                         SchedulePolicy::kMaxDrafts));
+  DSPARK_TRY(check_range("rule", p.rule, DSPARK_SCHEDULE_FIRST_FALL, DSPARK_SCHEDULE_BEST));
+  if (p.num_reqs == 0) return DSPARK_OK;
+  const bool drafts = p.draft_len > 0;
+  if (drafts) DSPARK_TRY(check_pointer("confidence", p.confidence, sizeof(float)));
+  DSPARK_TRY(check_aligned("temperature", p.temperature, sizeof(float)));
+  DSPARK_TRY(check_aligned("limits", p.limits, sizeof(int32_t)));
+  DSPARK_TRY(check_aligned("num_live", p.num_live, sizeof(int32_t)));
+  DSPARK_TRY(check_pointer("ticks", p.ticks, sizeof(uint32_t)));
+  if (p.rule == DSPARK_SCHEDULE_CAPACITY) {
+    DSPARK_TRY(check_pointer("capacity", p.capacity, sizeof(int32_t)));
+  }
+  DSPARK_TRY(check_aligned("best", p.best, sizeof(int32_t)));
+  DSPARK_TRY(check_pointer("verify_lens", p.verify_lens, sizeof(int32_t)));
+  const ScheduleArgs args{p.num_reqs,    p.draft_len, p.rule,       p.confidence,
+                          p.temperature, p.limits,    p.num_live,   p.ticks,
+                          p.capacity,    p.best,      p.verify_lens};
+  const int32_t num_drafts = p.num_reqs * p.draft_len;
+  if (num_drafts <= ScheduleSort<1>::kNumKeys) return launch_schedule<1>(args, stream);
+  if (num_drafts <= ScheduleSort<2>::kNumKeys) return launch_schedule<2>(args, stream);
+  if (num_drafts <= ScheduleSort<3>::kNumKeys) return launch_schedule<3>(args, stream);
+  return launch_schedule<4>(args, stream);
 }

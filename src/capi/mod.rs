@@ -53,6 +53,8 @@ export! {
     dspark_draft_head => dspark_draft_head_cu(params: *const sys::dspark_draft_head_params, stream: sys::dspark_stream) -> sys::dspark_status;
     /// Survival of drafts.
     dspark_survival => dspark_survival_cu(params: *const sys::dspark_survival_params, stream: sys::dspark_stream) -> sys::dspark_status;
+    /// How many drafts of each request are verified.
+    dspark_schedule => dspark_schedule_cu(params: *const sys::dspark_schedule_params, stream: sys::dspark_stream) -> sys::dspark_status;
     /// Workspace of acceptance.
     dspark_accept_workspace_size => dspark_accept_workspace_size_cu(params: *const sys::dspark_accept_params, bytes: *mut usize) -> sys::dspark_status;
     /// Target law and acceptance.

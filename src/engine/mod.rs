@@ -7,9 +7,10 @@
 //!
 //! What a request generates under greedy decoding depends on nothing but its prompt. Sampled, its random numbers are
 //! keyed by (seed, position, purpose), so that its neighbours change nothing either, unless the schedule itself looks
-//! at all requests (`adaptive`): then the law stays and the sample may differ.
+//! at all requests (`algorithm1`, `delayed`): then the law stays and the sample may differ.
 
 mod output;
+mod prometheus;
 mod request;
 mod stats;
 mod stop;
@@ -26,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::kv::PagePool;
 use crate::model::{Drafter, Target};
 use crate::ops::Ops;
-use crate::schedule::{Policy, Scheduler, StepCost};
+use crate::schedule::{Adapt, Policy, Scheduler, StepCost};
 use crate::step::{DecodeStep, PhaseTimes, PrefillChunk, Round, Sequence};
 
 /// Sizes and rules of an engine.
@@ -46,7 +47,7 @@ pub struct EngineConfig {
     pub policy: Policy,
     /// STS temperatures of the draft positions; `None` takes confidences as they are.
     pub sts_temperatures: Option<Vec<f32>>,
-    /// What a step costs, for [`Policy::Adaptive`]; `None` measures it at start-up.
+    /// What a step costs, where [`Policy::needs_cost`]; `None` measures it at start-up.
     pub cost: Option<StepCost>,
 }
 
@@ -111,7 +112,7 @@ pub struct Engine<O: Ops> {
 
 impl<O: Ops> Engine<O> {
     /// An engine without requests. `target` and `drafter` must have been made for [`EngineConfig::max_rows`] rows,
-    /// `max_num_reqs` slots and the pages of `config`. With [`Policy::Adaptive`] and no cost given, passes are timed
+    /// `max_num_reqs` slots and the pages of `config`. Where the policy needs a cost and none is given, passes are timed
     /// here.
     ///
     /// # Errors
@@ -128,10 +129,12 @@ impl<O: Ops> Engine<O> {
         let draft_len = config.draft_len.unwrap_or(longest);
         let scheduler = Scheduler::new(config.policy, config.sts_temperatures)?;
         let mut step = DecodeStep::new(target, drafter, scheduler, draft_len)?;
-        if config.policy == Policy::Adaptive {
+        if config.policy.needs_cost() {
             let cost = match config.cost {
                 Some(cost) => cost,
-                None => step.measure_cost(&mut ops, &mut pool, config.max_num_reqs)?,
+                None => {
+                    step.measure_cost(&mut ops, &mut pool, config.max_num_reqs, &mut |_, _| ())?
+                }
             };
             step.set_cost(cost);
         }
@@ -146,6 +149,29 @@ impl<O: Ops> Engine<O> {
             next_id: 0,
             totals: RoundStats::default(),
         })
+    }
+
+    /// What of the schedule follows live outcomes from now on; nothing does before.
+    pub fn set_adapt(&mut self, adapt: Adapt) {
+        self.step.set_adapt(adapt);
+    }
+
+    /// Measures what a step costs; `on_point` hears of every point to come and of all there are. The cost is not put to
+    /// use.
+    ///
+    /// # Errors
+    /// Requests wait or run; a failure of the backend.
+    pub fn profile(&mut self, on_point: &mut dyn FnMut(usize, usize)) -> Result<StepCost> {
+        if !self.is_idle() {
+            return Err(Error::argument(
+                "profile",
+                "an idle engine",
+                "requests in flight",
+            ));
+        }
+        let max_num_reqs = self.free_slots.len();
+        self.step
+            .measure_cost(&mut self.ops, &mut self.pool, max_num_reqs, on_point)
     }
 
     /// The step, for its times, cost and schedule.
@@ -185,6 +211,7 @@ impl<O: Ops> Engine<O> {
     pub fn submit(&mut self, request: Request) -> Result<RequestId> {
         let target = self.step.target();
         request.validate(target.vocab_size(), target.max_position())?;
+        self.step.check_sampling(&request.sampling)?;
         let prompt_len = request.prompt_ids.len();
         let max_tokens = request
             .max_new_tokens
@@ -246,10 +273,14 @@ impl<O: Ops> Engine<O> {
             self.pool.reserve(&mut pages, waiting.num_entries)?;
             let prompt_ids = std::mem::take(&mut waiting.request.prompt_ids);
             let room = self.step.target().max_position() - prompt_ids.len();
+            let mut sequence = Sequence::new(slot, pages, waiting.request.sampling);
+            sequence.logit_bias = std::mem::take(&mut waiting.request.logit_bias);
+            sequence.calibrates =
+                !sequence.sampling.has_penalties() && sequence.logit_bias.is_empty();
             let now = Instant::now();
             self.active.push(Active {
                 id: waiting.id,
-                sequence: Sequence::new(slot, pages, waiting.request.sampling),
+                sequence,
                 output: Output::new(&mut waiting.request, room),
                 prompt_ids,
                 rounds: Vec::new(),

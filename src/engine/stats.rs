@@ -19,6 +19,9 @@ pub struct RoundStats {
     pub reached: Vec<u64>,
     /// `[k]` rounds that accepted position k.
     pub accepted: Vec<u64>,
+    /// `[k]` sum of the calibrated confidences of position k over the rounds that reached it: acceptances that were
+    /// predicted. Empty where there were no confidences.
+    pub predicted: Vec<f64>,
 }
 
 impl RoundStats {
@@ -32,6 +35,11 @@ impl RoundStats {
         count(&mut self.verified, round.verify_len);
         count(&mut self.reached, reached);
         count(&mut self.accepted, round.num_accepted);
+        let predicted = round.predicted.iter().take(reached);
+        sum(
+            &mut self.predicted,
+            &predicted.map(|&c| f64::from(c)).collect::<Vec<_>>(),
+        );
     }
 
     /// Counts the rounds of `other` too.
@@ -43,6 +51,7 @@ impl RoundStats {
         sum(&mut self.verified, &other.verified);
         sum(&mut self.reached, &other.reached);
         sum(&mut self.accepted, &other.accepted);
+        sum(&mut self.predicted, &other.predicted);
     }
 
     /// Accepted length: committed tokens per round; NaN without rounds.
@@ -61,6 +70,13 @@ impl RoundStats {
         let accepted = |k| self.accepted.get(k).copied().unwrap_or(0) as f64;
         let reached = self.reached.iter().enumerate();
         reached.map(|(k, &n)| accepted(k) / n as f64).collect()
+    }
+
+    /// Mean calibrated confidence of every position over the rounds that reached it: what
+    /// [`RoundStats::acceptance_rates`] was predicted to be.
+    pub fn predicted_rates(&self) -> Vec<f64> {
+        let pairs = self.predicted.iter().zip(&self.reached);
+        pairs.map(|(sum, &n)| sum / n as f64).collect()
     }
 }
 
@@ -95,9 +111,9 @@ fn count(counters: &mut Vec<u64>, len: usize) {
     counters[..len].iter_mut().for_each(|n| *n += 1);
 }
 
-fn sum(counters: &mut Vec<u64>, other: &[u64]) {
-    counters.resize(counters.len().max(other.len()), 0);
-    counters.iter_mut().zip(other).for_each(|(n, m)| *n += m);
+fn sum<T: Copy + Default + std::ops::AddAssign>(counters: &mut Vec<T>, other: &[T]) {
+    counters.resize(counters.len().max(other.len()), T::default());
+    counters.iter_mut().zip(other).for_each(|(n, m)| *n += *m);
 }
 
 #[cfg(test)]
@@ -108,6 +124,7 @@ mod tests {
         Round {
             draft_tokens: vec![0; 3],
             confidence: Vec::new(),
+            predicted: vec![0.5; 3],
             verify_len,
             num_accepted,
             committed: vec![0; num_accepted + 1],
@@ -125,6 +142,8 @@ mod tests {
         assert_eq!(stats.reached, [3, 2, 1]);
         assert_eq!(stats.accepted, [2, 1, 1]);
         assert_eq!(stats.acceptance_rates(), [2.0 / 3.0, 0.5, 1.0]);
+        assert_eq!(stats.predicted, [1.5, 1.0, 0.5]);
+        assert_eq!(stats.predicted_rates(), [0.5; 3]);
         assert_eq!(stats.accepted_length(), 2.0);
         assert_eq!(stats.verify_budget(), 3.0);
         let mut twice = stats.clone();

@@ -1,5 +1,11 @@
-//! What a step costs, from measurements at start-up.
+//! What a step costs, from measurements at start-up and from the steps since.
+//!
+//! `seconds(R, B, C) = f_1 verify(B) + f_2 c C + f_3 draft(R)`: a measured table over the B rows of the target's pass
+//! (straight lines between the points, or a staircase where passes run in graph buckets), a slope over the C cache
+//! entries the rows attend to, and a measured table over the R requests drafted for. The factors f start at 1 and follow
+//! measured step times by recursive least squares ([`StepCost::observe`]).
 
+use super::refit::Refit;
 use crate::error::{Error, Result};
 
 /// Seconds of a pass by its number of tokens: measured points, straight lines between them.
@@ -55,19 +61,130 @@ impl CostTable {
     }
 }
 
-/// Seconds of a whole step: the verify pass by its tokens and the draft by its requests.
+/// What the cost of a step depends on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepShape {
+    /// Requests drafted for; 0 when the step drafts nothing.
+    pub num_drafted: usize,
+    /// Rows of the verify pass, B.
+    pub num_tokens: usize,
+    /// Cache entries of all requests together.
+    pub context_tokens: usize,
+}
+
+/// Seconds of a whole step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepCost {
-    /// The target's pass by verified tokens B.
-    pub verify: CostTable,
-    /// Drafting by requests R; `None` counts it as free.
-    pub draft: Option<CostTable>,
+    verify: CostTable,
+    draft: Option<CostTable>,
+    seconds_per_context_token: f64,
+    buckets: Vec<usize>,
+    refit: Refit,
 }
 
 impl StepCost {
-    /// Steps per second with `num_tokens` tokens of `num_reqs` requests in the verify pass.
+    /// The target's pass by verified tokens B, and drafting by requests R (`None`: free). The context is free until
+    /// [`StepCost::with_context`].
+    pub fn new(verify: CostTable, draft: Option<CostTable>) -> Self {
+        Self {
+            verify,
+            draft,
+            seconds_per_context_token: 0.0,
+            buckets: Vec::new(),
+            refit: Refit::default(),
+        }
+    }
+
+    /// The same with seconds for each cache entry attended to.
+    ///
+    /// # Errors
+    /// Not a finite number >= 0.
+    pub fn with_context(mut self, seconds_per_token: f64) -> Result<Self> {
+        if !(seconds_per_token.is_finite() && seconds_per_token >= 0.0) {
+            let field = "seconds_per_context_token";
+            return Err(Error::argument(
+                field,
+                "a finite number >= 0",
+                seconds_per_token,
+            ));
+        }
+        self.seconds_per_context_token = seconds_per_token;
+        Ok(self)
+    }
+
+    /// The same for passes that are padded to the next of these row counts; above the last they are not.
+    ///
+    /// # Errors
+    /// A row count of 0, or one that is not above the one before it.
+    pub fn with_buckets(mut self, buckets: Vec<usize>) -> Result<Self> {
+        let rising = buckets.windows(2).all(|pair| pair[0] < pair[1]);
+        if !rising || buckets.first() == Some(&0) {
+            let found = format!("{buckets:?}");
+            return Err(Error::argument(
+                "buckets",
+                "rising row counts from 1 on",
+                found,
+            ));
+        }
+        self.buckets = buckets;
+        Ok(self)
+    }
+
+    /// The target's pass at no context.
+    pub fn verify(&self) -> &CostTable {
+        &self.verify
+    }
+
+    /// Drafting by requests.
+    pub fn draft(&self) -> Option<&CostTable> {
+        self.draft.as_ref()
+    }
+
+    /// Seconds for each cache entry, as profiled.
+    pub fn seconds_per_context_token(&self) -> f64 {
+        self.seconds_per_context_token
+    }
+
+    /// Row counts that passes are padded to; empty when they are not.
+    pub fn buckets(&self) -> &[usize] {
+        &self.buckets
+    }
+
+    /// What measured steps have made of the profiled terms: factors of verify, context and draft.
+    pub fn factors(&self) -> [f64; 3] {
+        self.refit.factors()
+    }
+
+    /// The profiled terms of a step: verify, context, draft.
+    fn terms(&self, shape: StepShape) -> [f64; 3] {
+        let above = self.buckets.partition_point(|&b| b < shape.num_tokens);
+        let rows = self.buckets.get(above).copied().unwrap_or(shape.num_tokens);
+        let draft = match &self.draft {
+            Some(draft) if shape.num_drafted > 0 => draft.seconds(shape.num_drafted),
+            _ => 0.0,
+        };
+        let context = self.seconds_per_context_token * shape.context_tokens as f64;
+        [self.verify.seconds(rows), context, draft]
+    }
+
+    /// Seconds of a step; never falling in any of its numbers.
+    pub fn seconds(&self, shape: StepShape) -> f64 {
+        let terms = self.terms(shape);
+        terms.iter().zip(self.factors()).map(|(t, f)| t * f).sum()
+    }
+
+    /// Steps per second with `num_tokens` tokens of `num_reqs` requests in the verify pass, at no context.
     pub fn steps_per_second(&self, num_reqs: usize, num_tokens: usize) -> f64 {
-        let draft = self.draft.as_ref().map_or(0.0, |d| d.seconds(num_reqs));
-        1.0 / (self.verify.seconds(num_tokens) + draft)
+        1.0 / self.seconds(StepShape {
+            num_drafted: num_reqs,
+            num_tokens,
+            context_tokens: 0,
+        })
+    }
+
+    /// Takes in what a step of this shape really took.
+    pub fn observe(&mut self, shape: StepShape, seconds: f64) {
+        let terms = self.terms(shape);
+        self.refit.observe(terms, seconds);
     }
 }

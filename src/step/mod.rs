@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::model::{Drafter, ProposeBatch, Target};
-use crate::ops::{DraftLaw, Ops, RowMap, SamplingParams};
-use crate::schedule::{Scheduler, StepCost};
+use crate::ops::{AcceptBatch, AcceptExtras, DraftLaw, Ops, RowMap, Rule, SamplingParams};
+use crate::schedule::{Adapt, Batch, Evidence, Graded, Scheduler, StepCost, StepShape};
 
 /// A target, a drafter (or none: plain decoding) and a rule for how many drafts to verify.
 pub struct DecodeStep<O: Ops> {
@@ -28,6 +28,8 @@ pub struct DecodeStep<O: Ops> {
     scheduler: Scheduler,
     draft_len: usize,
     times: PhaseTimes,
+    /// Calibrated confidences of the last schedule, until its round is committed.
+    predicted: Option<Vec<f32>>,
 }
 
 /// What a verify pass decided; the sequences' tables hold all its rows until [`DecodeStep::commit`].
@@ -45,11 +47,12 @@ impl<O: Ops> DecodeStep<O> {
     /// `draft_len` tokens are drafted per request and round; it must be 0 without a drafter.
     ///
     /// # Errors
-    /// A draft length the drafter cannot make; a policy that needs confidences nobody gives.
+    /// A draft length the drafter cannot make; a policy that needs confidences without a drafter. Of a drafter without
+    /// a confidence head they are estimated from the probability of its likeliest token.
     pub fn new(
         target: Box<dyn Target<O>>,
         drafter: Option<Box<dyn Drafter<O>>>,
-        scheduler: Scheduler,
+        mut scheduler: Scheduler,
         draft_len: usize,
     ) -> Result<Self> {
         let longest = drafter.as_ref().map_or(0, |d| d.max_draft_len());
@@ -61,13 +64,14 @@ impl<O: Ops> DecodeStep<O> {
             return Err(Error::argument("draft_len", expected, draft_len));
         }
         let policy = scheduler.policy();
-        if policy.needs_confidence() && !drafter.as_ref().is_some_and(|d| d.has_confidence()) {
-            let found = match drafter {
-                Some(_) => "a drafter without a confidence head",
-                None => "no drafter",
+        if policy.needs_confidence() {
+            let Some(drafter) = &drafter else {
+                let expected = format!("a drafter for `{policy}`");
+                return Err(Error::argument("schedule", expected, "none"));
             };
-            let expected = format!("a drafter with a confidence head for `{policy}`");
-            return Err(Error::argument("schedule", expected, found));
+            if !drafter.has_confidence() {
+                scheduler.set_evidence(Evidence::TopProbability);
+            }
         }
         Ok(Self {
             target,
@@ -75,6 +79,7 @@ impl<O: Ops> DecodeStep<O> {
             scheduler,
             draft_len,
             times: PhaseTimes::default(),
+            predicted: None,
         })
     }
 
@@ -98,6 +103,11 @@ impl<O: Ops> DecodeStep<O> {
         self.scheduler.set_cost(cost);
     }
 
+    /// What of the rule follows live outcomes from now on.
+    pub fn set_adapt(&mut self, adapt: Adapt) {
+        self.scheduler.set_adapt(adapt);
+    }
+
     /// Time spent so far.
     pub fn times(&self) -> PhaseTimes {
         self.times
@@ -108,18 +118,46 @@ impl<O: Ops> DecodeStep<O> {
     /// # Errors
     /// Those of the phases. The sequences are then as they were before the round, unless `commit` failed.
     pub fn round(&mut self, ops: &mut O, seqs: &mut [&mut Sequence]) -> Result<Vec<Round>> {
+        let start = Instant::now();
+        let context_tokens = context_tokens(seqs);
         let proposal = self.propose(ops, seqs)?;
         let verify_lens = self.schedule(seqs, &proposal)?;
         let verified = self.verify(ops, seqs, &proposal, &verify_lens)?;
-        self.commit(ops, seqs, &proposal, &verified)
+        let rounds = self.commit(ops, seqs, &proposal, &verified)?;
+        let shape = StepShape {
+            num_drafted: if proposal.draft_len > 0 {
+                seqs.len()
+            } else {
+                0
+            },
+            num_tokens: verified.map.num_rows(),
+            context_tokens,
+        };
+        self.scheduler
+            .observe_step(shape, start.elapsed().as_secs_f64());
+        Ok(rounds)
     }
 
     /// Drafts for every sequence. The draft is shorter than `draft_len` where the reserved pages of a sequence end
-    /// earlier, and empty without a drafter. Drafts past the model's context are made and never verified.
+    /// earlier, and empty without a drafter or where the schedule expects no gain from drafting. Drafts past the
+    /// model's context are made and never verified.
     ///
     /// # Errors
     /// A sequence that was not prefilled; what the drafter refuses.
     pub fn propose(&mut self, ops: &mut O, seqs: &[&mut Sequence]) -> Result<Proposal> {
+        let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
+        let pays = self
+            .scheduler
+            .drafts(&slots, self.draft_len, context_tokens(seqs));
+        if pays {
+            self.draft(ops, seqs)
+        } else {
+            Ok(Proposal::default())
+        }
+    }
+
+    /// Drafts for every sequence, whether it pays or not.
+    fn draft(&mut self, ops: &mut O, seqs: &[&mut Sequence]) -> Result<Proposal> {
         let start = Instant::now();
         let room = |seq: &&mut Sequence| seq.pages.capacity().saturating_sub(seq.seq_len() + 1);
         let draft_len = seqs.iter().map(room).min().unwrap_or(0).min(self.draft_len);
@@ -137,18 +175,27 @@ impl<O: Ops> DecodeStep<O> {
             sampling: &sampling,
         };
         let drafted = drafter.propose(ops, &batch, draft_len)?;
+        let confidence = match (self.scheduler.evidence(), drafter.law()) {
+            (Evidence::TopProbability, DraftLaw::Logits(logits)) => {
+                let temperature = sampling
+                    .iter()
+                    .flat_map(|params| std::iter::repeat_n(params.temperature, draft_len));
+                Some(ops.top_probabilities(logits, &temperature.collect::<Vec<f32>>())?)
+            }
+            _ => drafted.confidence,
+        };
         self.times.propose += start.elapsed();
         Ok(Proposal {
             draft_len,
             tokens: drafted.tokens,
-            confidence: drafted.confidence,
+            confidence,
         })
     }
 
     /// How many drafts of each sequence are verified: the scheduler's choice, never past the model's context.
     ///
     /// # Errors
-    /// Those of [`Scheduler::plan`].
+    /// Those of [`Scheduler::plan`]; a policy that peeks with a request whose output depends on what is verified.
     pub fn schedule(&mut self, seqs: &[&mut Sequence], proposal: &Proposal) -> Result<Vec<usize>> {
         let start = Instant::now();
         let max_position = self.target.max_position();
@@ -156,12 +203,38 @@ impl<O: Ops> DecodeStep<O> {
             .iter()
             .map(|seq| max_position.saturating_sub(seq.seq_len() + 1))
             .collect();
-        let confidence = proposal.confidence.as_deref();
-        let plan = self
-            .scheduler
-            .plan(confidence, proposal.draft_len, &limits)?;
+        let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
+        seqs.iter()
+            .try_for_each(|seq| self.check_sampling(&seq.sampling))?;
+        let plan = self.scheduler.plan(&Batch {
+            slots: &slots,
+            limits: &limits,
+            draft_len: proposal.draft_len,
+            confidence: proposal.confidence.as_deref(),
+            context_tokens: context_tokens(seqs),
+        })?;
+        self.predicted = plan.predicted;
         self.times.schedule += start.elapsed();
-        Ok(plan)
+        Ok(plan.verify_lens)
+    }
+
+    /// Refuses sampling whose law a policy that peeks would change.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] naming the policy.
+    pub fn check_sampling(&self, sampling: &SamplingParams) -> Result<()> {
+        let policy = self.scheduler.policy();
+        if policy.peeks() && sampling.temperature > 0.0 && sampling.rule != Rule::Coupled {
+            let expected = format!(
+                "the coupled rule or greedy requests under `{policy}`, which peeks at the drafts"
+            );
+            let found = format!(
+                "the {} rule at temperature {}",
+                sampling.rule, sampling.temperature
+            );
+            return Err(Error::argument("schedule", expected, found));
+        }
+        Ok(())
     }
 
     /// Runs anchor and first `verify_lens[r]` drafts of every sequence through the target and accepts a prefix.
@@ -215,15 +288,20 @@ impl<O: Ops> DecodeStep<O> {
             Some(drafter) if proposal.draft_len > 0 => drafter.law(),
             _ => DraftLaw::PointMass,
         };
-        let accepted = ops.accept(
-            self.target.logits(),
-            &map.qo_indptr,
-            &proposal.tokens,
-            proposal.draft_len,
+        let edits = sequence::edits(seqs.iter().map(|seq| &**seq));
+        let accepted = ops.accept(&AcceptBatch {
+            target: self.target.logits(),
+            qo_indptr: &map.qo_indptr,
+            draft_tokens: &proposal.tokens,
+            draft_len: proposal.draft_len,
             law,
-            &anchor_positions,
-            &sampling(seqs),
-        )?;
+            anchor_positions: &anchor_positions,
+            sampling: &sampling(seqs),
+            extras: AcceptExtras {
+                edits: edits.as_deref(),
+                ..AcceptExtras::default()
+            },
+        })?;
         Ok(Verified {
             map,
             num_accepted: accepted.num_accepted.iter().map(|&n| n as usize).collect(),
@@ -244,6 +322,9 @@ impl<O: Ops> DecodeStep<O> {
         verified: &Verified,
     ) -> Result<Vec<Round>> {
         let start = Instant::now();
+        let draft_len = proposal.draft_len;
+        let predicted = self.predicted.take().unwrap_or_default();
+        let predicted_of = |r: usize| predicted.get(r * draft_len..(r + 1) * draft_len);
         let mut next_tokens = vec![0; verified.map.num_rows()];
         let mut rounds = Vec::with_capacity(seqs.len());
         for (r, seq) in seqs.iter_mut().enumerate() {
@@ -255,14 +336,22 @@ impl<O: Ops> DecodeStep<O> {
             seq.pages
                 .rollback(verified.map.seq_lens[r] as usize + committed.len());
             seq.anchor = Some(next);
+            seq.output.extend(&committed);
             rounds.push(Round {
                 draft_tokens: proposal.tokens_of(r).to_vec(),
                 confidence: proposal.confidence_of(r).to_vec(),
+                predicted: predicted_of(r).unwrap_or_default().to_vec(),
                 verify_len: rows.len() - 1,
                 num_accepted,
                 committed,
             });
         }
+        let graded = seqs.iter().zip(&rounds).map(|(seq, round)| Graded {
+            verify_len: round.verify_len,
+            num_accepted: round.num_accepted,
+            excluded: !seq.calibrates,
+        });
+        self.scheduler.grade(&graded.collect::<Vec<_>>());
         let kept: Vec<usize> = rounds.iter().map(|round| round.committed.len()).collect();
         self.observe(ops, seqs, &verified.map, &kept, &next_tokens)?;
         self.times.commit += start.elapsed();
@@ -305,6 +394,11 @@ fn row_map(seqs: &[&mut Sequence], num_rows: impl Fn(usize) -> usize) -> Result<
         map.push(num_rows(r), len, len, seq.pages.pages())?;
     }
     Ok(map)
+}
+
+/// Cache entries of all sequences together.
+fn context_tokens(seqs: &[&mut Sequence]) -> usize {
+    seqs.iter().map(|seq| seq.seq_len()).sum()
 }
 
 fn anchors(seqs: &[&mut Sequence]) -> Result<Vec<u32>> {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::kv::PageTable;
-use crate::ops::SamplingParams;
+use crate::ops::{SamplingParams, TokenEdits};
 
 /// A request as the step sees it.
 ///
@@ -19,6 +19,15 @@ pub struct Sequence {
     pub pages: PageTable,
     /// How the request samples.
     pub sampling: SamplingParams,
+    /// Whether its outcomes calibrate confidences. Not where its law is one the drafter cannot know of (penalties,
+    /// a grammar mask).
+    pub calibrates: bool,
+    /// Prompt tokens in the cache.
+    pub prompt: Vec<u32>,
+    /// Generated tokens, the anchor included.
+    pub output: Vec<u32>,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
 }
 
 impl Sequence {
@@ -29,13 +38,37 @@ impl Sequence {
             anchor: None,
             pages,
             sampling,
+            calibrates: true,
+            prompt: Vec::new(),
+            output: Vec::new(),
+            logit_bias: Vec::new(),
         }
+    }
+
+    /// The tokens whose logits change: the context where a penalty is on, and the biased ones.
+    fn edits(&self) -> TokenEdits {
+        let penalised = self.sampling.has_penalties();
+        let (prompt, output): (&[u32], &[u32]) = if penalised {
+            (&self.prompt, &self.output)
+        } else {
+            (&[], &[])
+        };
+        TokenEdits::new(prompt, output, &self.logit_bias)
     }
 
     /// Cache entries = position of the anchor.
     pub fn seq_len(&self) -> usize {
         self.pages.len()
     }
+}
+
+/// The edits of a batch; `None` where no sequence has any.
+pub(super) fn edits<'s>(
+    seqs: impl Iterator<Item = &'s Sequence> + Clone,
+) -> Option<Vec<TokenEdits>> {
+    let edited = |seq: &Sequence| seq.sampling.has_penalties() || !seq.logit_bias.is_empty();
+    let any = seqs.clone().any(edited);
+    any.then(|| seqs.map(Sequence::edits).collect())
 }
 
 /// What the drafter proposed for a batch.
@@ -45,7 +78,8 @@ pub struct Proposal {
     pub draft_len: usize,
     /// `[num_reqs * draft_len]`.
     pub tokens: Vec<u32>,
-    /// `[num_reqs * draft_len]` before calibration; `None` without a confidence head.
+    /// `[num_reqs * draft_len]` before calibration; of a drafter without a confidence head the probabilities of its
+    /// likeliest tokens where the schedule estimates confidences from them, else `None`.
     pub confidence: Option<Vec<f32>>,
 }
 
@@ -68,8 +102,10 @@ impl Proposal {
 pub struct Round {
     /// All drafted tokens.
     pub draft_tokens: Vec<u32>,
-    /// Confidences of all drafted tokens, before calibration; empty without a confidence head.
+    /// Confidences of all drafted tokens, before calibration; empty where there are none.
     pub confidence: Vec<f32>,
+    /// The same after calibration, as the schedule took them.
+    pub predicted: Vec<f32>,
     /// Drafts that were verified.
     pub verify_len: usize,
     /// Drafts that were accepted.

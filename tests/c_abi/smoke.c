@@ -53,6 +53,7 @@ static void check_null_params(void) {
                 "params");
   CHECK_REFUSED(dspark_draft_head(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
   CHECK_REFUSED(dspark_survival(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
+  CHECK_REFUSED(dspark_schedule(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
   CHECK_REFUSED(dspark_accept_workspace_size(NULL, &bytes), DSPARK_ERROR_NULL_POINTER, "params");
   CHECK_REFUSED(dspark_accept(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
   CHECK_REFUSED(dspark_commit(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
@@ -141,6 +142,7 @@ static void check_layers(void) {
 static void check_laws(void) {
   dspark_draft_head_params head = DSPARK_DRAFT_HEAD_PARAMS_INIT;
   dspark_survival_params survival = DSPARK_SURVIVAL_PARAMS_INIT;
+  dspark_schedule_params schedule = DSPARK_SCHEDULE_PARAMS_INIT;
   dspark_accept_params accept = DSPARK_ACCEPT_PARAMS_INIT;
   dspark_commit_params commit = DSPARK_COMMIT_PARAMS_INIT;
   size_t bytes = 0;
@@ -164,6 +166,15 @@ static void check_laws(void) {
   survival.draft_len = 1;
   CHECK_REFUSED(dspark_survival(&survival, NULL), DSPARK_ERROR_NULL_POINTER, "confidence");
 
+  schedule.num_reqs = 1024;
+  schedule.draft_len = 17;
+  CHECK_REFUSED(dspark_schedule(&schedule, NULL), DSPARK_ERROR_INVALID_ARGUMENT, "draft_len");
+  schedule.draft_len = 16;
+  schedule.rule = 3;
+  CHECK_REFUSED(dspark_schedule(&schedule, NULL), DSPARK_ERROR_INVALID_ARGUMENT, "rule");
+  schedule.rule = DSPARK_SCHEDULE_CAPACITY;
+  CHECK_REFUSED(dspark_schedule(&schedule, NULL), DSPARK_ERROR_NULL_POINTER, "confidence");
+
   accept.num_rows = 1;
   accept.num_reqs = 1;
   CHECK_REFUSED(dspark_accept_workspace_size(&accept, &bytes), DSPARK_ERROR_INVALID_ARGUMENT,
@@ -171,6 +182,13 @@ static void check_laws(void) {
   accept.vocab_size = 32000;
   CHECK(dspark_accept_workspace_size(&accept, &bytes) == DSPARK_OK);
   CHECK_REFUSED(dspark_accept(&accept, NULL), DSPARK_ERROR_NULL_POINTER, "target_logits");
+  accept.target_dtype = 7;
+  CHECK_REFUSED(dspark_accept(&accept, NULL), DSPARK_ERROR_UNSUPPORTED_DTYPE, "dtype");
+  accept.draft_len = 65;
+  CHECK_REFUSED(dspark_accept(&accept, NULL), DSPARK_ERROR_INVALID_ARGUMENT, "draft_len");
+  accept.draft_len = 0;
+  accept.vocab_size = (1 << 21) + 1;
+  CHECK_REFUSED(dspark_accept(&accept, NULL), DSPARK_ERROR_INVALID_ARGUMENT, "vocab_size");
 
   commit.num_reqs = 1;
   CHECK_REFUSED(dspark_commit(&commit, NULL), DSPARK_ERROR_NULL_POINTER, "num_accepted");

@@ -23,10 +23,8 @@ pub fn reference() -> Reference {
 
 /// One second for a pass of one token, `slope` more for each further one.
 pub fn linear_cost(slope: f64) -> StepCost {
-    StepCost {
-        verify: CostTable::new(vec![(1, 1.0), (101, 1.0 + 100.0 * slope)]).unwrap(),
-        draft: None,
-    }
+    let points = vec![(1, 1.0), (101, 1.0 + 100.0 * slope)];
+    StepCost::new(CostTable::new(points).unwrap(), None)
 }
 
 /// A drafter that always drafts the target's own greedy continuation.

@@ -6,10 +6,10 @@
  */
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "common/reduce.cuh"
+#include "kernels/schedule/calibrate.cuh"
 
 namespace dspark {
 
@@ -17,14 +17,6 @@ struct SurvivalPolicy {
   static constexpr int kWarpsPerCta = 4;
   static constexpr int kNumThreads = kWarpsPerCta * kWarpSize;
 };
-
-/* sigmoid(logit(c) / temperature), exact at 0 and 1; NaN counts as 0. */
-__device__ __forceinline__ float calibrate(float confidence, float temperature) {
-  const float c = fminf(fmaxf(confidence, 0.f), 1.f); /* fmaxf(NaN, 0) is 0 */
-  if (temperature == 1.f) return c;
-  const float logit = logf(c) - log1pf(-c);
-  return 1.f / (1.f + expf(-logit / temperature));
-}
 
 __device__ __forceinline__ float warp_inclusive_product(float value, int lane) {
 #pragma unroll

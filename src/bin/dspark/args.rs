@@ -1,10 +1,14 @@
 //! The command line's grammar.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use clap::builder::TypedValueParser as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use dspark::ops::Rule;
 use dspark::schedule::Policy;
+use dspark::schedule::simulate::Arrivals;
 
 /// DSpark speculative decoding: generate, compare with the baselines, look after the set-up.
 #[derive(Debug, Parser)]
@@ -25,6 +29,14 @@ pub enum Command {
     /// Say what was built, which devices there are, and whether a target and a drafter fit.
     #[command(after_help = DOCTOR_EXAMPLES)]
     Doctor(DoctorArgs),
+    /// Fit the temperatures of a drafter's confidences and draw their reliability.
+    #[command(after_help = CALIBRATE_EXAMPLES)]
+    Calibrate(CalibrateArgs),
+    /// Measure what a step costs on this machine, for algorithm1, delayed and global.
+    Profile(ProfileArgs),
+    /// Replay recorded rounds against a step cost for any load and schedule.
+    #[command(after_help = SIMULATE_EXAMPLES)]
+    Simulate(SimulateArgs),
 }
 
 const GENERATE_EXAMPLES: &str = "\
@@ -47,6 +59,21 @@ const DOCTOR_EXAMPLES: &str = "\
 Examples:
   dspark doctor
   dspark doctor --target Qwen3-4B --draft dspark_qwen3_4b_block7";
+
+const CALIBRATE_EXAMPLES: &str = "\
+Examples:
+  dspark calibrate --target DIR --draft DIR --prompts math.jsonl --prompts chat.jsonl --temperature 1
+  dspark calibrate --target DIR --draft DIR --traces a.json --held-out b.json -o DIR/calibration.json
+
+Writes the calibration and, beside it, diagrams as .svg and .png. A calibration.json in the drafter's
+directory is used without being asked for.";
+
+const SIMULATE_EXAMPLES: &str = "\
+Examples:
+  dspark simulate --traces chat.json --cost cost.json --loads 1,8,64,512
+  dspark simulate --traces chat.json --traces math.json --cost cost.json --loads 256 --arrivals waves:50000:16
+
+Traces are what `dspark generate --schedule fixed --trace FILE` writes.";
 
 /// How tokens are proposed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -107,19 +134,34 @@ pub struct RunArgs {
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub device: DeviceChoice,
     /// Requests decoded together; further ones wait in order.
-    #[arg(long, default_value_t = 8, value_name = "N")]
+    #[arg(
+        long,
+        default_value_t = 8,
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
     pub max_num_reqs: usize,
     /// Tokens in a KV page.
-    #[arg(long, default_value_t = 16, value_name = "N")]
+    #[arg(
+        long,
+        default_value_t = 16,
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
     pub page_size: usize,
-    /// Pages in the KV pool [default: enough for max-num-reqs requests of the longest prompt].
-    #[arg(long, value_name = "N")]
+    /// Pages in the KV pool [default: enough for max-num-reqs of the longest request; more are never made].
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub num_pages: Option<usize>,
     /// Prompt tokens run through the target in one pass.
-    #[arg(long, default_value_t = 256, value_name = "N")]
+    #[arg(
+        long,
+        default_value_t = 256,
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
     pub prefill_chunk: usize,
-    /// Threads of the cpu device [default: all].
-    #[arg(long, value_name = "N")]
+    /// Threads of the cpu device, at most 1024 [default: all].
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = parse_threads)]
     pub threads: Option<usize>,
 }
 
@@ -142,7 +184,12 @@ pub struct PromptArgs {
 #[derive(Clone, Debug, Args)]
 pub struct SamplingArgs {
     /// Tokens to generate for each prompt, at most.
-    #[arg(long, default_value_t = 256, value_name = "N")]
+    #[arg(
+        long,
+        default_value_t = 256,
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
     pub max_new_tokens: usize,
     /// 0 is greedy.
     #[arg(
@@ -153,7 +200,12 @@ pub struct SamplingArgs {
     )]
     pub temperature: f32,
     /// Sample from the K most likely tokens; 0 is off.
-    #[arg(long, default_value_t = 0, value_name = "K")]
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "K",
+        allow_negative_numbers = true
+    )]
     pub top_k: u32,
     /// Sample from the smallest set of this probability; 1 is off.
     #[arg(
@@ -172,8 +224,36 @@ pub struct SamplingArgs {
     )]
     pub min_p: f32,
     /// Seed of the first request; request i uses S + i.
-    #[arg(long, default_value_t = 0, value_name = "S")]
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "S",
+        allow_negative_numbers = true
+    )]
     pub seed: u64,
+    /// How drafts are accepted at temperature > 0; none changes the target's law. token: each by its own; block: by the
+    /// longest prefix that passes, a little longer; coupled: the text of plain decoding with the same seed, token by token.
+    #[arg(long, default_value = "token", value_name = "RULE")]
+    pub rule: Rule,
+    /// Divide the positive logits of all tokens so far by P and multiply the others; 1 is off.
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    pub repetition_penalty: f32,
+    /// Take P from the logits of all generated tokens; 0 is off.
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "P",
+        allow_negative_numbers = true
+    )]
+    pub presence_penalty: f32,
+    /// Take P from the logits of all generated tokens for each time they came; 0 is off.
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "P",
+        allow_negative_numbers = true
+    )]
+    pub frequency_penalty: f32,
     /// Stop before this text; may be given several times.
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
@@ -189,12 +269,121 @@ pub struct SamplingArgs {
 #[derive(Clone, Debug, Args)]
 pub struct DraftArgs {
     /// Tokens drafted in a round [default: the drafter's block size; 1 for mtp].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub draft_len: Option<usize>,
-    /// How many drafts are verified: fixed (all), threshold:X (cut before the first confidence below X), adaptive
-    /// (the throughput-optimal number by calibrated confidence and measured cost).
+    /// How many drafts are verified: fixed (all), threshold:X (cut before the first confidence below X), algorithm1
+    /// (by calibrated confidence and measured cost until throughput first falls; also called adaptive), delayed (the
+    /// best number by the confidences of two steps before), global (the best number; greedy requests only).
     #[arg(long, default_value = "fixed", value_name = "RULE")]
     pub schedule: Policy,
+    /// Temperatures of the drafter's confidences [default: calibration.json in the drafter's directory, if there].
+    #[arg(long, value_name = "FILE")]
+    pub calibration: Option<PathBuf>,
+    /// Step costs of `dspark profile`; measured and written where the file does not exist yet [default: measured].
+    #[arg(long, value_name = "FILE")]
+    pub cost: Option<PathBuf>,
+}
+
+impl DraftArgs {
+    /// Every draft verified, nothing given.
+    pub fn fixed() -> Self {
+        Self {
+            draft_len: None,
+            schedule: Policy::Fixed,
+            calibration: None,
+            cost: None,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct CalibrateArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// Drafter checkpoint with a confidence head.
+    #[arg(long, value_name = "DIR")]
+    pub draft: PathBuf,
+    /// A JSONL file of prompts to generate from; may be given several times.
+    #[arg(long, value_name = "FILE", required_unless_present = "traces")]
+    pub prompts: Vec<PathBuf>,
+    /// Fit recorded rounds instead of generating; may be given several times.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompts")]
+    pub traces: Vec<PathBuf>,
+    /// Judge the fit on these recorded rounds; may be given several times.
+    #[arg(long, value_name = "FILE")]
+    pub held_out: Vec<PathBuf>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Where to write the temperatures.
+    #[arg(short, long, value_name = "FILE", default_value = "calibration.json")]
+    pub out: PathBuf,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct ProfileArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// Drafter checkpoint.
+    #[arg(long, value_name = "DIR")]
+    pub draft: Option<PathBuf>,
+    /// Tokens drafted in a round [default: the drafter's block size; 1 for mtp].
+    #[arg(long, value_name = "N")]
+    pub draft_len: Option<usize>,
+    /// The longest context to measure at.
+    #[arg(long, default_value_t = 1024, value_name = "N")]
+    pub context: usize,
+    /// Where to write the costs.
+    #[arg(short, long, value_name = "FILE", default_value = "cost.json")]
+    pub out: PathBuf,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct SimulateArgs {
+    /// Recorded rounds, all drafts verified; may be given several times.
+    #[arg(long, value_name = "FILE", required = true)]
+    pub traces: Vec<PathBuf>,
+    /// Step costs.
+    #[arg(long, value_name = "FILE")]
+    pub cost: PathBuf,
+    /// Temperatures of the confidences.
+    #[arg(long, value_name = "FILE")]
+    pub calibration: Option<PathBuf>,
+    /// Most requests at once, one run for each number.
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1,8,64,512",
+        value_parser = clap::value_parser!(u32).range(1..=4096).map(|n| n as usize))]
+    pub loads: Vec<usize>,
+    /// Schedules to run beside no drafts, every fixed length and the oracle.
+    #[arg(
+        long,
+        value_name = "RULE,..",
+        value_delimiter = ',',
+        default_value = "algorithm1,delayed"
+    )]
+    pub rules: Vec<Policy>,
+    /// How requests come: closed (always as many as the load), poisson:RATE, or waves:TOKENS:LOW.
+    #[arg(long, value_name = "HOW", default_value = "closed", value_parser = crate::simulate::parse_arrivals)]
+    pub arrivals: Arrivals,
+    /// Tokens drafted in a round [default: as recorded].
+    #[arg(long, value_name = "N")]
+    pub draft_len: Option<usize>,
+    /// Steps to run.
+    #[arg(long, default_value_t = 2000, value_name = "N")]
+    pub steps: usize,
+    /// Tokens of a request, on average.
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    pub num_tokens: usize,
+    /// Cache entries of a request when it starts.
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    pub prompt_len: usize,
+    /// Learn on the way: online STS, cost factors, bypass.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
+    pub adapt: bool,
+    /// Of all draws.
+    #[arg(long, default_value_t = 0, value_name = "S")]
+    pub seed: u64,
+    /// Print the figures as JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -231,8 +420,8 @@ pub struct CompareArgs {
     #[command(flatten)]
     pub prompts: PromptArgs,
     /// Use the first N prompts of the file.
-    #[arg(long, value_name = "N")]
-    pub limit: Option<usize>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub limit: Option<NonZeroUsize>,
     #[command(flatten)]
     pub sampling: SamplingArgs,
     #[command(flatten)]
@@ -275,6 +464,13 @@ fn parse_ids(text: &str) -> Result<Ids, String> {
         .map(parse)
         .collect::<Result<_, _>>()
         .map(Ids)
+}
+
+fn parse_threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n) if (1..=1024).contains(&n) => Ok(n),
+        _ => Err("expected 1 to 1024".to_owned()),
+    }
 }
 
 fn parse_mode_dir(text: &str) -> Result<(Mode, PathBuf), String> {

@@ -80,6 +80,11 @@ impl Figures {
                 "mean confidence at the same positions:         {}",
                 list(&self.confidence)
             );
+            let _ = writeln!(
+                text,
+                "predicted, after calibration:                  {}",
+                list(&self.rounds.predicted_rates())
+            );
         }
         text
     }
@@ -160,6 +165,7 @@ mod tests {
         let round = |verify_len, num_accepted, confidence: [f32; 2]| Round {
             draft_tokens: vec![0; 2],
             confidence: confidence.to_vec(),
+            predicted: confidence.to_vec(),
             verify_len,
             num_accepted,
             committed: vec![0; num_accepted + 1],

@@ -1,11 +1,15 @@
 //! `--trace`: every request and round as JSON.
 
-use std::path::Path;
+use std::fs::File;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 
 use dspark::engine::Completion;
+use dspark::schedule::simulate::RecordedRequest;
+use dspark::schedule::sts::RecordedRound;
 use dspark::step::Round;
 use dspark::{Error, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::report::Figures;
 
@@ -35,11 +39,54 @@ impl<'a> TraceRequest<'a> {
     }
 }
 
-impl Trace<'_> {
-    /// Writes the file.
-    pub fn write(&self, file: &Path) -> Result<()> {
-        let json =
-            serde_json::to_vec(self).map_err(|e| Error::io(file, std::io::Error::other(e)))?;
-        std::fs::write(file, json).map_err(|source| Error::io(file, source))
+/// The file, opened before any work is done that would be lost without it.
+pub struct TraceFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl TraceFile {
+    /// Makes or empties the file.
+    pub fn create(path: &Path) -> Result<Self> {
+        let file = File::create(path).map_err(|source| Error::io(path, source))?;
+        Ok(Self {
+            path: path.into(),
+            file,
+        })
     }
+
+    /// Writes the whole trace.
+    pub fn write(mut self, trace: &Trace<'_>) -> Result<()> {
+        let json = serde_json::to_vec(trace).map_err(std::io::Error::other);
+        json.and_then(|json| self.file.write_all(&json))
+            .map_err(|source| Error::io(&self.path, source))
+    }
+}
+
+/// The part of a trace that calibration and simulation read.
+#[derive(Deserialize)]
+struct Recorded {
+    requests: Vec<RecordedRequest>,
+}
+
+/// The requests of traces that have rounds.
+pub fn read_requests(files: &[PathBuf]) -> Result<Vec<RecordedRequest>> {
+    let mut requests = Vec::new();
+    for file in files {
+        let bytes = std::fs::read(file).map_err(|source| Error::io(file, source))?;
+        let recorded: Recorded = serde_json::from_slice(&bytes)
+            .map_err(|error| Error::checkpoint(file, "trace", "what --trace writes", error))?;
+        let with_rounds = recorded
+            .requests
+            .into_iter()
+            .filter(|r| !r.rounds.is_empty());
+        requests.extend(with_rounds);
+    }
+    Ok(requests)
+}
+
+/// The rounds of traces, one after the other.
+pub fn read_rounds(files: &[PathBuf]) -> Result<Vec<RecordedRound>> {
+    let requests = read_requests(files)?.into_iter();
+    Ok(requests.flat_map(|request| request.rounds).collect())
 }

@@ -1,4 +1,4 @@
-//! Family schedule: survival of drafts from their confidences.
+//! Family schedule: survival of drafts from their confidences, and how many of them are verified.
 
 use std::ptr::null;
 
@@ -7,7 +7,105 @@ use super::{Cuda, check, expect, int, struct_size};
 use crate::error::Result;
 use crate::sys;
 
+/// What a call of [`Cuda::schedule`] decides by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScheduleRule {
+    /// Algorithm 1: until throughput first falls.
+    FirstFall,
+    /// This many drafts, made for this many requests.
+    Capacity(usize, usize),
+    /// The best number of drafts by this step's confidences, which is a peek.
+    Best,
+}
+
+/// The operands of [`Cuda::schedule`].
+#[derive(Clone, Copy, Debug)]
+pub struct ScheduleInputs<'a> {
+    /// The rule.
+    pub rule: ScheduleRule,
+    /// `[num_reqs * draft_len]` before calibration.
+    pub confidence: &'a [f32],
+    /// `[draft_len]`; `None` for all 1.
+    pub temperature: Option<&'a [f32]>,
+    /// `[num_reqs]` the most drafts of each.
+    pub limits: &'a [usize],
+    /// `[num_reqs * draft_len + 1]` costs of the step by number of drafts (`dspark::schedule::Ticks`).
+    pub ticks: &'a [u32],
+}
+
+/// What [`Cuda::schedule`] decided.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scheduled {
+    /// `[num_reqs]`.
+    pub verify_lens: Vec<usize>,
+    /// The best number of drafts by this step's confidences: the capacity of the step after the next.
+    pub best: usize,
+}
+
 impl Cuda {
+    /// How many drafts of each request are verified: the decisions of the host's `Ranking`, bit for bit.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] when the lengths do not fit; [`crate::Error::Cuda`].
+    pub fn schedule(&mut self, inputs: &ScheduleInputs<'_>) -> Result<Scheduled> {
+        let num_reqs = inputs.limits.len();
+        let draft_len = inputs.confidence.len().checked_div(num_reqs).unwrap_or(0);
+        expect("confidence", num_reqs * draft_len, inputs.confidence.len())?;
+        expect("ticks", num_reqs * draft_len + 1, inputs.ticks.len())?;
+        if let Some(temperature) = inputs.temperature {
+            expect("temperature", draft_len, temperature.len())?;
+        }
+        if num_reqs == 0 {
+            return Ok(Scheduled {
+                verify_lens: Vec::new(),
+                best: 0,
+            });
+        }
+        let (rule, capacity) = match inputs.rule {
+            ScheduleRule::FirstFall => (sys::DSPARK_SCHEDULE_FIRST_FALL, [0, 1]),
+            ScheduleRule::Capacity(drafts, reqs) => (
+                sys::DSPARK_SCHEDULE_CAPACITY,
+                [int("capacity", drafts)?, int("capacity", reqs)?],
+            ),
+            ScheduleRule::Best => (sys::DSPARK_SCHEDULE_BEST, [0, 1]),
+        };
+        let mut arguments = Arguments::default();
+        let confidence = arguments.push_f32(inputs.confidence.iter().copied());
+        let temperature = inputs
+            .temperature
+            .map(|t| arguments.push_f32(t.iter().copied()));
+        let limits = arguments.push(inputs.limits.iter().map(|&l| l.min(draft_len) as u32));
+        let ticks = arguments.push(inputs.ticks.iter().copied());
+        let capacity = arguments.push(capacity.map(i32::cast_unsigned));
+        let words = arguments.upload(&mut self.arguments)?;
+        let results = self.results.at_least(num_reqs + 2)?;
+        let params = sys::dspark_schedule_params {
+            struct_size: struct_size::<sys::dspark_schedule_params>(),
+            num_reqs: int("requests", num_reqs)?,
+            draft_len: int("draft_len", draft_len)?,
+            rule,
+            confidence: confidence.of(words),
+            temperature: temperature.map_or(null(), |offset| offset.of(words)),
+            limits: limits.of(words),
+            num_live: null(),
+            ticks: ticks.of(words),
+            capacity: capacity.of(words),
+            best: results.mut_ptr(num_reqs).cast(),
+            verify_lens: results.mut_ptr(0).cast(),
+        };
+        self.device.bind()?;
+        // SAFETY: the inputs were uploaded on this stream with the lengths the params say; the output has room for one
+        // word per request and the two of `best`.
+        check("schedule", unsafe {
+            sys::launch::dspark_schedule_cu(&raw const params, self.stream())
+        })?;
+        let words = self.download_results(num_reqs + 2)?;
+        Ok(Scheduled {
+            verify_lens: words[..num_reqs].iter().map(|&l| l as usize).collect(),
+            best: words[num_reqs] as usize,
+        })
+    }
+
     /// `survival[r, k] = prod over i <= k of sigmoid(logit(confidence[r, i]) / temperature[i])`, `[num_reqs, draft_len]`;
     /// `temperature [draft_len]`, `None` for all 1.
     ///

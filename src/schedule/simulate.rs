@@ -1,0 +1,373 @@
+//! Replays recorded rounds through a scheduler against a step cost: policies compared without a device, and at loads
+//! larger than one holds. Deterministic by seed.
+//!
+//! The model: a simulated request takes the recorded rounds of one recorded request, from a drawn place on and around
+//! its end, one a step. With `verify_len` drafts verified it commits `min(num_accepted, verify_len) + 1` tokens, and the
+//! recording's next round comes next, however many were committed: text is taken to be as hard a few tokens earlier or
+//! later. A step without drafts commits one token a request and passes over no round (but for the oracle, which has
+//! looked at it). A request leaves when it has its
+//! number of tokens. Steps take what the cost says; prompts are free.
+
+use serde::Serialize;
+
+use super::cost::{StepCost, StepShape};
+use super::policy::Policy;
+use super::scheduler::{Adapt, Batch, Graded, Scheduler};
+use super::sts::{RecordedRound, check};
+use crate::error::{Error, Result};
+
+/// One recorded request.
+#[derive(Clone, Debug, Default, serde::Deserialize, serde::Serialize)]
+pub struct RecordedRequest {
+    /// Its rounds, all drafts verified.
+    pub rounds: Vec<RecordedRound>,
+}
+
+/// What decides how much is drafted and verified.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rule {
+    /// Plain decoding.
+    None,
+    /// This many drafts are verified, always.
+    Length(usize),
+    /// A scheduler.
+    Policy(Policy),
+    /// For each step the best choice of all, made with the outcomes known: no rule can beat it.
+    Oracle,
+}
+
+/// How requests come.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Arrivals {
+    /// The batch is always full: a request that leaves is replaced.
+    Closed,
+    /// Poisson arrivals of this many requests a second; at most the load run at once, the others wait.
+    Poisson(f64),
+    /// The batch is full until this many tokens were committed, then down to this many requests for as many tokens, in
+    /// turn: the same work in both phases.
+    Waves {
+        /// Tokens of each phase.
+        tokens: u64,
+        /// Requests of the quiet phase.
+        low: usize,
+    },
+}
+
+/// What is simulated.
+#[derive(Clone, Debug)]
+pub struct Simulation<'a> {
+    /// Recorded requests to draw from.
+    pub requests: &'a [RecordedRequest],
+    /// What a step costs.
+    pub cost: &'a StepCost,
+    /// Tokens drafted a round; recorded confidences beyond are not used.
+    pub draft_len: usize,
+    /// STS temperatures.
+    pub temperatures: Option<&'a [f32]>,
+    /// What the scheduler learns on the way.
+    pub adapt: Adapt,
+    /// Most requests at once.
+    pub num_reqs: usize,
+    /// How they come.
+    pub arrivals: Arrivals,
+    /// Cache entries of a request when it starts.
+    pub prompt_len: usize,
+    /// Tokens of a request.
+    pub num_tokens: usize,
+    /// Steps to run.
+    pub num_steps: usize,
+    /// Of all draws.
+    pub seed: u64,
+}
+
+/// What a run amounted to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct SimReport {
+    /// Committed tokens of all requests.
+    pub num_tokens: u64,
+    /// Time that passed.
+    pub seconds: f64,
+    /// Rounds of all requests.
+    pub num_rounds: u64,
+    /// Of them, those that had drafts.
+    pub num_drafted: u64,
+    /// Drafts verified.
+    pub num_verified: u64,
+    /// Drafts accepted.
+    pub num_accepted: u64,
+    /// Time that requests spent in the batch, all together.
+    pub request_seconds: f64,
+}
+
+impl SimReport {
+    /// Tokens per second of all requests together.
+    pub fn tokens_per_second(&self) -> f64 {
+        self.num_tokens as f64 / self.seconds
+    }
+
+    /// Tokens per second of one request.
+    pub fn tokens_per_second_per_user(&self) -> f64 {
+        self.num_tokens as f64 / self.request_seconds
+    }
+}
+
+/// A request in the batch.
+#[derive(Clone, Debug)]
+struct Live {
+    slot: usize,
+    request: usize,
+    next_round: usize,
+    tokens_left: usize,
+    context: usize,
+}
+
+/// The state of a run.
+struct World {
+    draws: Draws,
+    live: Vec<Live>,
+    free: Vec<usize>,
+    next_arrival: f64,
+    /// Whether the quiet phase is on, and the tokens at which this phase ends.
+    quiet: bool,
+    phase_end: u64,
+    report: SimReport,
+}
+
+/// Uniform draws from a 64-bit linear congruential generator.
+struct Draws(u64);
+
+impl Draws {
+    fn uniform(&mut self) -> f64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.uniform() * n as f64) as usize
+    }
+}
+
+impl Simulation<'_> {
+    /// Runs one rule.
+    ///
+    /// # Errors
+    /// No recorded rounds; rounds that contradict themselves, that have fewer confidences than `draft_len` or were not
+    /// verified in full; zero requests, steps or tokens; those of the scheduler.
+    pub fn run(&self, rule: Rule) -> Result<SimReport> {
+        self.validate()?;
+        let mut scheduler = match rule {
+            Rule::Policy(policy) => {
+                let temperatures = self.temperatures.map(<[f32]>::to_vec);
+                let mut scheduler = Scheduler::new(policy, temperatures)?;
+                scheduler.set_cost(self.cost.clone());
+                scheduler.set_adapt(self.adapt);
+                Some(scheduler)
+            }
+            _ => None,
+        };
+        let mut world = World {
+            draws: Draws(self.seed),
+            live: Vec::new(),
+            free: (0..self.num_reqs).rev().collect(),
+            next_arrival: 0.0,
+            quiet: false,
+            phase_end: match self.arrivals {
+                Arrivals::Waves { tokens, .. } => tokens,
+                _ => u64::MAX,
+            },
+            report: SimReport::default(),
+        };
+        for _ in 0..self.num_steps {
+            self.arrive(&mut world, scheduler.as_mut());
+            if world.live.is_empty() {
+                world.report.seconds = world.next_arrival;
+                continue;
+            }
+            self.step(rule, scheduler.as_mut(), &mut world)?;
+            let free = &mut world.free;
+            world.live.retain(|request| {
+                let stays = request.tokens_left > 0;
+                if !stays {
+                    free.push(request.slot);
+                }
+                stays
+            });
+        }
+        Ok(world.report)
+    }
+
+    fn validate(&self) -> Result<()> {
+        for (field, value) in [
+            ("num_reqs", self.num_reqs),
+            ("num_steps", self.num_steps),
+            ("num_tokens", self.num_tokens),
+            ("requests", self.requests.len()),
+        ] {
+            if value == 0 {
+                return Err(Error::argument(field, "at least 1", 0));
+            }
+        }
+        for request in self.requests {
+            check(&request.rounds)?;
+            if request.rounds.is_empty() {
+                return Err(Error::argument("requests", "recorded rounds", "none"));
+            }
+            let whole = |round: &RecordedRound| round.verify_len >= self.draft_len;
+            if let Some(round) = request.rounds.iter().find(|round| !whole(round)) {
+                let expected = format!("rounds that verified {} drafts", self.draft_len);
+                return Err(Error::argument("rounds", expected, round.verify_len));
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets requests in.
+    fn arrive(&self, world: &mut World, mut scheduler: Option<&mut Scheduler>) {
+        let mut most = self.num_reqs;
+        if let Arrivals::Waves { tokens, low } = self.arrivals {
+            if world.report.num_tokens >= world.phase_end {
+                world.quiet = !world.quiet;
+                world.phase_end = world.report.num_tokens + tokens;
+            }
+            if world.quiet {
+                most = low.clamp(1, most);
+            }
+        }
+        while world.live.len() > most {
+            // The quiet phase begins: the newest requests are taken elsewhere.
+            let gone = world.live.pop().map(|request| request.slot);
+            world.free.extend(gone);
+        }
+        let World {
+            draws, live, free, ..
+        } = world;
+        while live.len() < most {
+            if let Arrivals::Poisson(rate) = self.arrivals {
+                if world.next_arrival > world.report.seconds {
+                    break;
+                }
+                world.next_arrival -= (1.0 - draws.uniform()).ln() / rate;
+            }
+            let Some(slot) = free.pop() else { break };
+            if let Some(scheduler) = &mut scheduler {
+                scheduler.forget(slot);
+            }
+            let request = draws.below(self.requests.len());
+            live.push(Live {
+                slot,
+                request,
+                next_round: draws.below(self.requests[request].rounds.len()),
+                // Lengths differ, so that requests do not leave in step.
+                tokens_left: 1 + self.num_tokens / 2 + draws.below(self.num_tokens),
+                context: self.prompt_len,
+            });
+        }
+    }
+
+    fn step(&self, rule: Rule, scheduler: Option<&mut Scheduler>, world: &mut World) -> Result<()> {
+        let World { live, report, .. } = world;
+        let rounds: Vec<&RecordedRound> = live
+            .iter()
+            .map(|live| &self.requests[live.request].rounds[live.next_round])
+            .collect();
+        let context_tokens = live.iter().map(|live| live.context).sum();
+        let choice = match (rule, scheduler) {
+            (Rule::Policy(_), Some(scheduler)) => {
+                self.scheduled(scheduler, live, &rounds, context_tokens)?
+            }
+            (Rule::Length(len), _) => Some(vec![len.min(self.draft_len); live.len()]),
+            (Rule::Oracle, _) => self.oracle(&rounds, context_tokens),
+            _ => None,
+        };
+        let num_drafts: usize = choice.iter().flatten().sum();
+        let seconds = self.cost.seconds(StepShape {
+            num_drafted: if choice.is_some() { live.len() } else { 0 },
+            num_tokens: live.len() + num_drafts,
+            context_tokens,
+        });
+        report.seconds += seconds;
+        report.request_seconds += seconds * live.len() as f64;
+        report.num_rounds += live.len() as u64;
+        report.num_verified += num_drafts as u64;
+        for (r, live) in live.iter_mut().enumerate() {
+            let accepted = choice
+                .as_ref()
+                .map_or(0, |lens| lens[r].min(rounds[r].num_accepted));
+            // The oracle has looked at the round also where it drafts nothing.
+            if choice.is_some() || rule == Rule::Oracle {
+                live.next_round = (live.next_round + 1) % self.requests[live.request].rounds.len();
+            }
+            report.num_drafted += u64::from(choice.is_some());
+            let committed = 1 + accepted;
+            live.tokens_left = live.tokens_left.saturating_sub(committed);
+            live.context += committed;
+            report.num_tokens += committed as u64;
+            report.num_accepted += accepted as u64;
+        }
+        Ok(())
+    }
+
+    /// `verify_lens` by the scheduler; `None` when it does not draft.
+    fn scheduled(
+        &self,
+        scheduler: &mut Scheduler,
+        live: &[Live],
+        rounds: &[&RecordedRound],
+        context_tokens: usize,
+    ) -> Result<Option<Vec<usize>>> {
+        let slots: Vec<usize> = live.iter().map(|live| live.slot).collect();
+        if !scheduler.drafts(&slots, self.draft_len, context_tokens) {
+            return Ok(None);
+        }
+        let confidence: Vec<f32> = rounds
+            .iter()
+            .flat_map(|round| &round.confidence[..self.draft_len])
+            .copied()
+            .collect();
+        let plan = scheduler.plan(&Batch {
+            slots: &slots,
+            limits: &vec![self.draft_len; live.len()],
+            draft_len: self.draft_len,
+            confidence: Some(&confidence),
+            context_tokens,
+        })?;
+        let grade = |(&verify_len, round): (&usize, &&RecordedRound)| Graded {
+            verify_len,
+            num_accepted: verify_len.min(round.num_accepted),
+            excluded: false,
+        };
+        let outcomes: Vec<Graded> = plan.verify_lens.iter().zip(rounds).map(grade).collect();
+        scheduler.grade(&outcomes);
+        Ok(Some(plan.verify_lens))
+    }
+
+    /// The choice of the most tokens a second, outcomes known: only drafts that will be accepted, if any pay.
+    fn oracle(&self, rounds: &[&RecordedRound], context_tokens: usize) -> Option<Vec<usize>> {
+        let num_reqs = rounds.len();
+        let rate = |num_drafted: usize, num_drafts: usize| {
+            let shape = StepShape {
+                num_drafted,
+                num_tokens: num_reqs + num_drafts,
+                context_tokens,
+            };
+            (num_reqs + num_drafts) as f64 / self.cost.seconds(shape)
+        };
+        let accepted = |round: &RecordedRound| round.num_accepted.min(self.draft_len);
+        let most: usize = rounds.iter().map(|round| accepted(round)).sum();
+        let best = (0..=most).max_by(|&a, &b| rate(num_reqs, a).total_cmp(&rate(num_reqs, b)))?;
+        if rate(num_reqs, best) <= rate(0, 0) {
+            return None;
+        }
+        let mut left = best;
+        let lens = rounds.iter().map(|round| {
+            let len = accepted(round).min(left);
+            left -= len;
+            len
+        });
+        Some(lens.collect())
+    }
+}

@@ -1,0 +1,125 @@
+//! The device's schedule against the host's: the same decisions, bit for bit.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use common::{Rng, gpu};
+use dspark::ops::cuda::{ScheduleInputs, ScheduleRule, Scheduled};
+use dspark::schedule::{Ranking, Ticks, calibrate, survival};
+
+/// The host's decision.
+fn on_host(inputs: &ScheduleInputs<'_>, ticks: &Ticks) -> Scheduled {
+    let draft_len = inputs.confidence.len() / inputs.limits.len();
+    let calibrated = calibrate(inputs.confidence, draft_len, inputs.temperature).unwrap();
+    let ranking = Ranking::new(&survival(&calibrated, draft_len), draft_len, inputs.limits);
+    let best = ranking.best(ticks);
+    let num_drafts = match inputs.rule {
+        ScheduleRule::FirstFall => ranking.first_fall(ticks),
+        ScheduleRule::Best => best,
+        ScheduleRule::Capacity(drafts, reqs) => ranking.scaled_capacity(drafts, reqs, ticks),
+    };
+    Scheduled {
+        verify_lens: ranking.verify_lens(num_drafts),
+        best,
+    }
+}
+
+/// Confidences of every kind: random, ties, certain ones, and what is no confidence.
+fn confidences(rng: &mut Rng, len: usize, kind: usize) -> Vec<f32> {
+    let odd = [
+        f32::NAN,
+        0.0,
+        1.0,
+        -1.0,
+        2.0,
+        f32::INFINITY,
+        1e-40,
+        0.999_999_9,
+    ];
+    (0..len)
+        .map(|i| match kind {
+            0 => rng.uniform().sqrt(),
+            1 => 0.5,
+            2 => 1.0,
+            3 => odd[(rng.uniform() * 8.0) as usize % 8],
+            _ if i % 3 == 0 => odd[i % 8],
+            _ => rng.uniform(),
+        })
+        .collect()
+}
+
+#[test]
+fn decisions_are_the_hosts() {
+    let Some(mut cuda) = gpu() else { return };
+    let mut rng = Rng::new(41);
+    let mut lengths = std::collections::BTreeSet::new();
+    for (num_reqs, draft_len) in [
+        (1, 1),
+        (1, 7),
+        (2, 16),
+        (13, 5),
+        (37, 7),
+        (256, 7),
+        (293, 7),
+        (300, 13),
+        (640, 12),
+        (1024, 16),
+        (8192, 2),
+    ] {
+        for kind in 0..5 {
+            let confidence = confidences(&mut rng, num_reqs * draft_len, kind);
+            let temperature: Vec<f32> = (0..draft_len).map(|_| 0.4 + 2.0 * rng.uniform()).collect();
+            let limits: Vec<usize> = (0..num_reqs)
+                .map(|r| if r % 5 == 4 { r % draft_len } else { draft_len })
+                .collect();
+            let slope = f64::from(rng.uniform()) * 2.0 / num_reqs as f64;
+            let bucket = [1, 8, 100][kind % 3];
+            let ticks = Ticks::new(num_reqs * draft_len, |n| {
+                1.0 + slope * ((num_reqs + n).div_ceil(bucket) * bucket) as f64
+            });
+            let capacity = (rng.uniform() * (num_reqs * draft_len) as f32) as usize;
+            for rule in [
+                ScheduleRule::FirstFall,
+                ScheduleRule::Best,
+                ScheduleRule::Capacity(capacity, num_reqs),
+                ScheduleRule::Capacity(capacity, 2 * num_reqs + 1),
+                ScheduleRule::Capacity(0, 1),
+            ] {
+                for temperature in [None, Some(temperature.as_slice())] {
+                    let inputs = ScheduleInputs {
+                        rule,
+                        confidence: &confidence,
+                        temperature,
+                        limits: &limits,
+                        ticks: ticks.as_slice(),
+                    };
+                    let (got, want) = (cuda.schedule(&inputs).unwrap(), on_host(&inputs, &ticks));
+                    assert_eq!(got, want, "{num_reqs} x {draft_len}, kind {kind}, {rule:?}");
+                    lengths.insert(want.verify_lens.iter().sum::<usize>());
+                }
+            }
+        }
+    }
+    assert!(lengths.len() > 50, "the cases are too much alike");
+}
+
+#[test]
+fn calibration_is_the_hosts_bit_for_bit() {
+    let Some(mut cuda) = gpu() else { return };
+    let mut rng = Rng::new(43);
+    for kind in [0, 4] {
+        let confidence = confidences(&mut rng, 4096, kind);
+        for temperature in [0.05, 0.7, 1.0, 3.3] {
+            // One position: survival is the calibrated confidence.
+            let got = cuda.survival(&confidence, Some(&[temperature]), 1).unwrap();
+            let want = calibrate(&confidence, 1, Some(&[temperature])).unwrap();
+            let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            let differ = bits(&got)
+                .iter()
+                .zip(bits(&want))
+                .filter(|(a, b)| **a != *b)
+                .count();
+            assert_eq!(differ, 0, "temperature {temperature}");
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! The demo pair's recorded rounds on the cost of Qwen3-8B's shape on an H100 (derived; `source` in the file says from
+//! what): the schedule against no drafts, every fixed length and an oracle; calibration before and after.
+
+use std::path::Path;
+
+use dspark::schedule::metrics::ece;
+use dspark::schedule::simulate::{Arrivals, RecordedRequest, Rule, SimReport, Simulation};
+use dspark::schedule::sts::{self, RecordedRound};
+use dspark::schedule::{
+    Adapt, Batch, Calibration, CostFile, CostTable, Graded, Policy, Scheduler, StepCost,
+};
+
+const DRAFT_LEN: usize = 7;
+
+fn path(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
+#[derive(serde::Deserialize)]
+struct Trace {
+    requests: Vec<RecordedRequest>,
+}
+
+/// Recorded requests of these domains.
+fn traces(domains: &[&str]) -> Vec<RecordedRequest> {
+    let read = |domain: &&str| {
+        let file = path(&format!("tests/traces/{domain}.json"));
+        let trace: Trace = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+        trace.requests
+    };
+    domains.iter().flat_map(read).collect()
+}
+
+fn h100() -> StepCost {
+    let file = path("tests/traces/h100-qwen3-8b-cost.json");
+    CostFile::read(&file).unwrap().cost(&file).unwrap()
+}
+
+fn temperatures() -> Vec<f32> {
+    let file = path("tools/demo/dspark/calibration.json");
+    Calibration::read(&file).unwrap().temperatures
+}
+
+/// Everything a run needs but the load.
+struct Bench {
+    requests: Vec<RecordedRequest>,
+    cost: StepCost,
+    temperatures: Vec<f32>,
+}
+
+impl Bench {
+    fn new(domains: &[&str]) -> Self {
+        Self {
+            requests: traces(domains),
+            cost: h100(),
+            temperatures: temperatures(),
+        }
+    }
+
+    fn simulation(&self, num_reqs: usize, arrivals: Arrivals) -> Simulation<'_> {
+        Simulation {
+            requests: &self.requests,
+            cost: &self.cost,
+            draft_len: DRAFT_LEN,
+            temperatures: Some(&self.temperatures),
+            adapt: Adapt::ON,
+            num_reqs,
+            arrivals,
+            prompt_len: 512,
+            num_tokens: 512,
+            num_steps: (16_000 / num_reqs).clamp(600, 6000),
+            seed: 1,
+        }
+    }
+
+    fn rate(&self, num_reqs: usize, arrivals: Arrivals, rule: Rule) -> f64 {
+        let report = self.simulation(num_reqs, arrivals).run(rule).unwrap();
+        report.tokens_per_second()
+    }
+
+    /// The best of no drafts and every fixed length.
+    fn best_fixed(&self, num_reqs: usize, arrivals: Arrivals) -> f64 {
+        (1..=DRAFT_LEN)
+            .map(Rule::Length)
+            .chain([Rule::None])
+            .map(|rule| self.rate(num_reqs, arrivals, rule))
+            .fold(0.0, f64::max)
+    }
+}
+
+#[test]
+fn never_below_the_best_fixed_length_at_any_load() {
+    for domains in [
+        &["math"][..],
+        &["code"],
+        &["chat"],
+        &["math", "code", "chat"],
+    ] {
+        let bench = Bench::new(domains);
+        for num_reqs in [1, 2, 4, 8, 16, 32, 64, 128, 256, 512] {
+            let best = bench.best_fixed(num_reqs, Arrivals::Closed);
+            let oracle = bench.rate(num_reqs, Arrivals::Closed, Rule::Oracle);
+            for policy in [Policy::Delayed, Policy::Algorithm1] {
+                let rate = bench.rate(num_reqs, Arrivals::Closed, Rule::Policy(policy));
+                let (share, regret) = (rate / best, 1.0 - rate / oracle);
+                println!(
+                    "{domains:?} {num_reqs:>3} {policy}: {share:.3} of best, regret {regret:.3}"
+                );
+                let least = if policy == Policy::Delayed {
+                    0.99
+                } else {
+                    0.98
+                };
+                assert!(
+                    share >= least,
+                    "{domains:?} at {num_reqs}, {policy}: {share}"
+                );
+                assert!(
+                    regret > -0.01,
+                    "{domains:?} at {num_reqs}: the oracle was beaten"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_tenth_above_the_best_fixed_length_where_loads_mix() {
+    let bench = Bench::new(&["math", "code", "chat"]);
+    let waves = Arrivals::Waves {
+        tokens: 100_000,
+        low: 16,
+    };
+    let mut simulation = bench.simulation(512, waves);
+    simulation.num_steps = 12_000;
+    let rate = |rule| simulation.run(rule).unwrap().tokens_per_second();
+    let lengths = (1..=DRAFT_LEN).map(Rule::Length);
+    let best = lengths.chain([Rule::None]).map(rate).fold(0.0, f64::max);
+    let share = rate(Rule::Policy(Policy::Delayed)) / best;
+    println!("waves of 512 and 16: {share:.3} of the best fixed length");
+    assert!(share >= 1.10, "{share}");
+}
+
+#[test]
+fn hard_text_costs_at_most_one_percent() {
+    let hard = RecordedRound {
+        confidence: vec![0.05; DRAFT_LEN],
+        verify_len: DRAFT_LEN,
+        num_accepted: 0,
+    };
+    let bench = Bench {
+        requests: vec![RecordedRequest {
+            rounds: vec![hard; 10],
+        }],
+        ..Bench::new(&["chat"])
+    };
+    for num_reqs in [1, 8, 64, 256] {
+        let none = bench.rate(num_reqs, Arrivals::Closed, Rule::None);
+        let delayed = bench.rate(num_reqs, Arrivals::Closed, Rule::Policy(Policy::Delayed));
+        println!(
+            "hard text at {num_reqs}: {:.4} of no drafts",
+            delayed / none
+        );
+        assert!(delayed >= 0.99 * none, "{num_reqs}: {delayed} of {none}");
+    }
+}
+
+#[test]
+fn runs_repeat_by_seed_and_serve_arrivals() {
+    let bench = Bench::new(&["chat"]);
+    let delayed = Rule::Policy(Policy::Delayed);
+    let run = |seed, arrivals| -> SimReport {
+        let simulation = Simulation {
+            seed,
+            num_steps: 500,
+            ..bench.simulation(32, arrivals)
+        };
+        simulation.run(delayed).unwrap()
+    };
+    assert_eq!(run(1, Arrivals::Closed), run(1, Arrivals::Closed));
+    assert_ne!(run(1, Arrivals::Closed), run(2, Arrivals::Closed));
+    // Few arrivals leave the batch nearly empty: a request is faster than in a full one.
+    let few = run(1, Arrivals::Poisson(0.2));
+    assert!(few.num_rounds < run(1, Arrivals::Closed).num_rounds / 4);
+    let full = run(1, Arrivals::Closed);
+    assert!(few.tokens_per_second_per_user() > full.tokens_per_second_per_user());
+}
+
+#[test]
+fn senseless_simulations_are_refused_by_name() {
+    let bench = Bench::new(&["chat"]);
+    let good = bench.simulation(4, Arrivals::Closed);
+    let refused = |simulation: Simulation<'_>, name: &str| {
+        let error = simulation.run(Rule::None).unwrap_err().to_string();
+        assert!(error.contains(name), "{error}");
+    };
+    refused(
+        Simulation {
+            num_reqs: 0,
+            ..good.clone()
+        },
+        "num_reqs",
+    );
+    refused(
+        Simulation {
+            num_tokens: 0,
+            ..good.clone()
+        },
+        "num_tokens",
+    );
+    refused(
+        Simulation {
+            requests: &[],
+            ..good.clone()
+        },
+        "requests",
+    );
+    refused(
+        Simulation {
+            draft_len: 9,
+            ..good.clone()
+        },
+        "rounds",
+    );
+    let empty = [RecordedRequest::default()];
+    refused(
+        Simulation {
+            requests: &empty,
+            ..good
+        },
+        "requests",
+    );
+    // A cost without points cannot be made at all.
+    assert!(CostTable::new(Vec::new()).is_err());
+}
+
+fn rounds(domains: &[&str]) -> Vec<RecordedRound> {
+    let requests = traces(domains).into_iter();
+    requests.flat_map(|request| request.rounds).collect()
+}
+
+#[test]
+fn the_shipped_temperatures_calibrate_the_recorded_rounds() {
+    let rounds = rounds(&["math", "code", "chat"]);
+    for fit in sts::report(&rounds, &temperatures()) {
+        println!("{fit:?}");
+        // Position 1 misses the 2 % that the others keep: it is biased in a way that no temperature mends. On these
+        // few rounds perfect predictions of it would show an error of 1.5 % or so.
+        let most = if fit.position == 1 { 0.035 } else { 0.02 };
+        assert!(fit.after.ece <= most, "{fit:?}");
+        assert!(fit.after.brier <= fit.before.brier + 1e-3, "{fit:?}");
+    }
+}
+
+/// Errors of the predicted survivals while rounds pass by.
+fn online_errors(scheduler: &mut Scheduler, rounds: &[RecordedRound]) -> Vec<f64> {
+    let mut seen = vec![Vec::new(); DRAFT_LEN];
+    for round in rounds {
+        let plan = scheduler
+            .plan(&Batch {
+                slots: &[0],
+                limits: &[DRAFT_LEN],
+                draft_len: DRAFT_LEN,
+                confidence: Some(&round.confidence),
+                context_tokens: 0,
+            })
+            .unwrap();
+        let mut survival = 1.0;
+        for (k, c) in plan.predicted.unwrap().into_iter().enumerate() {
+            survival *= f64::from(c);
+            seen[k].push((survival, round.num_accepted > k));
+        }
+        scheduler.grade(&[Graded {
+            verify_len: DRAFT_LEN,
+            num_accepted: round.num_accepted,
+            excluded: false,
+        }]);
+    }
+    seen.iter().map(|predictions| ece(predictions)).collect()
+}
+
+#[test]
+fn online_temperatures_follow_from_code_to_chat() {
+    let run = |adapt: Adapt, offline: f32| {
+        let mut scheduler =
+            Scheduler::new(Policy::Threshold(0.5), Some(vec![offline; DRAFT_LEN])).unwrap();
+        scheduler.set_adapt(adapt);
+        online_errors(&mut scheduler, &rounds(&["code"]));
+        online_errors(&mut scheduler, &rounds(&["chat"]))
+    };
+    // Offline temperatures that are far off: what is learnt must make up for them.
+    let (wrong, learnt) = (run(Adapt::OFF, 0.4), run(Adapt::ON, 0.4));
+    println!("chat after code, ECE by position: fixed {wrong:.3?}, online {learnt:.3?}");
+    assert!(learnt[0] < 0.045 && learnt[0] < wrong[0] / 3.0);
+    let mean = |errors: &[f64]| errors.iter().sum::<f64>() / errors.len() as f64;
+    assert!(mean(&learnt) < 0.02, "{learnt:?}");
+}
