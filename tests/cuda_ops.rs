@@ -10,7 +10,7 @@ use common::{
 use dspark::Error;
 use dspark::device::Graph;
 use dspark::ops::cuda::Cuda;
-use dspark::ops::{AttentionSpec, KvSink, Matrix, Ops, RopeSpec};
+use dspark::ops::{AttentionSpec, KvGeometry, KvSink, Matrix, Ops, RopeSpec, RowMap};
 
 /// Rows past the ones in use that an op must leave alone.
 const SPARE_ROWS: usize = 3;
@@ -209,6 +209,8 @@ fn spec(num_q_heads: usize, num_kv_heads: usize, head_dim: usize) -> AttentionSp
         head_dim,
         scale: (head_dim as f32).sqrt().recip(),
         norm_eps: 1e-6,
+        window: 0,
+        softcap: 0.0,
     }
 }
 
@@ -293,6 +295,40 @@ struct Attention {
     requests: Vec<(usize, usize)>,
     block: bool,
     page_seed: u64,
+    tree: Option<Tree>,
+}
+
+/// Shapes of the token trees.
+#[derive(Clone, Copy, Debug)]
+enum Tree {
+    Star,
+    Chain,
+    Random,
+}
+
+impl Tree {
+    /// Ancestors of every row, and the rows' positions.
+    fn grow(self, map: &mut RowMap) {
+        let mut rng = Rng::new(77);
+        let mut masks: Vec<u64> = Vec::new();
+        for r in 0..map.num_reqs() {
+            let first = map.rows_of(r).start;
+            for (i, row) in map.rows_of(r).enumerate() {
+                let parent = match self {
+                    Self::Star => 0,
+                    Self::Chain => i.saturating_sub(1),
+                    Self::Random => rng.below(i.max(1)),
+                };
+                let ancestors = match i {
+                    0 => 0,
+                    _ => masks[first + parent] | 1 << parent,
+                };
+                map.positions[row] = map.seq_lens[r] + ancestors.count_ones() as i32;
+                masks.push(ancestors);
+            }
+        }
+        map.tree = Some(masks);
+    }
 }
 
 impl Case for Attention {
@@ -315,7 +351,11 @@ impl Case for Attention {
         let own = rng.normals(num_rows * kv_cols, 1.0);
         let q = mat(ops, self.cols(), &rng.normals(num_rows * self.cols(), 2.0));
         let mut kv = paged.cache(ops, spec, &committed);
-        let map = paged.map(false);
+        let chains = paged.map(false);
+        let mut map = chains.clone();
+        if let Some(tree) = self.tree {
+            tree.grow(&mut map);
+        }
         let mut rows = ops.rows().unwrap();
         ops.set_row_map(&mut rows, &map).unwrap();
         let mut out = poisoned(ops, num_rows + SPARE_ROWS, self.cols());
@@ -324,7 +364,7 @@ impl Case for Attention {
             ops.draft_attention(spec, &q, &kv, 1, &block, &rows, &mut out)
                 .unwrap();
         } else {
-            append(ops, spec, &map, &own, &mut kv, 1);
+            append(ops, spec, &chains, &own, &mut kv, 1);
             ops.verify_attention(spec, &q, &kv, 1, &rows, &mut out)
                 .unwrap();
         }
@@ -357,6 +397,7 @@ fn attention_cases(block: bool) -> Vec<Attention> {
             requests: ragged.clone(),
             block,
             page_seed: 5,
+            tree: None,
         })
         .collect();
     let alone = |requests| Attention {
@@ -365,10 +406,14 @@ fn attention_cases(block: bool) -> Vec<Attention> {
         requests,
         block,
         page_seed: 9,
+        tree: None,
     };
     cases.push(alone(vec![(1, 0)]));
     cases.push(alone(vec![(7, 2053)]));
     cases.push(alone(vec![(131, 301), (1, 5)]));
+    // One long among many short, requests without rows, more requests than a warp looks at at once.
+    let skewed = (0..70).map(|r| (r % 4, if r == 41 { 9001 } else { r * 13 % 130 }));
+    cases.push(alone(skewed.collect()));
     cases
 }
 
@@ -400,6 +445,196 @@ fn draft_attention() {
 }
 
 #[test]
+fn attention_within_a_window_and_under_a_cap() {
+    let Some(mut cuda) = gpu() else { return };
+    for block in [false, true] {
+        for (window, softcap) in [(1, 0.0), (65, 0.0), (200, 5.0), (0, 2.0)] {
+            for mut case in attention_cases(block) {
+                case.spec.window = window;
+                case.spec.softcap = softcap;
+                let label = format!("block {block} {:?} {:?}", case.spec, case.requests);
+                check(&mut cuda, &label, &case, Tolerance::bf16(ATTENTION));
+            }
+        }
+    }
+}
+
+#[test]
+fn trees_see_their_ancestors() {
+    let Some(mut cuda) = gpu() else { return };
+    let requests = vec![(64, 0), (1, 63), (0, 9), (7, 127), (33, 1000), (64, 65)];
+    for tree in [Tree::Star, Tree::Chain, Tree::Random] {
+        for (spec, window) in [
+            (spec(9, 3, 64), 0),
+            (spec(8, 2, 128), 0),
+            (spec(4, 4, 64), 64),
+        ] {
+            let case = Attention {
+                spec: AttentionSpec { window, ..spec },
+                page_size: 16,
+                requests: requests.clone(),
+                block: false,
+                page_seed: 3,
+                tree: Some(tree),
+            };
+            let label = format!("tree {tree:?} {spec:?} window {window}");
+            check(&mut cuda, &label, &case, Tolerance::bf16(ATTENTION));
+        }
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// Verification rows of the requests of `map` over one cache, which holds something in every slot.
+fn attend_all(cuda: &mut Cuda, spec: &AttentionSpec, map: &RowMap, q: &[f32]) -> Vec<f32> {
+    let cols = spec.num_q_heads * spec.head_dim;
+    let mut kv = cuda
+        .kv_cache(&KvGeometry {
+            num_layers: 1,
+            num_pages: 400,
+            page_size: 16,
+            num_kv_heads: spec.num_kv_heads,
+            head_dim: spec.head_dim,
+        })
+        .unwrap();
+    let all: Vec<i32> = (0..400).collect();
+    let mut whole = RowMap::new(all.len());
+    whole.push(400 * 16, 0, 0, &all).unwrap();
+    let values = Rng::new(8).normals(400 * 16 * 2 * spec.num_kv_heads * spec.head_dim, 1.0);
+    append(cuda, spec, &whole, &values, &mut kv, 0);
+    let q = mat(cuda, cols, q);
+    let mut rows = cuda.rows().unwrap();
+    cuda.set_row_map(&mut rows, map).unwrap();
+    let mut out = poisoned(cuda, map.num_rows(), cols);
+    cuda.verify_attention(spec, &q, &kv, 0, &rows, &mut out)
+        .unwrap();
+    cuda.read_mat(&out).unwrap()
+}
+
+#[test]
+fn a_batch_invariant_request_does_not_see_its_neighbours() {
+    let Some(mut cuda) = gpu() else { return };
+    cuda.set_batch_invariant(true);
+    let cols = 8 * 128;
+    let spec = spec(8, 2, 128);
+    let q = Rng::new(4).normals(90 * cols, 2.0);
+    // The request of interest: 5 rows on 1500 keys, pages 0 to 94.
+    let own_pages: Vec<i32> = (0..95).collect();
+    let mut alone = RowMap::new(200);
+    alone.push(5, 1500, 1500, &own_pages).unwrap();
+    let want = attend_all(&mut cuda, &spec, &alone, &q[..5 * cols]);
+    for neighbours in [&[(80, 300)][..], &[(1, 3100), (7, 0)], &[(16, 90); 5]] {
+        let mut map = RowMap::new(200);
+        for &(num_rows, seq_len) in neighbours {
+            let pages: Vec<i32> = (100..300).collect();
+            map.push(num_rows, seq_len, seq_len, &pages).unwrap();
+        }
+        let first = map.num_rows();
+        map.push(5, 1500, 1500, &own_pages).unwrap();
+        // The rows of interest have the same q, wherever they stand.
+        let mut all = Rng::new(5).normals(map.num_rows() * cols, 2.0);
+        all[first * cols..].copy_from_slice(&q[..5 * cols]);
+        let got = attend_all(&mut cuda, &spec, &map, &all);
+        assert_eq!(bits(&got[first * cols..]), bits(&want), "{neighbours:?}");
+    }
+}
+
+#[test]
+fn batch_invariant_attention_is_right() {
+    let Some(mut cuda) = gpu() else { return };
+    cuda.set_batch_invariant(true);
+    for block in [false, true] {
+        for case in attention_cases(block) {
+            let label = format!(
+                "invariant, block {block} {:?} {:?}",
+                case.spec, case.requests
+            );
+            check(&mut cuda, &label, &case, Tolerance::bf16(ATTENTION));
+        }
+    }
+}
+
+#[test]
+fn attention_is_the_same_from_run_to_run() {
+    let Some(mut cuda) = gpu() else { return };
+    for block in [false, true] {
+        for case in attention_cases(block) {
+            let first = bits(&case.run(&mut cuda));
+            assert_eq!(first, bits(&case.run(&mut cuda)), "{:?}", case.requests);
+        }
+    }
+}
+
+#[test]
+fn captured_attention_replays_for_other_lengths() {
+    let Some(mut cuda) = gpu() else { return };
+    let spec = spec(8, 2, 128);
+    let map_of = |requests: &[(usize, usize)]| {
+        let mut map = RowMap::new(130);
+        for (r, &(num_rows, seq_len)) in requests.iter().enumerate() {
+            let pages: Vec<i32> = (0..130).map(|page| (page * 3 + r as i32) % 400).collect();
+            map.push(num_rows, seq_len, seq_len, &pages).unwrap();
+        }
+        map
+    };
+    // As many rows, as many words on the device: only the contents differ.
+    let captured = map_of(&[(8, 2000), (8, 500), (8, 30), (0, 0)]);
+    for replayed in [
+        map_of(&[(8, 2000), (8, 500), (8, 30), (0, 0)]),
+        map_of(&[(8, 3), (0, 900), (8, 1999), (8, 64)]),
+        map_of(&[(7, 0), (8, 0), (8, 0), (1, 0)]),
+    ] {
+        let cols = spec.num_q_heads * spec.head_dim;
+        let mut kv = cuda
+            .kv_cache(&KvGeometry {
+                num_layers: 1,
+                num_pages: 400,
+                page_size: 16,
+                num_kv_heads: 2,
+                head_dim: 128,
+            })
+            .unwrap();
+        let all: Vec<i32> = (0..400).collect();
+        let mut whole = RowMap::new(400);
+        whole.push(6400, 0, 0, &all).unwrap();
+        append(
+            &mut cuda,
+            &spec,
+            &whole,
+            &Rng::new(8).normals(6400 * 512, 1.0),
+            &mut kv,
+            0,
+        );
+        let q = mat(&mut cuda, cols, &Rng::new(9).normals(24 * cols, 1.0));
+        let mut rows = cuda.rows().unwrap();
+        cuda.set_row_map(&mut rows, &captured).unwrap();
+        let mut out = poisoned(&mut cuda, 24, cols);
+        // Grows the workspace, which capture may not.
+        cuda.verify_attention(&spec, &q, &kv, 0, &rows, &mut out)
+            .unwrap();
+        let device = cuda.device().clone();
+        let graph = Graph::capture(&device, || {
+            cuda.verify_attention(&spec, &q, &kv, 0, &rows, &mut out)
+        })
+        .unwrap();
+        cuda.write_mat(&vec![f32::NAN; 24 * cols], &mut out)
+            .unwrap();
+        cuda.set_row_map(&mut rows, &replayed).unwrap();
+        // SAFETY: every operand is alive and not used until the graph has run.
+        unsafe { graph.launch() }.unwrap();
+        let got = cuda.read_mat(&out).unwrap();
+        // The captured launch is sized by the captured lengths: the sums may be ordered otherwise.
+        let mut eager = poisoned(&mut cuda, 24, cols);
+        cuda.verify_attention(&spec, &q, &kv, 0, &rows, &mut eager)
+            .unwrap();
+        let want = cuda.read_mat(&eager).unwrap();
+        assert_close("replay", &got, &want, cols, Tolerance::bf16(ATTENTION));
+    }
+}
+
+#[test]
 fn the_comparison_fails_on_a_slip_of_one_position() {
     let mut oracle = common::reference();
     for block in [false, true] {
@@ -410,6 +645,7 @@ fn the_comparison_fails_on_a_slip_of_one_position() {
                 requests: vec![request],
                 block,
                 page_seed: 9,
+                tree: None,
             };
             (case.cols(), case.run(&mut oracle))
         });
@@ -439,10 +675,10 @@ fn attention_does_not_depend_on_which_pages_hold_the_keys() {
                 requests,
                 block,
                 page_seed,
+                tree: None,
             }
             .run(&mut cuda)
         });
-        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&one), bits(&other), "block {block}");
     }
 }

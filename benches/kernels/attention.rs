@@ -1,4 +1,5 @@
-//! Verification attention: requests x context, 8 rows each or 1 to 8, 32 query and 8 KV heads, pages of 16.
+//! Verification attention: requests x context, 8 rows each or 1 to 8, 32 query and 8 KV heads, pages of 16;
+//! the same as trees, and batch-invariant; one long request among many short.
 
 use dspark::device::Buffer;
 use dspark::sys;
@@ -48,23 +49,84 @@ impl Raggedness {
     }
 }
 
+/// What the requests of a pass look like.
+struct Batch {
+    /// Slots that the rows of each request end at.
+    contexts: Vec<usize>,
+    /// Rows of each request.
+    rows: Vec<usize>,
+    /// Whether row `i` hangs below row `(i - 1) / 2` instead of row `i - 1`.
+    is_tree: bool,
+    is_invariant: bool,
+}
+
+impl Batch {
+    fn chains(contexts: Vec<usize>, raggedness: Raggedness) -> Self {
+        Self {
+            rows: raggedness.rows(contexts.len()),
+            contexts,
+            is_tree: false,
+            is_invariant: false,
+        }
+    }
+
+    fn run(&self, lab: &mut Lab, name: &str, head_dim: usize) -> anyhow::Result<()> {
+        let num_rows: usize = self.rows.iter().sum();
+        let slots: usize = self.contexts.iter().sum();
+        let cache = slots * 2 * NUM_KV_HEADS * head_dim;
+        let q_and_out = 2 * num_rows * NUM_Q_HEADS * head_dim;
+        let traffic = Traffic::once((cache + q_and_out) * size_of::<bf16>());
+        lab.case(name, traffic, |lab, copies| {
+            VerifyAttention::new(lab, copies, head_dim, self)
+        })
+    }
+
+    fn tree_masks(&self) -> Vec<u32> {
+        let mut words = Vec::new();
+        for &rows in &self.rows {
+            let mut masks: Vec<u64> = Vec::new();
+            for i in 0..rows {
+                let parent = i.saturating_sub(1) / 2;
+                masks.push(masks.get(parent).map_or(0, |mask| mask | 1 << parent));
+            }
+            words.extend(masks.iter().flat_map(|&m| [m as u32, (m >> 32) as u32]));
+        }
+        words
+    }
+}
+
 /// All cases.
 pub fn run(lab: &mut Lab) -> anyhow::Result<()> {
     for head_dim in [128, 64] {
         for (num_reqs, context) in SHAPES {
+            let contexts = vec![context; num_reqs];
             for raggedness in [Raggedness::Full, Raggedness::Ragged] {
-                let rows = raggedness.rows(num_reqs);
-                let num_rows: usize = rows.iter().sum();
-                let cache = num_reqs * context * 2 * NUM_KV_HEADS * head_dim;
-                let q_and_out = 2 * num_rows * NUM_Q_HEADS * head_dim;
-                let traffic = Traffic::once((cache + q_and_out) * size_of::<bf16>());
                 let q = raggedness.name();
                 let name = format!("D={head_dim} reqs={num_reqs} context={context} q={q}");
-                lab.case(&name, traffic, |lab, copies| {
-                    VerifyAttention::new(lab, copies, head_dim, context, &rows)
-                })?;
+                Batch::chains(contexts.clone(), raggedness).run(lab, &name, head_dim)?;
             }
+            if head_dim == 64 {
+                continue;
+            }
+            let chains = Batch::chains(contexts, Raggedness::Full);
+            let name = format!("D={head_dim} reqs={num_reqs} context={context} q=8");
+            let tree = Batch {
+                is_tree: true,
+                contexts: chains.contexts.clone(),
+                rows: chains.rows.clone(),
+                ..chains
+            };
+            tree.run(lab, &format!("{name} tree"), head_dim)?;
+            let invariant = Batch {
+                is_invariant: true,
+                ..chains
+            };
+            invariant.run(lab, &format!("{name} invariant"), head_dim)?;
         }
+        let mut skewed = vec![512; 64];
+        skewed[17] = 65_536;
+        let name = format!("D={head_dim} reqs=64 context=512,one=65536 q=8");
+        Batch::chains(skewed, Raggedness::Full).run(lab, &name, head_dim)?;
     }
     Ok(())
 }
@@ -74,7 +136,9 @@ struct VerifyAttention {
     num_reqs: usize,
     num_rows: usize,
     head_dim: usize,
-    context: usize,
+    num_slots: usize,
+    max_context: usize,
+    batch_invariant: bool,
     q: Buffer<bf16>,
     k_cache: Buffer<bf16>,
     v_cache: Buffer<bf16>,
@@ -82,35 +146,43 @@ struct VerifyAttention {
     qo_indptr: Buffer<i32>,
     seq_lens: Buffer<i32>,
     page_table: Buffer<i32>,
+    tree_mask: Option<Buffer<u32>>,
     workspace: Buffer<u8>,
 }
 
 impl VerifyAttention {
-    /// Requests whose rows end at slot `context`, on pages in random order.
-    fn new(
-        lab: &mut Lab,
-        copies: usize,
-        head_dim: usize,
-        context: usize,
-        rows: &[usize],
-    ) -> anyhow::Result<Self> {
-        let num_reqs = rows.len();
-        let num_rows: usize = rows.iter().sum();
-        let cache_len = num_reqs * context * NUM_KV_HEADS * head_dim;
+    /// Requests on pages in random order.
+    fn new(lab: &mut Lab, copies: usize, head_dim: usize, batch: &Batch) -> anyhow::Result<Self> {
+        let num_reqs = batch.rows.len();
+        let num_rows: usize = batch.rows.iter().sum();
+        let num_slots: usize = batch.contexts.iter().sum();
+        let max_context = batch.contexts.iter().copied().max().unwrap_or(0);
+        let cache_len = num_slots * NUM_KV_HEADS * head_dim;
         let q_len = num_rows * NUM_Q_HEADS * head_dim;
         let mut qo_indptr = vec![0];
         let mut seq_lens = Vec::new();
-        for &rows in rows {
+        let mut page_table = Vec::new();
+        let pages: Vec<i32> = lab.random.permutation(num_slots / PAGE_SIZE);
+        let mut pages = pages.into_iter();
+        for (&rows, &context) in batch.rows.iter().zip(&batch.contexts) {
             qo_indptr.push(qo_indptr[qo_indptr.len() - 1] + rows as i32);
             seq_lens.push((context - rows) as i32);
+            page_table.extend(pages.by_ref().take(context / PAGE_SIZE));
+            page_table.resize(seq_lens.len() * max_context / PAGE_SIZE, -1);
         }
-        let page_table = lab.random.permutation(num_reqs * context / PAGE_SIZE);
+        let tree_mask = if batch.is_tree {
+            Some(lab.upload(&batch.tree_masks())?)
+        } else {
+            None
+        };
         let mut work = Self {
             stream: lab.stream(),
             num_reqs,
             num_rows,
             head_dim,
-            context,
+            num_slots,
+            max_context,
+            batch_invariant: batch.is_invariant,
             q: lab.normal_bf16(copies * q_len, 1.0)?,
             k_cache: lab.normal_bf16(copies * cache_len, 1.0)?,
             v_cache: lab.normal_bf16(copies * cache_len, 1.0)?,
@@ -118,6 +190,7 @@ impl VerifyAttention {
             qo_indptr: lab.upload(&qo_indptr)?,
             seq_lens: lab.upload(&seq_lens)?,
             page_table: lab.upload(&page_table)?,
+            tree_mask,
             workspace: lab.empty(0)?,
         };
         let mut bytes = 0;
@@ -131,7 +204,7 @@ impl VerifyAttention {
     }
 
     fn params(&mut self, copy: usize) -> sys::dspark_attention_params {
-        let cache = copy * self.num_reqs * self.context * NUM_KV_HEADS * self.head_dim;
+        let cache = copy * self.num_slots * NUM_KV_HEADS * self.head_dim;
         let rows = copy * self.num_rows * NUM_Q_HEADS * self.head_dim;
         sys::dspark_attention_params {
             struct_size: struct_size::<sys::dspark_attention_params>(),
@@ -139,12 +212,12 @@ impl VerifyAttention {
             num_rows: self.num_rows as i32,
             num_reqs: self.num_reqs as i32,
             max_rows_per_req: MAX_ROWS as i32,
-            max_seq_len: self.context as i32,
+            max_seq_len: self.max_context as i32,
             num_q_heads: NUM_Q_HEADS as i32,
             num_kv_heads: NUM_KV_HEADS as i32,
             head_dim: self.head_dim as i32,
             page_size: PAGE_SIZE as i32,
-            max_pages_per_req: (self.context / PAGE_SIZE) as i32,
+            max_pages_per_req: (self.max_context / PAGE_SIZE) as i32,
             scale: (self.head_dim as f32).sqrt().recip(),
             q: self.q.ptr(rows).cast(),
             k_cache: self.k_cache.ptr(cache).cast(),
@@ -163,6 +236,14 @@ impl VerifyAttention {
             stride_cache_slot: (NUM_KV_HEADS * self.head_dim) as i64,
             stride_cache_head: self.head_dim as i64,
             stride_block_row: 0,
+            tree_mask: match &self.tree_mask {
+                Some(masks) => masks.ptr(0),
+                None => std::ptr::null(),
+            },
+            window: 0,
+            softcap: 0.0,
+            batch_invariant: i32::from(self.batch_invariant),
+            reserved: 0,
         }
     }
 }
@@ -171,7 +252,7 @@ impl Work for VerifyAttention {
     fn enqueue(&mut self, copy: usize) -> dspark::Result<()> {
         let params = self.params(copy);
         // SAFETY: every pointer is a window of a live buffer with the shape the params say; the page table names pages
-        // of the copy's own cache, and seq_lens and rows stay within `context` slots.
+        // of the copy's own cache, and seq_lens and rows stay within its slots.
         check(unsafe { sys::launch::dspark_verify_attention_cu(&raw const params, self.stream) })
     }
 

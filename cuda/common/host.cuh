@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -53,6 +54,15 @@ dspark_status check_struct(const Params* params, size_t min_size) {
                    "params.struct_size: expected at least %zu, got %u (set by DSPARK_*_INIT)",
                    min_size, params->struct_size);
   return DSPARK_OK;
+}
+
+/* The caller's struct with the fields that its version lacked as zeros: read only this. */
+template <typename Params>
+Params complete(const Params* params) {
+  Params whole = {};
+  const size_t given = params->struct_size;
+  memcpy(&whole, params, given < sizeof(Params) ? given : sizeof(Params));
+  return whole;
 }
 
 /* A pointer that may be NULL but must be aligned to `alignment` bytes. */
@@ -157,6 +167,20 @@ inline dspark_status check_cuda(const char* what, cudaError_t error) {
 
 /* Enqueues `kernel` on `stream`; the grid must not be empty. */
 template <typename... Params, typename... Args>
+dspark_status launch_with(const char* name,
+                          void (*kernel)(Params...),
+                          cudaLaunchConfig_t config,
+                          Args&&... args) {
+  /* A kernel's static shared memory counts against the 48 KB that need no opting in too. */
+  if (config.dynamicSmemBytes > 0) {
+    DSPARK_TRY(check_cuda(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                     static_cast<int>(config.dynamicSmemBytes))));
+  }
+  return check_cuda(name, cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+}
+
+template <typename... Params, typename... Args>
 dspark_status launch(const char* name,
                      void (*kernel)(Params...),
                      dim3 grid,
@@ -164,18 +188,38 @@ dspark_status launch(const char* name,
                      size_t shared_bytes,
                      dspark_stream stream,
                      Args&&... args) {
-  /* A kernel's static shared memory counts against the 48 KB that need no opting in too. */
-  if (shared_bytes > 0) {
-    DSPARK_TRY(check_cuda(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                     static_cast<int>(shared_bytes))));
-  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = cta;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  return check_cuda(name, cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+  return launch_with(name, kernel, config, std::forward<Args>(args)...);
+}
+
+/* As launch, overlapping the end of the kernel before it on `stream`: `kernel` says
+ * wait_for_prerequisites() (dependent_launch.cuh) first of all. Where the loaded code has no such
+ * instruction the launch is a plain one. */
+template <typename... Params, typename... Args>
+dspark_status launch_dependent(const char* name,
+                               void (*kernel)(Params...),
+                               dim3 grid,
+                               dim3 cta,
+                               dspark_stream stream,
+                               Args&&... args) {
+  constexpr int kFirstPtxWithDependents = 90;
+  cudaFuncAttributes attributes;
+  DSPARK_TRY(
+      check_cuda(name, cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel))));
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = cta;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = attributes.ptxVersion >= kFirstPtxWithDependents ? 1 : 0;
+  return launch_with(name, kernel, config, std::forward<Args>(args)...);
 }
 
 template <typename T>

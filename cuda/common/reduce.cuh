@@ -69,6 +69,18 @@ __device__ __forceinline__ T warp_reduce(T value, Op op) {
   return value;
 }
 
+/* Sum over the lanes up to and with this one. All 32 lanes must take part. */
+template <typename T>
+__device__ __forceinline__ T warp_inclusive_sum(T value) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const T below = __shfl_up_sync(kAllLanes, value, distance);
+    if (lane >= distance) value += below;
+  }
+  return value;
+}
+
 /* Reduces over the CTA of kNumThreads (a multiple of 32) threads; every thread gets the result.
  * `scratch` holds one T per warp in shared memory and may be reused by the next call. All threads
  * must take part. `identity` is neutral for `op`. */

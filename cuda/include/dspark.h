@@ -249,27 +249,36 @@ dspark_status DSPARK_FN(dspark_qk_norm_rope_append)(const dspark_qk_norm_rope_ap
  *                           whole block of its own request (k_block, v_block), in both
  *                           directions.
  *
- * Computes      out[row, h] = softmax(scale * q[row, h] . K) V over the visible keys of request
- *               r. verify: cache slots 0 .. seq_lens[r] + (row - qo_indptr[r]), the pass's own
- *               rows already appended. draft: cache slots 0 .. seq_lens[r]-1 and block rows
- *               qo_indptr[r] .. qo_indptr[r+1]-1.
+ * Computes      out[row, h] = softmax(cap(scale * q[row, h] . K)) V over the visible keys of request
+ *               r; cap(s) = softcap * tanh(s / softcap), or s when softcap is 0. Row i of r is row
+ *               qo_indptr[r] + i. verify: cache slots 0 .. seq_lens[r] + i, the pass's own rows
+ *               already appended. verify with tree_mask: slots 0 .. seq_lens[r]-1, and seq_lens[r] +
+ *               j for every row j whose bit is set in the row's 64-bit mask (word 0 is the low one)
+ *               and for the row itself. draft: slots 0 .. seq_lens[r]-1 and all block rows of r.
+ *               window > 0: of the cache, only slots > seq_lens[r] + n - window, with n = i, or the
+ *               number of ancestors in a tree; block rows are seen whole.
  * Shapes        q, out [num_rows, num_q_heads, head_dim]; k_cache, v_cache [num_pages, page_size,
  *               num_kv_heads, head_dim]; k_block, v_block [num_rows, num_kv_heads, head_dim];
- *               page_table [num_reqs, max_pages_per_req] int32.
- * Dtypes        `dtype` (BF16, F16); scores, softmax and accumulation f32.
+ *               page_table [num_reqs, max_pages_per_req] int32; tree_mask [num_rows, 2].
+ * Dtypes        `dtype` (BF16, F16); scores, softmax and accumulation f32; tree_mask uint32.
  * Layout        NHD: head_dim contiguous; q and out heads contiguous (head stride head_dim), row
  *               strides given; cache by stride_cache_{page,slot,head}; k_block/v_block heads
  *               contiguous, row stride given.
  * Alignment     pointers 16 bytes, strides multiples of 8; head_dim in {64, 128}; num_q_heads a
- *               multiple of num_kv_heads, group size 1..16; any page_size >= 1.
+ *               multiple of num_kv_heads, group size 1..16; any page_size >= 1. With tree_mask at
+ *               most 64 rows a request, and a window of 0 or at least 64.
  * Aliasing      none allowed.
- * Workspace     dspark_attention_workspace_size bytes, 256-byte aligned; contents do not matter.
- * Determinism   bitwise from run to run for the same params and lengths.
- * Stream/graph  capture-safe; replays for any lengths up to max_seq_len, which sizes the split.
- *               Requests without rows cost nothing; rows past qo_indptr[num_reqs] are not
- *               written.
+ * Workspace     dspark_attention_workspace_size bytes, 256-byte aligned; contents do not matter. It
+ *               depends on the current device; for decode steps not on the context.
+ * Determinism   bitwise from run to run for the same params and lengths. With batch_invariant = 1 a
+ *               request's result is bitwise independent of the other requests and of the bounds in
+ *               the params; otherwise the work is cut evenly over the batch, which is faster.
+ * Stream/graph  capture-safe; replays for any lengths up to max_seq_len. Requests without rows cost
+ *               nothing; rows past qo_indptr[num_reqs] are not written. May be two launches, the
+ *               second overlapping the first's end; work enqueued later waits for both.
  * Errors        null or misaligned pointers, unsupported head_dim or group size, page_size = 0,
- *               workspace too small, sizes < 0.
+ *               workspace too small, sizes < 0, softcap < 0 or not finite, tree_mask in the draft
+ *               form, too many rows or too small a window for a tree.
  */
 typedef struct dspark_attention_params {
   uint32_t struct_size;
@@ -301,6 +310,12 @@ typedef struct dspark_attention_params {
   int64_t stride_cache_slot;
   int64_t stride_cache_head;
   int64_t stride_block_row;
+  /* 0 and NULL in the struct of a caller that ends before them */
+  const uint32_t* tree_mask; /* [num_rows, 2]; may be NULL: chains. Verify only */
+  int32_t window;            /* 0: none */
+  float softcap;             /* 0: none */
+  int32_t batch_invariant;   /* 0 or 1 */
+  int32_t reserved;          /* 0 */
 } dspark_attention_params;
 #define DSPARK_ATTENTION_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_attention_params)
 /* Host. Bytes of workspace that the launch with these params needs; reads only sizes, no pointer.

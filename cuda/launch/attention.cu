@@ -2,7 +2,10 @@
  * Launchers of the attention family: dspark_verify_attention, dspark_draft_attention and their
  * workspace.
  */
+#include <cfloat>
+
 #include "common/host.cuh"
+#include "kernels/attention/config.h"
 #include "kernels/attention/merge_splits.cuh"
 #include "kernels/attention/paged_attention.cuh"
 
@@ -22,10 +25,8 @@ constexpr int kMaxRowsPerReq = 1 << 24;
 constexpr int kMaxGridYz = 65535;
 constexpr float kLog2E = 1.4426950408889634f;
 
-/* Splits: enough CTAs for one long request to fill a GPU, few enough that partial results stay a
- * small part of the keys read. */
-constexpr int kMaxSplits = 16;
-constexpr int kMinTilesPerSplit = 4;
+/* A tree's masks are 64 bits; the window has to reach over the whole tree. */
+constexpr int kMaxTreeRows = 64;
 
 dspark_status check_sizes(const AttentionParams* p) {
   DSPARK_TRY(check_half_dtype(p->dtype));
@@ -44,6 +45,25 @@ dspark_status check_sizes(const AttentionParams* p) {
       DSPARK_ERROR_UNSUPPORTED_SHAPE,
       "num_q_heads: expected 1 to %d times num_kv_heads = %d, got %d", kMaxGroupSize,
       p->num_kv_heads, p->num_q_heads);
+  DSPARK_TRY(check_range("window", p->window, 0));
+  DSPARK_TRY(check_range("batch_invariant", p->batch_invariant, 0, 1));
+  DSPARK_CHECK_ARG(p->softcap >= 0.0f && p->softcap <= FLT_MAX, DSPARK_ERROR_INVALID_ARGUMENT,
+                   "softcap: expected a finite value >= 0, got %g", p->softcap);
+  return DSPARK_OK;
+}
+
+dspark_status check_tree(const AttentionParams* p, AttentionForm form) {
+  if (p->tree_mask == nullptr) return DSPARK_OK;
+  DSPARK_CHECK_ARG(form == AttentionForm::kVerify, DSPARK_ERROR_INVALID_ARGUMENT,
+                   "tree_mask: expected NULL for dspark_draft_attention, got %p",
+                   static_cast<const void*>(p->tree_mask));
+  DSPARK_TRY(check_pointer("tree_mask", p->tree_mask, alignof(uint32_t)));
+  DSPARK_CHECK_ARG(p->max_rows_per_req <= kMaxTreeRows, DSPARK_ERROR_UNSUPPORTED_SHAPE,
+                   "max_rows_per_req: expected at most %d with a tree_mask, got %d", kMaxTreeRows,
+                   p->max_rows_per_req);
+  DSPARK_CHECK_ARG(p->window == 0 || p->window >= kMaxTreeRows, DSPARK_ERROR_UNSUPPORTED_SHAPE,
+                   "window: expected 0 or at least %d with a tree_mask, got %d", kMaxTreeRows,
+                   p->window);
   return DSPARK_OK;
 }
 
@@ -77,53 +97,62 @@ bool has_no_work(const AttentionParams* p) {
 
 int group_size(const AttentionParams* p) { return p->num_q_heads / p->num_kv_heads; }
 
-/* Warps along M, 16 rows each; the other warps of the CTA share the keys. */
-int warps_m(const AttentionParams* p) {
-  const int m = p->max_rows_per_req * group_size(p);
-  return m <= 16 ? 1 : (m <= 32 ? 2 : 4);
+AttentionDesc describe(const AttentionParams* p) {
+  AttentionDesc desc = {};
+  desc.num_reqs = p->num_reqs;
+  desc.max_rows_per_req = p->max_rows_per_req;
+  desc.max_seq_len = p->max_seq_len;
+  desc.group_size = group_size(p);
+  desc.num_kv_heads = p->num_kv_heads;
+  desc.head_dim = p->head_dim;
+  /* The size function does not know the form, and must ask for enough. */
+  desc.is_draft = true;
+  desc.batch_invariant = p->batch_invariant != 0;
+  return desc;
 }
 
-int num_m_tiles(const AttentionParams* p) {
-  return ceil_div(p->max_rows_per_req * group_size(p), 16 * warps_m(p));
-}
-
-/* From the longest request and the model's shape alone, so that a request's split does not depend
- * on its neighbours. Many M tiles fill the GPU by themselves. */
-SplitPlan plan_splits(const AttentionParams* p) {
-  /* The draft form rounds cache and block up to tiles each: one tile more at most. */
-  const int max_tiles = num_key_tiles(p->max_seq_len) + 1;
-  const int max_splits = kMaxSplits / num_m_tiles(p);
-  SplitPlan plan = {1, max_tiles};
-  if (max_splits > 1 && max_tiles > 2 * kMinTilesPerSplit) {
-    const int even = ceil_div(max_tiles, max_splits);
-    plan.tiles_per_split = even > kMinTilesPerSplit ? even : kMinTilesPerSplit;
-    plan.num_splits = ceil_div(max_tiles, plan.tiles_per_split);
+/* Of the current device; without one, of an H100, so that sizes can be asked for anywhere. */
+AttentionDevice current_device() {
+  AttentionDevice device = {132, 228 * 1024};
+  int ordinal = 0;
+  int num_sms = 0;
+  int shared_bytes = 0;
+  if (cudaGetDevice(&ordinal) == cudaSuccess &&
+      cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, ordinal) == cudaSuccess &&
+      cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, ordinal) ==
+          cudaSuccess) {
+    device = {num_sms, shared_bytes};
   }
-  return plan;
+  cudaGetLastError(); /* no device is no error here: the launch will say so */
+  return device;
 }
 
-/* Entries of the partial results: (split, row, q head). */
-size_t num_partials(const AttentionParams* p, const SplitPlan& plan) {
-  return static_cast<size_t>(plan.num_splits) * p->num_rows * p->num_q_heads;
+AttentionConfig configure(const AttentionParams* p) {
+  return configure_attention(describe(p), current_device());
 }
 
-/* [entries, head_dim] f32, then [entries] float2. */
-size_t workspace_bytes(const AttentionParams* p) {
-  if (has_no_work(p)) return 0;
-  const SplitPlan plan = plan_splits(p);
-  if (plan.num_splits == 1) return 0;
-  return num_partials(p, plan) * (p->head_dim * sizeof(float) + sizeof(float2));
+size_t workspace_bytes(const AttentionParams* p, const AttentionConfig& config) {
+  return config.workspace_bytes(describe(p));
 }
 
 template <typename T>
-AttentionArgs<T> typed_args(const AttentionParams* p, AttentionForm form) {
+AttentionArgs<T> typed_args(const AttentionParams* p,
+                            const AttentionConfig& config,
+                            AttentionForm form) {
   const bool is_draft = form == AttentionForm::kDraft;
   AttentionArgs<T> args = {};
   args.num_rows = p->num_rows;
+  args.num_reqs = p->num_reqs;
   args.num_q_heads = p->num_q_heads;
+  args.num_kv_heads = p->num_kv_heads;
   args.group_size = group_size(p);
+  args.window = p->window;
   args.scale_log2 = p->scale * kLog2E;
-  args.split = plan_splits(p);
+  if (p->softcap > 0.0f) {
+    args.softcap_scale = 2.0f * kLog2E * p->scale / p->softcap;
+    args.softcap_log2 = p->softcap * kLog2E;
+  }
+  args.plan = config.plan;
   args.q = static_cast<const T*>(p->q);
   args.k_cache = static_cast<const T*>(p->k_cache);
   args.v_cache = static_cast<const T*>(p->v_cache);
@@ -131,13 +160,16 @@ AttentionArgs<T> typed_args(const AttentionParams* p, AttentionForm form) {
   args.v_block = is_draft ? static_cast<const T*>(p->v_block) : nullptr;
   args.qo_indptr = p->qo_indptr;
   args.seq_lens = p->seq_lens;
+  args.tree_mask = p->tree_mask;
   args.cache = {p->page_table,        p->page_size,         p->max_pages_per_req,
                 p->stride_cache_page, p->stride_cache_slot, p->stride_cache_head};
   args.out = static_cast<T*>(p->out);
-  if (args.split.num_splits > 1) {
+  if (config.num_slots > 0) {
+    const auto entries = static_cast<size_t>(config.num_partials(describe(p)));
     args.partials.out = static_cast<float*>(p->workspace);
-    args.partials.max_sum = reinterpret_cast<float2*>(
-        args.partials.out + num_partials(p, args.split) * static_cast<size_t>(p->head_dim));
+    args.partials.max_sum =
+        reinterpret_cast<float2*>(args.partials.out + entries * static_cast<size_t>(p->head_dim));
+    args.partials.merges = reinterpret_cast<int4*>(args.partials.max_sum + entries);
   }
   args.stride_q_row = p->stride_q_row;
   args.stride_out_row = p->stride_out_row;
@@ -146,46 +178,58 @@ AttentionArgs<T> typed_args(const AttentionParams* p, AttentionForm form) {
 }
 
 template <typename T, int kHeadDim, int kWarpsM>
-dspark_status launch_tiles(const AttentionParams* p,
+dspark_status launch_items(const AttentionConfig& config,
                            const AttentionArgs<T>& args,
                            dspark_stream stream) {
   using Policy = AttentionPolicy<kHeadDim, kWarpsM>;
-  const dim3 grid(num_m_tiles(p) * args.split.num_splits, p->num_kv_heads, p->num_reqs);
+  const dim3 grid(static_cast<unsigned>(config.num_items * args.num_kv_heads));
   return launch("paged_attention_kernel", paged_attention_kernel<T, Policy>, grid,
                 dim3(Policy::kThreads), Policy::kSharedBytes, stream, args);
 }
 
 template <typename T, int kHeadDim>
-dspark_status launch_head_dim(const AttentionParams* p, AttentionForm form, dspark_stream stream) {
-  const AttentionArgs<T> args = typed_args<T>(p, form);
-  switch (warps_m(p)) {
+dspark_status launch_head_dim(const AttentionConfig& config,
+                              const AttentionArgs<T>& args,
+                              dspark_stream stream) {
+  switch (config.warps_m) {
     case 1:
-      DSPARK_TRY((launch_tiles<T, kHeadDim, 1>(p, args, stream)));
+      DSPARK_TRY((launch_items<T, kHeadDim, 1>(config, args, stream)));
       break;
     case 2:
-      DSPARK_TRY((launch_tiles<T, kHeadDim, 2>(p, args, stream)));
+      DSPARK_TRY((launch_items<T, kHeadDim, 2>(config, args, stream)));
       break;
     default:
-      DSPARK_TRY((launch_tiles<T, kHeadDim, 4>(p, args, stream)));
+      DSPARK_TRY((launch_items<T, kHeadDim, 4>(config, args, stream)));
       break;
   }
-  if (args.split.num_splits == 1) return DSPARK_OK;
+  if (config.num_slots == 0) return DSPARK_OK;
   using Policy = MergePolicy<kHeadDim>;
-  const dim3 grid(p->num_rows, ceil_div(p->num_q_heads, Policy::kHeadsPerCta));
-  return launch("merge_splits_kernel", merge_splits_kernel<T, kHeadDim>, grid,
-                dim3(Policy::kThreads), 0, stream, args, p->num_reqs);
+  const dim3 grid(static_cast<unsigned>(config.num_items), args.num_kv_heads,
+                  config.tile_m() / Policy::kRowsPerCta);
+  return launch_dependent("merge_splits_kernel", merge_splits_kernel<T, kHeadDim>, grid,
+                          dim3(Policy::kThreads), stream, args, config.tile_m());
 }
 
-dspark_status run_attention(const AttentionParams* p, AttentionForm form, dspark_stream stream) {
-  DSPARK_CHECK_PARAMS(p, stride_block_row);
+dspark_status run_attention(const AttentionParams* params,
+                            AttentionForm form,
+                            dspark_stream stream) {
+  DSPARK_CHECK_PARAMS(params, stride_block_row);
+  const AttentionParams whole = complete(params);
+  const AttentionParams* p = &whole;
   DSPARK_TRY(check_sizes(p));
   if (has_no_work(p)) return DSPARK_OK;
   DSPARK_TRY(check_pointers(p, form));
-  DSPARK_TRY(check_workspace(p->workspace, p->workspace_bytes, workspace_bytes(p)));
+  DSPARK_TRY(check_tree(p, form));
+  const AttentionConfig config = configure(p);
+  DSPARK_CHECK_ARG(config.num_items * p->num_kv_heads <= INT32_MAX, DSPARK_ERROR_UNSUPPORTED_SHAPE,
+                   "max_rows_per_req: %d rows of %d requests and %d heads need too many CTAs",
+                   p->max_rows_per_req, p->num_reqs, p->num_kv_heads);
+  DSPARK_TRY(check_workspace(p->workspace, p->workspace_bytes, workspace_bytes(p, config)));
   return dispatch_half_dtype(p->dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (p->head_dim == 64) return launch_head_dim<T, 64>(p, form, stream);
-    return launch_head_dim<T, 128>(p, form, stream);
+    const AttentionArgs<T> args = typed_args<T>(p, config, form);
+    if (p->head_dim == 64) return launch_head_dim<T, 64>(config, args, stream);
+    return launch_head_dim<T, 128>(config, args, stream);
   });
 }
 
@@ -200,8 +244,9 @@ dspark_status DSPARK_FN(dspark_attention_workspace_size)(const dspark_attention_
   DSPARK_CHECK_PARAMS(params, stride_block_row);
   DSPARK_CHECK_ARG(bytes != nullptr, DSPARK_ERROR_NULL_POINTER,
                    "bytes: expected a host pointer, got NULL");
-  DSPARK_TRY(check_sizes(params));
-  *bytes = workspace_bytes(params);
+  const dspark_attention_params whole = complete(params);
+  DSPARK_TRY(check_sizes(&whole));
+  *bytes = has_no_work(&whole) ? 0 : workspace_bytes(&whole, configure(&whole));
   return DSPARK_OK;
 }
 

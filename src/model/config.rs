@@ -51,6 +51,8 @@ impl DecoderConfig {
             head_dim: self.head_dim,
             scale: (self.head_dim as f32).sqrt().recip(),
             norm_eps: self.norm_eps,
+            window: 0,
+            softcap: 0.0,
         }
     }
 

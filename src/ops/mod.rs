@@ -20,7 +20,7 @@ pub use accept::{
     AcceptBatch, AcceptExtras, Accepted, DraftLaw, MAX_TOP_LOGPROBS, SparseLaw, TokenLogprobs,
 };
 pub use mapped_file::MappedFile;
-pub use rows::RowMap;
+pub use rows::{MAX_TREE_ROWS, RowMap};
 pub use sampling::{Purpose, Rule, SamplingParams, TokenEdit, TokenEdits};
 pub use tensor::{Dtype, HostTensor};
 
@@ -54,6 +54,10 @@ pub struct AttentionSpec {
     pub scale: f32,
     /// Epsilon of the per-head q/k norms.
     pub norm_eps: f32,
+    /// Committed tokens further back than this many positions, the row's own included, are not seen; 0: all are.
+    pub window: usize,
+    /// Scores become `softcap * tanh(score / softcap)`; 0: they stay.
+    pub softcap: f32,
 }
 
 /// Rotary embedding: angle of pair `i` at position `p` is `p * inv_freq[i]` (f32).
@@ -261,7 +265,8 @@ pub trait Ops: Sized {
         q_out: Option<&mut Self::Mat>,
         sink: KvSink<'_, Self>,
     ) -> Result<()>;
-    /// Row i of request r sees cache slots `0 ..= seq_lens[r] + i` (its own key already appended).
+    /// Row i of request r sees cache slots `0 ..= seq_lens[r] + i` (its own key already appended); in a tree
+    /// ([`RowMap::tree`]), the committed slots, itself and its ancestors.
     fn verify_attention(
         &mut self,
         spec: &AttentionSpec,

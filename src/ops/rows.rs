@@ -18,7 +18,14 @@ pub struct RowMap {
     pub page_table: Vec<i32>,
     /// Columns of `page_table`.
     pub max_pages_per_req: usize,
+    /// `[num_rows]` when the rows of the requests are trees, of at most [`MAX_TREE_ROWS`] rows each: bit j of a row's
+    /// mask says that row j of its request is one of its ancestors (a row always sees itself). The positions are then
+    /// the caller's to set: `seq_len` + number of ancestors. `None`: every request is a chain.
+    pub tree: Option<Vec<u64>>,
 }
+
+/// Most rows of a request in a tree.
+pub const MAX_TREE_ROWS: usize = 64;
 
 impl RowMap {
     /// An empty map for requests with at most `max_pages_per_req` pages.
@@ -99,6 +106,7 @@ impl RowMap {
             positions: Vec::new(),
             page_table: self.page_table.clone(),
             max_pages_per_req: self.max_pages_per_req,
+            tree: self.tree.as_ref().map(|_| Vec::new()),
         };
         let mut index = Vec::new();
         for (r, &keep) in kept.iter().enumerate() {
@@ -106,6 +114,9 @@ impl RowMap {
             let rows = rows.start..rows.start + keep.min(rows.len());
             map.positions
                 .extend_from_slice(&self.positions[rows.clone()]);
+            if let (Some(kept), Some(masks)) = (&mut map.tree, &self.tree) {
+                kept.extend_from_slice(&masks[rows.clone()]);
+            }
             index.extend(rows.map(|row| row as u32));
             map.qo_indptr.push(map.positions.len() as i32);
         }

@@ -9,13 +9,15 @@
     reason = "vector code must be inlined into the function that has the machine's features"
 )]
 
+use std::ops::Range;
+
 use pulp::{Arch, Simd, WithSimd};
 
 use super::exp::exp;
 use super::pool::Pool;
 use super::tensor::{F32Matrix, KvCache, KvLayer, expect_cols, expect_shape};
 use crate::error::{Error, Result};
-use crate::ops::{AttentionSpec, Matrix, RowMap};
+use crate::ops::{AttentionSpec, MAX_TREE_ROWS, Matrix, RowMap};
 
 /// Arguments of [`crate::ops::Ops::verify_attention`] and [`crate::ops::Ops::draft_attention`].
 pub(super) struct Attention<'a> {
@@ -86,6 +88,13 @@ impl Attention<'_> {
         self.kv.expect_layer(self.layer)?;
         self.kv.expect_heads(spec)?;
         self.kv.expect_pages(self.rows)?;
+        if let Some(masks) = &self.rows.tree {
+            let most = self.rows.max_rows_per_req();
+            if masks.len() != num_rows || most > MAX_TREE_ROWS {
+                let expected = format!("{num_rows} masks, at most {MAX_TREE_ROWS} for a request");
+                return Err(Error::argument("tree", expected, masks.len().max(most)));
+            }
+        }
         if let Some(block) = self.block {
             expect_shape(
                 "block",
@@ -103,10 +112,33 @@ impl Attention<'_> {
         Ok(())
     }
 
-    /// Cache slots that row `i` of request `r` sees.
+    /// Cache slots that must be there for rows up to `i` of request `r`.
     fn num_cached(&self, r: usize, i: usize) -> usize {
         let own = if self.block.is_some() { 0 } else { i + 1 };
         self.rows.seq_lens[r] as usize + own
+    }
+
+    /// Ranges of cache slots that row `i` of request `r` sees, in order.
+    fn seen_slots(&self, r: usize, i: usize) -> Vec<Range<usize>> {
+        let committed = self.rows.seq_lens[r] as usize;
+        let windowed = |place: usize| match self.spec.window {
+            0 => 0,
+            window => (committed + place + 1).saturating_sub(window),
+        };
+        let rows = self.rows.rows_of(r);
+        let (run, own) = match &self.rows.tree {
+            _ if self.block.is_some() => (windowed(i).min(committed)..committed, 0),
+            None => (windowed(i)..committed + i + 1, 0),
+            Some(masks) => {
+                let mask = masks[rows.start + i] | 1 << i;
+                let ancestors = mask.count_ones() as usize - 1;
+                (windowed(ancestors).min(committed)..committed, mask)
+            }
+        };
+        let own = (0..rows.len().min(MAX_TREE_ROWS)).filter(|&j| own >> j & 1 == 1);
+        std::iter::once(run)
+            .chain(own.map(|j| committed + j..committed + j + 1))
+            .collect()
     }
 
     fn pages(&self, r: usize) -> &[i32] {
@@ -132,18 +164,22 @@ impl Attention<'_> {
         let head_dim = self.spec.head_dim;
         let kv_cols = self.spec.num_kv_heads * head_dim;
         let KvLayer { keys, values } = &self.kv.layers[self.layer];
-        let num_cached = self.num_cached(r, i);
-        let mut runs: Vec<Run<'_>> = (0..num_cached.div_ceil(page_size))
-            .map(|n| {
-                let start = self.pages(r)[n] as usize * page_size * kv_cols + kv_head * head_dim;
-                Run {
-                    keys: &keys[start..],
-                    values: &values[start..],
+        let mut runs = Vec::new();
+        for Range { mut start, end } in self.seen_slots(r, i) {
+            while start < end {
+                let slot_in_page = start % page_size;
+                let page = self.pages(r)[start / page_size] as usize;
+                let at = (page * page_size + slot_in_page) * kv_cols + kv_head * head_dim;
+                let len = (page_size - slot_in_page).min(end - start);
+                runs.push(Run {
+                    keys: &keys[at..],
+                    values: &values[at..],
                     stride: kv_cols,
-                    len: page_size.min(num_cached - n * page_size),
-                }
-            })
-            .collect();
+                    len,
+                });
+                start += len;
+            }
+        }
         if let Some(block) = self.block {
             let rows = self.rows.rows_of(r);
             let start = rows.start * 2 * kv_cols + kv_head * head_dim;
@@ -194,7 +230,10 @@ impl WithSimd for WithScores<'_, '_, '_> {
             for run in &task.runs {
                 for i in 0..run.len {
                     let key = &run.keys[i * run.stride..][..head_dim];
-                    scores.push(dot(simd, q, key) * task.spec.scale);
+                    scores.push(capped(
+                        dot(simd, q, key) * task.spec.scale,
+                        task.spec.softcap,
+                    ));
                 }
             }
             let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -210,6 +249,15 @@ impl WithSimd for WithScores<'_, '_, '_> {
             }
         }
     }
+}
+
+/// `cap * tanh(score / cap)`; the score itself without a cap.
+#[inline(always)]
+fn capped(score: f32, cap: f32) -> f32 {
+    if cap == 0.0 {
+        return score;
+    }
+    cap * (score / cap).tanh()
 }
 
 /// `a . b`.

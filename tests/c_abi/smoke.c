@@ -99,6 +99,14 @@ static void check_attention(void) {
   params.dtype = DSPARK_DTYPE_F32;
   CHECK_REFUSED(dspark_verify_attention(&params, NULL), DSPARK_ERROR_UNSUPPORTED_DTYPE, "dtype");
   params = attention_params();
+  params.window = -1;
+  CHECK_REFUSED(dspark_verify_attention(&params, NULL), DSPARK_ERROR_INVALID_ARGUMENT, "window");
+  params = attention_params();
+  params.softcap = -1.0f;
+  CHECK_REFUSED(dspark_verify_attention(&params, NULL), DSPARK_ERROR_INVALID_ARGUMENT, "softcap");
+  params.struct_size = offsetof(dspark_attention_params, tree_mask); /* what follows is not read */
+  CHECK_REFUSED(dspark_verify_attention(&params, NULL), DSPARK_ERROR_NULL_POINTER, "q");
+  params = attention_params();
   params.struct_size = 4;
   CHECK_REFUSED(dspark_draft_attention(&params, NULL), DSPARK_ERROR_STRUCT_SIZE, "struct_size");
 }

@@ -4,47 +4,83 @@
 #pragma once
 
 #include "common/async_copy.cuh"
-#include "kernels/attention/tile.cuh"
+#include "kernels/attention/work_cursor.cuh"
 
 namespace dspark {
 
-/* Copies K and V tiles to shared memory. A lane looks after one key (lane % 16) of its warp's 16:
- * it finds the key's offset one tile ahead, so that the page lookup hides behind the products, and
- * hands it to the lanes that copy. */
+/* Copies the tiles of a CTA's segments, one after the other, to shared memory. A lane looks after
+ * one key (lane % 16) of its warp's 16: it finds the key's offset one tile ahead, so that the page
+ * lookup hides behind the products, and hands it to the lanes that copy. */
 template <typename T, typename Policy>
 struct KeyLoader {
   const AttentionArgs<T>& args;
-  const AttentionTile& tile;
+  WorkCursor<T, Policy>& cursor;
+  int kv_head;
   int warp;
   int lane;
-  int64_t offset; /* of this lane's key in the tile to copy next, or kUnmappedSlot */
+  int64_t offset; /* of this lane's key in the next tile, or kUnmappedSlot */
 
-  /* Finds this lane's key of tile `t`; tiles at or past last_tile have none. */
-  __device__ __forceinline__ void locate(int t) {
+  __device__ __forceinline__ KeyLoader(const AttentionArgs<T>& attention_args,
+                                       WorkCursor<T, Policy>& started_cursor,
+                                       int head)
+      : args(attention_args),
+        cursor(started_cursor),
+        kv_head(head),
+        warp(threadIdx.x / kWarpSize),
+        lane(threadIdx.x % kWarpSize) {
+    locate();
+  }
+
+  /* Starts the copy of the next tile, if there is one, into `stage`, describes it in `note`, and
+   * closes a group either way. All threads call. */
+  __device__ __forceinline__ void copy_next(T* stage, TileNote* note) {
+    if (has_tile()) {
+      copy(stage, note);
+      step();
+    }
+    copy_async_commit();
+    locate();
+  }
+
+ private:
+  __device__ __forceinline__ bool has_tile() const {
+    return cursor.tile < cursor.segment().last_tile;
+  }
+
+  __device__ __forceinline__ void step() {
+    ++cursor.tile;
+    if (!has_tile() && cursor.has_next()) cursor.advance();
+  }
+
+  /* Finds this lane's key of the next tile. */
+  __device__ __forceinline__ void locate() {
     offset = kUnmappedSlot;
-    if (t >= tile.last_tile) return;
+    if (!has_tile()) return;
+    const Segment& segment = cursor.segment();
     const int key_in_tile = warp * Policy::kKeysCopied + lane % Policy::kKeysCopied;
-    if (t < tile.cache_tiles) {
-      const int slot = t * kTileKeys + key_in_tile;
-      if (slot < tile.cache_keys) {
-        offset = slot_offset(args.cache, tile.keys.req, slot, tile.kv_head);
+    if (cursor.tile < segment.cache_tiles) {
+      const int slot = cursor.tile * kTileKeys + key_in_tile;
+      if (slot >= segment.first_key && slot < segment.last_key) {
+        offset = slot_offset(args.cache, segment.req, slot, kv_head);
       }
-    } else {
-      const int block_row = (t - tile.cache_tiles) * kTileKeys + key_in_tile;
-      if (block_row < tile.keys.num_rows) {
-        offset = (tile.keys.row_begin + block_row) * args.stride_block_row +
-                 static_cast<int64_t>(tile.kv_head) * Policy::kHeadDim;
-      }
+      return;
+    }
+    const int block_row = (cursor.tile - segment.cache_tiles) * kTileKeys + key_in_tile;
+    if (block_row < segment.num_rows) {
+      offset = (segment.row_begin + block_row) * args.stride_block_row +
+               static_cast<int64_t>(kv_head) * Policy::kHeadDim;
     }
   }
 
-  /* Starts the copy of tile `t`, the one located last, into k_stage and v_stage, and notes which
-   * keys are there. All lanes call; key k of the tile is bit k of the mask. */
-  __device__ __forceinline__ void copy(int t, T* k_stage, T* v_stage, uint16_t* key_mask) const {
+  /* Key k of the tile is bit k of the note's mask: a word of 16 bits from every warp. */
+  __device__ __forceinline__ void copy(T* stage, TileNote* note) const {
     const uint32_t present = __ballot_sync(kAllLanes, offset != kUnmappedSlot);
-    if (lane == 0) key_mask[warp] = static_cast<uint16_t>(present);
+    if (lane == 0) {
+      reinterpret_cast<uint16_t*>(&note->key_mask)[warp] = static_cast<uint16_t>(present);
+    }
+    if (threadIdx.x == 0) describe(note);
 
-    const bool in_cache = t < tile.cache_tiles;
+    const bool in_cache = cursor.tile < cursor.segment().cache_tiles;
     const T* k_base = in_cache ? args.k_cache : args.k_block;
     const T* v_base = in_cache ? args.v_cache : args.v_block;
     constexpr int kKeysAtOnce = kWarpSize / Policy::kChunks;
@@ -56,10 +92,24 @@ struct KeyLoader {
       const bool valid = key_offset != kUnmappedSlot;
       const int64_t source = valid ? key_offset + chunk * 8 : 0;
       const int row = warp * Policy::kKeysCopied + key;
-      const int target = row * Policy::kHeadDim + swizzle(row, chunk) * 8;
-      copy_async_16(shared_address(k_stage + target), k_base + source, valid);
-      copy_async_16(shared_address(v_stage + target), v_base + source, valid);
+      T* target = stage + row * Policy::kHeadDim + swizzle(row, chunk) * 8;
+      copy_async_16(shared_address(target), k_base + source, valid);
+      copy_async_16(shared_address(target + Policy::kTileElements), v_base + source, valid);
     }
+  }
+
+  __device__ __forceinline__ void describe(TileNote* note) const {
+    const Segment& segment = cursor.segment();
+    note->first_key = cursor.tile * kTileKeys;
+    note->whole_begin = segment.whole_begin;
+    note->whole_end = segment.whole_end;
+    note->seq_len = segment.seq_len;
+    note->row_begin = segment.row_begin;
+    note->num_rows = segment.num_rows;
+    note->m_begin = segment.m_tile * Policy::kTileM;
+    note->slot = segment.slot;
+    note->ends_segment = cursor.tile + 1 == segment.last_tile;
+    note->ends_work = note->ends_segment && !cursor.has_next();
   }
 };
 

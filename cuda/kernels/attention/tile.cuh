@@ -1,66 +1,56 @@
 /*
- * What the parts of the attention kernels share: tuning constants, arguments, the work of one CTA.
+ * What the parts of the attention kernels share: tuning constants, arguments, notes on a tile.
  */
 #pragma once
 
 #include "common/paged_kv.cuh"
 #include "common/reduce.cuh"
-#include "kernels/attention/split.cuh"
+#include "kernels/attention/policy.h"
+#include "kernels/attention/work.cuh"
 
 namespace dspark {
-
-template <int kHeadDim_, int kWarpsM_>
-struct AttentionPolicy {
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kWarps = 4;
-  static constexpr int kWarpsM = kWarpsM_;
-  static constexpr int kWarpsN = kWarps / kWarpsM;
-  static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kTileM = 16 * kWarpsM;
-  static constexpr int kStages = kHeadDim == 64 ? 3 : 2;
-  /* Resident CTAs hide each other's page lookups and barriers: three where few rows leave the
-   * registers for it (sm_90 has the shared memory), two for a prefill tile of head_dim 128. */
-  static constexpr int kMinCtasPerSm = kHeadDim == 128 && kWarpsM == 4 ? 2 : 3;
-
-  static constexpr int kKeysPerWarp = kTileKeys / kWarpsN; /* of the products */
-  static constexpr int kKeysCopied = kTileKeys / kWarps;   /* by one warp */
-  static constexpr int kChunks = kHeadDim / 8;             /* of 16 bytes in a key */
-  static constexpr int kTileElements = kTileKeys * kHeadDim;
-
-  /* Epilogue: O of kWarps x 16 rows in f32, rows padded so that fragment stores are free of bank
-   * conflicts, then m and l. It takes the place of the K and V stages. */
-  static constexpr int kOutStride = kHeadDim + 8;
-  static constexpr size_t kStageBytes = size_t{2} * kStages * kTileElements * 2;
-  static constexpr size_t kEpilogueBytes = size_t{4} * kWarps * 16 * (kOutStride + 2);
-  static constexpr size_t kSharedBytes =
-      kStageBytes > kEpilogueBytes ? kStageBytes : kEpilogueBytes;
-
-  static_assert(kWarpsM * kWarpsN == kWarps && kKeysPerWarp % 16 == 0);
-  static_assert(kKeysCopied == 16, "the key mask of a tile is four 16-bit words");
-  static_assert(kHeadDim % 64 == 0, "the swizzle spreads eight rows over eight chunks");
-};
 
 /* Typed view of dspark_attention_params. */
 template <typename T>
 struct AttentionArgs {
   int32_t num_rows;
+  int32_t num_reqs;
   int32_t num_q_heads;
+  int32_t num_kv_heads;
   int32_t group_size;
-  float scale_log2; /* scale * log2(e) */
-  SplitPlan split;
+  int32_t window;      /* 0: none */
+  float scale_log2;    /* scale * log2(e) */
+  float softcap_scale; /* 2 * log2(e) * scale / cap */
+  float softcap_log2;  /* cap * log2(e); 0: no cap */
+  WorkPlan plan;
   const T* q;
   const T* k_cache;
   const T* v_cache;
-  const T* k_block; /* NULL: the causal form */
+  const T* k_block; /* NULL: the verify form */
   const T* v_block;
   const int32_t* qo_indptr;
   const int32_t* seq_lens;
+  const uint32_t* tree_mask; /* [num_rows, 2]; NULL: chains */
   PagedLayout cache;
   T* out;
-  SplitPartials partials; /* unused when the plan has one split */
+  PartialResults partials; /* unused when the plan has no splits */
   int64_t stride_q_row;
   int64_t stride_out_row;
   int64_t stride_block_row;
+
+  /* Rows at or beyond num_rows (of the whole pass) are left out. */
+  __device__ __forceinline__ RequestKeys keys_of(int req) const {
+    RequestKeys keys;
+    keys.req = req;
+    keys.row_begin = qo_indptr[req];
+    keys.num_rows = max(min(qo_indptr[req + 1], num_rows) - keys.row_begin, 0);
+    keys.seq_len = max(seq_lens[req], 0);
+    keys.window = window;
+    keys.form = k_block != nullptr     ? RowForm::kBlock
+                : tree_mask != nullptr ? RowForm::kTree
+                                       : RowForm::kChain;
+    return keys;
+  }
 };
 
 /* 2^x; 2^-inf = 0, NaN stays NaN. */
@@ -73,17 +63,40 @@ __device__ __forceinline__ float exp2_approx(float x) {
 /* -inf marks "no key seen yet"; as the reference point of an exponent it must be finite. */
 __device__ __forceinline__ float finite_max(float m) { return m == -INFINITY ? 0.0f : m; }
 
-/* The work of one CTA: rows of a request as an M tile, and its keys as a list of tiles, those of
- * the cache first, then those of the block. */
-struct AttentionTile {
-  RequestKeys keys;
-  int kv_head;
-  int m_begin;    /* first m of this tile */
-  int m_end;      /* rows * group_size of the request */
-  int cache_keys; /* cache slots that some row of this tile sees */
-  int cache_tiles;
-  int first_tile; /* of this split */
-  int last_tile;  /* exclusive */
+/* A run of key tiles of one M tile of one request: what the loader needs from tile to tile. */
+struct Segment {
+  static constexpr int kWhole = -1;
+
+  int req;
+  int row_begin;
+  int num_rows; /* of the request */
+  int seq_len;
+  int m_tile;
+  int last_tile;   /* exclusive */
+  int first_key;   /* cache slots [first_key, last_key) are seen by some row of the M tile */
+  int last_key;    /* exclusive */
+  int whole_begin; /* keys [whole_begin, whole_end) are seen by all rows of the M tile */
+  int whole_end;
+  int cache_tiles; /* tiles from here on hold block rows */
+  int slot;        /* of the partial result, or kWhole: written to `out` */
+};
+
+/* Stands beside a tile in shared memory: the warps that read a stage need nothing else to know what
+ * they read. */
+struct alignas(16) TileNote {
+  uint64_t key_mask;   /* bit k: key k of the tile is there */
+  int32_t first_key;   /* of the tile, in the order of the request's keys */
+  int32_t whole_begin; /* as Segment's */
+  int32_t whole_end;
+  int32_t seq_len;
+  int32_t row_begin; /* of the request */
+  int32_t num_rows;
+  int32_t m_begin;
+  int32_t slot; /* as Segment's */
+  int32_t ends_segment;
+  int32_t ends_work;
+
+  __device__ __forceinline__ int m_end(int group_size) const { return num_rows * group_size; }
 };
 
 /* Place of a 16-byte chunk in a key's row of shared memory: the eight rows of an 8x8 matrix, read at

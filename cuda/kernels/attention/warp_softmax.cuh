@@ -20,21 +20,22 @@ struct WarpSoftmax {
   float out[2 * kDimSteps][4];
   float row_max[2];
   float row_sum[2]; /* of this lane's columns; the quad is summed at the end */
-  int visible[2];   /* keys [0, visible) of the cache are seen by the row */
+  int seen_begin
+      [2]; /* the row sees keys [seen_begin, seen_end), and of a tree those its mask names */
+  int seen_end[2];
 
-  /* Loads the rows of q and empties the sums. Rows past m_end are zero and see what the last row
+  /* Loads the rows of q and empties the sums. Rows past the last one are zero and see what the last
    * sees; they are never written. */
-  __device__ __forceinline__ void init(const AttentionArgs<T>& args,
-                                       const AttentionTile& tile,
-                                       int warp_m,
-                                       int lane) {
+  __device__ __forceinline__ void init(
+      const AttentionArgs<T>& args, const TileNote& note, int kv_head, int warp_m, int lane) {
+    const int m_end = note.m_end(args.group_size);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int m = tile.m_begin + warp_m * 16 + lane / 4 + half * 8;
-      const bool valid = m < tile.m_end;
-      const int row = (valid ? m : tile.m_end - 1) / args.group_size;
-      const int head = tile.kv_head * args.group_size + (valid ? m : 0) % args.group_size;
-      const T* source = args.q + (tile.keys.row_begin + row) * args.stride_q_row +
+      const int m = note.m_begin + warp_m * 16 + lane / 4 + half * 8;
+      const bool valid = m < m_end;
+      const int row = (valid ? m : m_end - 1) / args.group_size;
+      const int head = kv_head * args.group_size + (valid ? m : 0) % args.group_size;
+      const T* source = args.q + (note.row_begin + row) * args.stride_q_row +
                         static_cast<int64_t>(head) * Policy::kHeadDim + lane % 4 * 2;
 #pragma unroll
       for (int d = 0; d < kDimSteps; ++d) {
@@ -44,7 +45,6 @@ struct WarpSoftmax {
       }
       row_max[half] = -INFINITY;
       row_sum[half] = 0.0f;
-      visible[half] = tile.keys.is_causal ? tile.keys.seq_len + row + 1 : INT32_MAX;
     }
 #pragma unroll
     for (int n = 0; n < 2 * kDimSteps; ++n) {
@@ -53,23 +53,73 @@ struct WarpSoftmax {
     }
   }
 
-  /* Takes in the warp's keys [first_row, first_row + kKeysPerWarp) of a stage. `mask` has a bit per
-   * key that is there; the first of them is key `first_key` of the request. */
-  __device__ __forceinline__ void step(const T* k_stage,
-                                       const T* v_stage,
+  /* Takes in keys [first_row, first_row + kKeysPerWarp) of a tile (K, then V). */
+  __device__ __forceinline__ void step(const AttentionArgs<T>& args,
+                                       const TileNote& note,
+                                       const T* tile,
                                        int first_row,
-                                       uint64_t mask,
-                                       int first_key,
-                                       float scale_log2,
+                                       int warp_m,
                                        int lane) {
+    const uint64_t mask = note.key_mask >> first_row & kAllKeys;
+    const bool has_rows = note.m_begin + warp_m * 16 < note.m_end(args.group_size);
+    if (!has_rows || mask == 0) return;
     float scores[2 * kKeySteps][4];
-    multiply_keys(scores, k_stage, first_row, lane);
-    mask_scores(scores, mask, first_key, scale_log2, lane);
+    multiply_keys(scores, tile, first_row, lane);
+    scale_scores(scores, args);
+    mask_scores(scores, mask, args, note, note.first_key + first_row, warp_m, lane);
     rescale(scores);
-    multiply_values(scores, v_stage, first_row, lane);
+    multiply_values(scores, tile + Policy::kTileElements, first_row, lane);
+  }
+
+  /* Completes row_sum over the four lanes of a row; after the last step. */
+  __device__ __forceinline__ void sum_quads() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) row_sum[half] = warp_reduce<4>(row_sum[half], SumOp{});
   }
 
  private:
+  static constexpr uint64_t kAllKeys = ~uint64_t{0} >> (64 - Policy::kKeysPerWarp);
+
+  /* Bit j: the row sees row j of its request; itself always. */
+  static __device__ __forceinline__ uint64_t tree_mask(const AttentionArgs<T>& args,
+                                                       const TileNote& note,
+                                                       int row) {
+    const uint32_t* words = args.tree_mask + 2 * (int64_t{note.row_begin} + row);
+    return (uint64_t{words[1]} << 32 | words[0]) | uint64_t{1} << (row & 63);
+  }
+
+  /* Bit k: `row` sees key first_key + k, if it is there. */
+  static __device__ __forceinline__ uint64_t seen_keys(const AttentionArgs<T>& args,
+                                                       const TileNote& note,
+                                                       int row,
+                                                       int first_key) {
+    if (args.k_block != nullptr) {
+      /* Block keys come after all cache keys. */
+      const int begin = min(window_begin(note.seq_len, row, args.window), note.seq_len);
+      return ~bits_up_to(begin - first_key);
+    }
+    if (args.tree_mask == nullptr) {
+      return bits_up_to(note.seq_len + row + 1 - first_key) &
+             ~bits_up_to(window_begin(note.seq_len, row, args.window) - first_key);
+    }
+    const uint64_t tree = tree_mask(args, note, row);
+    const int num_ancestors = __popcll(tree) - 1;
+    return shifted(tree, note.seq_len - first_key) |
+           (bits_up_to(note.seq_len - first_key) &
+            ~bits_up_to(window_begin(note.seq_len, num_ancestors, args.window) - first_key));
+  }
+
+  /* Bits [0, n); none for n <= 0, all from 64 on. */
+  static __device__ __forceinline__ uint64_t bits_up_to(int n) {
+    return n <= 0 ? 0 : (n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1);
+  }
+
+  /* bits * 2^n, of which the lowest 64 bits are kept; n of any sign and size. */
+  static __device__ __forceinline__ uint64_t shifted(uint64_t bits, int n) {
+    if (n >= 64 || n <= -64) return 0;
+    return n >= 0 ? bits << n : bits >> -n;
+  }
+
   /* scores = q K^T. B (k = dim, column = key) of K rows is a plain ldmatrix: matrices are (keys
    * 0-7, dims 0-7), (keys 0-7, dims 8-15), (keys 8-15, dims 0-7), (keys 8-15, dims 8-15). */
   __device__ __forceinline__ void multiply_keys(float (&scores)[2 * kKeySteps][4],
@@ -96,33 +146,53 @@ struct WarpSoftmax {
     }
   }
 
-  /* Scales, and puts -inf where the row must not look: by selection, so that whatever a masked
-   * product holds is dropped. */
-  __device__ __forceinline__ void mask_scores(float (&scores)[2 * kKeySteps][4],
-                                              uint64_t mask,
-                                              int first_key,
-                                              float scale_log2,
-                                              int lane) const {
-    constexpr uint64_t kAllKeys = ~uint64_t{0} >> (64 - Policy::kKeysPerWarp);
-    /* visible[0] <= visible[1] in every lane, and lane 0 has the smallest: ask all the same. */
-    const bool whole = mask == kAllKeys && visible[0] >= first_key + Policy::kKeysPerWarp;
-    if (__all_sync(kAllLanes, whole)) {
+  /* To base 2, capped where a cap is given. */
+  __device__ __forceinline__ void scale_scores(float (&scores)[2 * kKeySteps][4],
+                                               const AttentionArgs<T>& args) const {
+    if (args.softcap_log2 == 0.0f) {
 #pragma unroll
       for (int n = 0; n < 2 * kKeySteps; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) scores[n][i] *= scale_log2;
+        for (int i = 0; i < 4; ++i) scores[n][i] *= args.scale_log2;
       }
       return;
     }
-    const int column = lane % 4 * 2;
-    const uint64_t lane_mask = mask >> column;
 #pragma unroll
     for (int n = 0; n < 2 * kKeySteps; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int key = n * 8 + i % 2; /* relative to column */
-        const bool seen = (lane_mask >> key & 1) != 0 && first_key + column + key < visible[i / 2];
-        scores[n][i] = seen ? scores[n][i] * scale_log2 : -INFINITY;
+        /* cap * tanh(x) = cap - 2 cap / (1 + e^2x); e^2x may be 0 or inf. */
+        const float e = exp2_approx(scores[n][i] * args.softcap_scale);
+        scores[n][i] = args.softcap_log2 - __fdividef(2.0f * args.softcap_log2, 1.0f + e);
+      }
+    }
+  }
+
+  /* Puts -inf where the row must not look: by selection, so that whatever a masked product holds is
+   * dropped. `mask` has a bit per key that is there; the first is key `first_key` of the request. */
+  __device__ __forceinline__ void mask_scores(float (&scores)[2 * kKeySteps][4],
+                                              uint64_t mask,
+                                              const AttentionArgs<T>& args,
+                                              const TileNote& note,
+                                              int first_key,
+                                              int warp_m,
+                                              int lane) const {
+    if (mask == kAllKeys && note.whole_begin <= first_key &&
+        note.whole_end - Policy::kKeysPerWarp >= first_key) {
+      return;
+    }
+    const int column = lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int m = note.m_begin + warp_m * 16 + lane / 4 + half * 8;
+      const int row = min(m, note.m_end(args.group_size) - 1) / args.group_size;
+      const uint64_t seen = (mask & seen_keys(args, note, row, first_key)) >> column;
+#pragma unroll
+      for (int n = 0; n < 2 * kKeySteps; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if ((seen >> (n * 8 + i) & 1) == 0) scores[n][2 * half + i] = -INFINITY;
+        }
       }
     }
   }

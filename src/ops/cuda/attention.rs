@@ -76,7 +76,18 @@ impl Cuda {
             stride_cache_slot: slot,
             stride_cache_head: head,
             stride_block_row: block.map_or(0, DeviceMatrix::stride),
+            tree_mask: if block.is_some() {
+                null()
+            } else {
+                raw.tree_mask
+            },
+            window: int("window", spec.window)?,
+            softcap: spec.softcap,
+            batch_invariant: i32::from(self.batch_invariant),
+            reserved: 0,
         };
+        // The size depends on the current device.
+        self.device.bind()?;
         // SAFETY: reads the sizes of `params` and writes one host integer.
         check("attention_workspace_size", unsafe {
             sys::launch::dspark_attention_workspace_size_cu(
@@ -85,7 +96,6 @@ impl Cuda {
             )
         })?;
         params.workspace = self.workspace(params.workspace_bytes)?;
-        self.device.bind()?;
         // SAFETY: every operand is a live device matrix of the shape checked above, out distinct from the inputs by
         // Rust's borrows; the row map is consistent and has a page of the pool for every slot that will be read; the
         // workspace has the size asked for.

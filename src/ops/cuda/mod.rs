@@ -49,6 +49,8 @@ pub struct Cuda {
     results: Growing<u32>,
     /// Scratch of the current launch.
     workspace: Growing<u8>,
+    /// See [`Cuda::set_batch_invariant`].
+    batch_invariant: bool,
 }
 
 impl Cuda {
@@ -62,6 +64,7 @@ impl Cuda {
             arguments: Growing::new(&device, INITIAL_WORDS)?,
             results: Growing::new(&device, INITIAL_WORDS)?,
             workspace: Growing::new(&device, 1 << 20)?,
+            batch_invariant: false,
             device,
         })
     }
@@ -77,6 +80,13 @@ impl Cuda {
     /// The device all work goes to.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Whether attention gives a request bitwise the same result whatever else is in the batch. Off by default: the
+    /// work of a pass is then cut into equal shares over all requests, which is faster, and a request's sums may be
+    /// ordered otherwise in other company (they are the same from run to run either way).
+    pub fn set_batch_invariant(&mut self, batch_invariant: bool) {
+        self.batch_invariant = batch_invariant;
     }
 
     fn stream(&self) -> sys::dspark_stream {

@@ -1,12 +1,13 @@
 //! A [`RowMap`] on the device.
 
 use std::cell::Cell;
+use std::ptr::null;
 
 use super::arguments::{Arguments, Offset};
 use super::int;
 use crate::device::{Device, Growing};
 use crate::error::{Error, Result};
-use crate::ops::{KvGeometry, RowMap};
+use crate::ops::{KvGeometry, MAX_TREE_ROWS, RowMap};
 
 /// An uploaded [`RowMap`], with the host copy that says what a launch may touch.
 pub struct Rows {
@@ -15,6 +16,7 @@ pub struct Rows {
     seq_lens: Offset,
     positions: Offset,
     page_table: Offset,
+    tree: Option<Offset>,
     map: RowMap,
     /// The cache shape and reach the page table was last found good for: one check serves all layers.
     checked: Cell<Option<(usize, usize, Reach)>>,
@@ -37,6 +39,8 @@ pub(super) struct RawRows {
     pub seq_lens: *const i32,
     pub positions: *const i32,
     pub page_table: *const i32,
+    /// `[num_rows, 2]`; null for chains.
+    pub tree_mask: *const u32,
     pub num_rows: i32,
     pub num_reqs: i32,
     pub max_rows_per_req: i32,
@@ -52,6 +56,7 @@ impl Rows {
             seq_lens: Offset::default(),
             positions: Offset::default(),
             page_table: Offset::default(),
+            tree: None,
             map: RowMap::new(0),
             checked: Cell::new(None),
         };
@@ -67,6 +72,12 @@ impl Rows {
         self.seq_lens = arguments.push(words(&map.seq_lens));
         self.positions = arguments.push(words(&map.positions));
         self.page_table = arguments.push(words(&map.page_table));
+        self.tree = map.tree.as_ref().map(|masks| {
+            let halves = masks
+                .iter()
+                .flat_map(|&mask| [mask as u32, (mask >> 32) as u32]);
+            arguments.push(halves.collect::<Vec<_>>())
+        });
         arguments.upload(&mut self.device_words)?;
         self.map.clone_from(map);
         self.checked.set(None);
@@ -85,6 +96,7 @@ impl Rows {
             seq_lens: self.seq_lens.of(words),
             positions: self.positions.of(words),
             page_table: self.page_table.of(words),
+            tree_mask: self.tree.map_or(null(), |tree| tree.of(words)),
             num_rows: int("rows", self.map.num_rows())?,
             num_reqs: int("requests", self.map.num_reqs())?,
             max_rows_per_req: int("rows of a request", self.map.max_rows_per_req())?,
@@ -152,6 +164,13 @@ fn check_consistent(map: &RowMap) -> Result<()> {
             format!("{:?}", map.qo_indptr),
         ));
     }
+    if let Some(masks) = &map.tree {
+        super::expect("tree", rows, masks.len())?;
+        if map.max_rows_per_req() > MAX_TREE_ROWS {
+            let expected = format!("at most {MAX_TREE_ROWS} rows of a request");
+            return Err(Error::argument("tree", expected, map.max_rows_per_req()));
+        }
+    }
     if let Some(len) = map.seq_lens.iter().find(|&&len| len < 0) {
         return Err(Error::argument("seq_lens", "lengths >= 0", len));
     }
@@ -177,15 +196,17 @@ mod tests {
             positions: vec![3, 4],
             page_table: vec![0, -1],
             max_pages_per_req: 1,
+            tree: Some(vec![0, 1]),
         };
         assert!(check_consistent(&good).is_ok());
-        let spoil: [fn(&mut RowMap); 6] = [
+        let spoil: [fn(&mut RowMap); 7] = [
             |map| map.qo_indptr = vec![0, 2],
             |map| map.qo_indptr = vec![0, 3, 2],
             |map| map.qo_indptr.clear(),
             |map| map.seq_lens[0] = -1,
             |map| map.positions[1] = -1,
             |map| map.page_table.truncate(1),
+            |map| map.tree = Some(vec![0]),
         ];
         for (i, spoil) in spoil.iter().enumerate() {
             let mut map = good.clone();

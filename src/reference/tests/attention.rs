@@ -32,6 +32,8 @@ const SPEC: AttentionSpec = AttentionSpec {
     head_dim: 10,
     scale: 0.31,
     norm_eps: 1e-6,
+    window: 0,
+    softcap: 0.0,
 };
 
 fn rope() -> RopeSpec {
@@ -91,16 +93,26 @@ impl Batch {
         for r in 0..self.map.num_reqs() {
             let len = self.map.seq_lens[r] as usize;
             for (i, row) in self.map.rows_of(r).enumerate() {
-                let own_len = if causal {
-                    i + 1
-                } else {
-                    self.map.rows_of(r).len()
+                let place = self.map.positions[row] as usize - (len + 2);
+                let sees = |j: usize| match &self.map.tree {
+                    _ if !causal => true,
+                    Some(masks) => j == i || masks[row] >> j & 1 == 1,
+                    None => j <= i,
                 };
-                let keys: Vec<&[f32]> = (first..first + len)
-                    .map(|s| &context[s * 2 * kv_cols..][..2 * kv_cols])
-                    .chain((0..own_len).map(|j| {
-                        &own[(self.map.rows_of(r).start + j) * 2 * kv_cols..][..2 * kv_cols]
-                    }))
+                let near = |position: usize| {
+                    self.spec.window == 0 || position + self.spec.window > len + place
+                };
+                let keys: Vec<&[f32]> = (0..len)
+                    .filter(|&s| near(s))
+                    .map(|s| &context[(first + s) * 2 * kv_cols..][..2 * kv_cols])
+                    .chain(
+                        (self.map.rows_of(r).enumerate())
+                            .filter(|&(j, other)| {
+                                let position = self.map.positions[other] as usize - 2;
+                                sees(j) && (!causal || near(position))
+                            })
+                            .map(|(_, other)| &own[other * 2 * kv_cols..][..2 * kv_cols]),
+                    )
                     .collect();
                 for head in 0..self.spec.num_q_heads {
                     let q = &q[(row * self.spec.num_q_heads + head) * d..][..d];
@@ -110,7 +122,13 @@ impl Batch {
                         .map(|k| {
                             let dot: f64 =
                                 (0..d).map(|c| f64::from(q[c]) * f64::from(k[at + c])).sum();
-                            (dot * f64::from(self.spec.scale)).exp()
+                            let score = dot * f64::from(self.spec.scale);
+                            let cap = f64::from(self.spec.softcap);
+                            if cap == 0.0 {
+                                score.exp()
+                            } else {
+                                (cap * (score / cap).tanh()).exp()
+                            }
                         })
                         .collect();
                     let total: f64 = weights.iter().sum();
@@ -183,6 +201,73 @@ fn attention_of_a_ragged_batch_on_any_pages() {
             );
         }
     }
+}
+
+/// Rows become trees: of every request, row j hangs below row `parent_of(j)`, row 0 below the committed tokens.
+fn grow_tree(map: &mut RowMap, parent_of: impl Fn(usize) -> usize) {
+    let mut masks: Vec<u64> = Vec::new();
+    for r in 0..map.num_reqs() {
+        let first = map.rows_of(r).start;
+        for (i, row) in map.rows_of(r).enumerate() {
+            let ancestors = match i {
+                0 => 0,
+                _ => masks[first + parent_of(i)] | 1 << parent_of(i),
+            };
+            masks.push(ancestors);
+            map.positions[row] = map.seq_lens[r] + 2 + ancestors.count_ones() as i32;
+        }
+    }
+    map.tree = Some(masks);
+}
+
+#[test]
+fn attention_within_a_window_and_under_a_cap() {
+    let mut ops = ops();
+    for (window, softcap) in [(1, 0.0), (4, 0.0), (9, 0.7), (400, 0.0), (0, 0.3)] {
+        let spec = AttentionSpec {
+            window,
+            softcap,
+            ..SPEC
+        };
+        let batch = batch(spec, 3, |page| page as i32);
+        let rows = batch.map.num_rows();
+        let q = mat(&mut ops, 60, &noise(60, rows * 60));
+        let own = mat(&mut ops, 40, &noise(61, rows * 40));
+        let (draft, verify) = batch.attend(&mut ops, &q, &own);
+        assert_close(&draft, &batch.naive(q.values(), own.values(), false), 1e-5);
+        assert_close(&verify, &batch.naive(q.values(), own.values(), true), 1e-5);
+    }
+}
+
+#[test]
+fn trees_see_their_ancestors() {
+    let mut ops = ops();
+    let parents: [fn(usize) -> usize; 3] = [|i| i - 1, |_| 0, |i| (i - 1) / 2];
+    for (shape, parent_of) in parents.into_iter().enumerate() {
+        for window in [0, 6] {
+            let spec = AttentionSpec { window, ..SPEC };
+            let mut batch = batch(spec, 3, |page| page as i32);
+            let rows = batch.map.num_rows();
+            let q = mat(&mut ops, 60, &noise(60, rows * 60));
+            let own = mat(&mut ops, 40, &noise(61, rows * 40));
+            let (_, chain) = batch.attend(&mut ops, &q, &own);
+            grow_tree(&mut batch.map, parent_of);
+            let (_, tree) = batch.attend(&mut ops, &q, &own);
+            assert_close(&tree, &batch.naive(q.values(), own.values(), true), 1e-5);
+            assert_eq!(
+                tree == chain,
+                shape == 0,
+                "a tree is a chain if and only if"
+            );
+        }
+    }
+    let mut bad = batch(SPEC, 3, |page| page as i32);
+    bad.map.tree = Some(vec![0; 3]);
+    let kv = bad.cache(&mut ops);
+    let q = mat(&mut ops, 60, &noise(1, bad.map.num_rows() * 60));
+    let mut out = poisoned(&mut ops, 12, 60);
+    let found = ops.verify_attention(&SPEC, &q, &kv, 0, &bad.map, &mut out);
+    assert_argument(found, "tree");
 }
 
 #[test]
