@@ -324,25 +324,34 @@ typedef int32_t dspark_head_kind;
 
 /*
  * Computes      for k = 1..draft_len, left to right, x_0 = anchor: the Markov bias B_k of the head
- * (gated and rnn use h_k), l_k = U_k + B_k, written over U_k; x_k sampled from softmax(l_k /
- *               temperature) by Gumbel-max, or argmax l_k (lowest index wins) at temperature 0;
- *               confidence_k = sigmoid(w . [h_k ; W1[x_{k-1}]] + b), or of h_k alone.
- *               The draft law handed on is exactly softmax(logits / temperature) of what is
- * written. Shapes        logits [num_reqs * draft_len, vocab_size] in: U, out: l; hidden [num_reqs
- * * draft_len, hidden_size]; markov_w1, markov_w2 [vocab_size, markov_rank]; gated: proj_weight
- *               [markov_rank, hidden_size + markov_rank] over [h ; w1], proj_bias [markov_rank];
- * rnn: proj_weight [3 * markov_rank, 2 * markov_rank + hidden_size] over [s ; w1 ; h], proj_bias [3
- * * markov_rank] = [g ; c ; o]; confidence_weight [hidden_size (+ markov_rank)]; draft_tokens,
- * confidence [num_reqs, draft_len]. Dtypes        logits f32; hidden and weights `dtype` (BF16,
- * F16); biases `dtype`; confidence f32; tokens int32. Products and sums f32. Layout        logits
- * row stride given; everything else contiguous. Alignment     element alignment of pointers; 16
- * bytes gives the fast path. markov_rank <= 1024. Aliasing      none allowed. Workspace
- * dspark_draft_head_workspace_size bytes, 256-byte aligned; contents do not matter. Determinism
- * bitwise, independent of the batch. Noise: Philox4x32-10, key = seeds[r], counter = (v / 4,
- * position of x_k, DSPARK_PURPOSE_DRAFT, 0), word v % 4; x_k has position anchor_positions[r] + k.
+ *               (gated and rnn use h_k), l_k = U_k + B_k, written over U_k; x_k sampled from
+ *               softmax(l_k / temperature) by Gumbel-max, or argmax l_k (lowest index wins) at
+ *               temperature 0; confidence_k = sigmoid(w . [h_k ; W1[x_{k-1}]] + b), or of h_k
+ *               alone. The draft law handed on is exactly softmax(logits / temperature) of what is
+ *               written.
+ * Shapes        logits [num_reqs * draft_len, vocab_size] in: U, out: l; hidden [num_reqs *
+ *               draft_len, hidden_size]; markov_w1, markov_w2 [vocab_size, markov_rank]; gated:
+ *               proj_weight [markov_rank, hidden_size + markov_rank] over [h ; w1], proj_bias
+ *               [markov_rank]; rnn: proj_weight [3 * markov_rank, 2 * markov_rank + hidden_size]
+ *               over [s ; w1 ; h], proj_bias [3 * markov_rank] = [g ; c ; o]; confidence_weight
+ *               [hidden_size (+ markov_rank)]; draft_tokens, confidence [num_reqs, draft_len].
+ * Dtypes        logits f32; hidden and weights `dtype` (BF16, F16); biases `dtype`; confidence f32;
+ *               tokens int32. Sums f32. Latents of gated and rnn enter the product with W2 as two
+ *               16-bit parts (16 bits of mantissa with BF16, 22 with F16) on the fast path, as f32
+ *               off it.
+ * Layout        logits row stride given; everything else contiguous.
+ * Alignment     element alignment of pointers. The fast path (tensor cores; a vanilla head runs all
+ *               steps in one cooperative launch) wants logits, markov_w1 and markov_w2 at 16 bytes,
+ *               stride_logits_row a multiple of 4 and markov_rank 64, 128, 192 or 256. markov_rank
+ *               <= 1024.
+ * Aliasing      none allowed.
+ * Workspace     dspark_draft_head_workspace_size bytes, 256-byte aligned; contents do not matter.
+ * Determinism   bitwise, independent of the batch: which path runs depends on alignment, rank and
+ *               device alone. Noise: Philox4x32-10, key = seeds[r], counter = (v / 4, position of
+ *               x_k, DSPARK_PURPOSE_DRAFT, 0), word v % 4; x_k has position anchor_positions[r] + k.
  * Stream/graph  capture-safe. A row of NaN or all -inf yields token 0 for that step.
  * Errors        null pointers, unknown head, sizes < 0, markov_rank out of range, workspace too
- * small.
+ *               small.
  */
 typedef struct dspark_draft_head_params {
   uint32_t struct_size;

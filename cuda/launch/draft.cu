@@ -1,9 +1,11 @@
 /* Launchers of the draft family: the semi-autoregressive head. */
+#include <algorithm>
 #include <initializer_list>
 
 #include "common/host.cuh"
 #include "kernels/draft/latent.cuh"
 #include "kernels/draft/sample.cuh"
+#include "kernels/draft/tiled_steps.cuh"
 
 namespace dspark {
 namespace {
@@ -11,8 +13,35 @@ namespace {
 constexpr int32_t kMaxMarkovRank = 1024;
 constexpr size_t kWorkspaceAlignment = 256;
 
+/* Up to 64 requests read W2 once; a vanilla head up to 128, split latents not. */
+using TiledVanilla = TiledPolicy<1, 1>;
+using TiledVanillaWide = TiledPolicy<2, 1>;
+using TiledSplit = TiledPolicy<1, 2>;
+constexpr int32_t kMinTiledReqs = TiledVanilla::kMaxReqs; /* of a full group */
+
+/* Tokens of a tile: with few requests all warps share them and need more. */
+constexpr int32_t tiled_tile_tokens(int32_t reqs_per_cta) {
+  return reqs_per_cta <= TiledVanilla::kMTileReqs ? 64 : 32;
+}
+
+/* The most that any batch may ask for: a device that has less takes the other path for every batch,
+ * so that results do not depend on the batch. */
+constexpr size_t kMaxTiledSharedBytes = 112 * 1024;
+
+template <typename Policy>
+constexpr size_t tiled_shared_bytes(int32_t rank, int32_t reqs_per_cta) {
+  return static_cast<size_t>(Policy::kStages) *
+         tiled_stage_bytes<Policy>(rank, tiled_tile_tokens(reqs_per_cta), reqs_per_cta);
+}
+static_assert(tiled_shared_bytes<TiledVanilla>(TiledVanilla::kMaxRank, 16) <= kMaxTiledSharedBytes);
+static_assert(tiled_shared_bytes<TiledVanillaWide>(TiledVanilla::kMaxRank, 128) <=
+              kMaxTiledSharedBytes);
+
 /* Offsets in bytes; what a head does not need has no size. */
 struct DraftLayout {
+  size_t race_keys; /* RaceKey [draft_len, num_reqs] */
+  size_t arrivals;  /* uint32 [draft_len, groups of at least kMinTiledReqs requests] */
+  size_t races_end; /* of both, which start at zero */
   size_t latent;    /* f32 [num_reqs, markov_rank]: gated, rnn */
   size_t states[2]; /* f32 [num_reqs, markov_rank]: rnn */
   size_t winners;   /* Indexed [rows, num_tiles], rows of one launch */
@@ -36,6 +65,12 @@ DraftLayout draft_layout(const dspark_draft_head_params& p) {
     return offset;
   };
   const size_t num_reqs = p.num_reqs;
+  const size_t num_races = p.head == DSPARK_HEAD_NONE ? 0 : num_reqs * p.draft_len;
+  const size_t num_arrivals =
+      p.head == DSPARK_HEAD_NONE ? 0 : ceil_div<size_t>(num_reqs, kMinTiledReqs) * p.draft_len;
+  layout.race_keys = carve(num_races * sizeof(RaceKey));
+  layout.arrivals = carve(num_arrivals * sizeof(uint32_t));
+  layout.races_end = at;
   const size_t latent_bytes =
       has_latent_kernel(p.head) ? num_reqs * p.markov_rank * sizeof(float) : 0;
   const size_t state_bytes = p.head == DSPARK_HEAD_RNN ? latent_bytes : 0;
@@ -135,8 +170,12 @@ class DraftHead {
   }
 
   dspark_status run() const {
+    bool tiled = false;
+    DSPARK_TRY(fits_tiled(&tiled));
     if (p_.head == DSPARK_HEAD_NONE) {
       DSPARK_TRY(sample_all_steps());
+    } else if (tiled) {
+      DSPARK_TRY(run_tiled());
     } else {
       for (int32_t step = 0; step < p_.draft_len; ++step) {
         if (has_latent_kernel(p_.head)) DSPARK_TRY(compute_latent(step));
@@ -150,6 +189,74 @@ class DraftHead {
   template <typename U>
   U* at(size_t offset) const {
     return reinterpret_cast<U*>(static_cast<char*>(p_.workspace) + offset);
+  }
+
+  /* Whether the tensor core form takes this head on this device: never a matter of the batch. */
+  dspark_status fits_tiled(bool* fits) const {
+    *fits = p_.head != DSPARK_HEAD_NONE && p_.markov_rank % TiledVanilla::kRankMultiple == 0 &&
+            p_.markov_rank <= TiledVanilla::kMaxRank && sample_.aligned_rows &&
+            aligned_16({p_.markov_w1, p_.markov_w2});
+    if (!*fits) return DSPARK_OK;
+    int shared_bytes = 0;
+    DSPARK_TRY(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_bytes));
+    *fits = static_cast<size_t>(shared_bytes) >= kMaxTiledSharedBytes;
+    return DSPARK_OK;
+  }
+
+  dspark_status run_tiled() const {
+    DSPARK_TRY(check_cuda("cudaMemsetAsync",
+                          cudaMemsetAsync(at<char>(layout_.race_keys), 0,
+                                          layout_.races_end - layout_.race_keys, stream_)));
+    if (has_latent_kernel(p_.head)) return run_tiled_with<TiledSplit>();
+    return p_.num_reqs > TiledVanilla::kMaxReqs ? run_tiled_with<TiledVanillaWide>()
+                                                : run_tiled_with<TiledVanilla>();
+  }
+
+  template <typename Policy>
+  dspark_status run_tiled_with() const {
+    constexpr const char* kName = "tiled_steps_kernel";
+    const auto kernel = tiled_steps_kernel<T, Policy>;
+    TiledArgs<T> args = tiled_args<Policy>();
+    LaunchShape shape;
+    shape.cta = dim3(Policy::kNumThreads);
+    shape.shared_bytes = tiled_shared_bytes<Policy>(p_.markov_rank, args.reqs_per_cta);
+    int max_ctas = 0;
+    DSPARK_TRY(resident_ctas(kName, kernel, Policy::kNumThreads, shape.shared_bytes, &max_ctas));
+    args.num_slots = std::min(std::max(max_ctas / args.num_groups, 1), args.num_tiles);
+    shape.grid = dim3(args.num_slots * args.num_groups);
+
+    int cooperative = 0;
+    DSPARK_TRY(device_attribute(cudaDevAttrCooperativeLaunch, &cooperative));
+    const bool one_launch = !has_latent_kernel(p_.head) && cooperative != 0 &&
+                            args.num_slots * args.num_groups <= max_ctas;
+    args.num_steps = one_launch ? p_.draft_len : 1;
+    shape.cooperative = args.num_steps > 1;
+    for (args.first_step = 0; args.first_step < p_.draft_len; args.first_step += args.num_steps) {
+      if (has_latent_kernel(p_.head)) DSPARK_TRY(compute_latent(args.first_step));
+      DSPARK_TRY(launch(kName, kernel, shape, stream_, args));
+    }
+    return DSPARK_OK;
+  }
+
+  template <typename Policy>
+  TiledArgs<T> tiled_args() const {
+    TiledArgs<T> args = {};
+    args.in = in_;
+    args.markov_w2 = static_cast<const T*>(p_.markov_w2);
+    args.latent = at<float>(layout_.latent);
+    args.logits = p_.logits;
+    args.anchor_positions = p_.anchor_positions;
+    args.temperature = p_.temperature;
+    args.seeds = p_.seeds;
+    args.draft_tokens = p_.draft_tokens;
+    args.race_keys = at<RaceKey>(layout_.race_keys);
+    args.arrivals = at<uint32_t>(layout_.arrivals);
+    args.stride_logits_row = p_.stride_logits_row;
+    args.reqs_per_cta = std::min(p_.num_reqs, Policy::kMaxReqs);
+    args.num_groups = ceil_div(p_.num_reqs, args.reqs_per_cta);
+    args.tile_tokens = tiled_tile_tokens(args.reqs_per_cta);
+    args.num_tiles = ceil_div(p_.vocab_size, args.tile_tokens);
+    return args;
   }
 
   dspark_status sample_all_steps() const {

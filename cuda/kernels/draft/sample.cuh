@@ -1,5 +1,6 @@
 /*
- * One step of the draft head over the vocabulary: add the Markov bias, sample.
+ * One step of the draft head over the vocabulary: add the Markov bias, sample. The form for ranks and
+ * alignments that tiled_steps.cuh does not take, and for heads without bias.
  *
  *   l_k(v) = U_k(v) + W2[v] . latent       written over U_k, f32
  *   x_k    = argmax over v of l_k(v) - T log E_v   (the race of common/philox.cuh; T = 0: argmax)
