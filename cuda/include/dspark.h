@@ -388,6 +388,73 @@ dspark_status DSPARK_FN(dspark_draft_head_workspace_size)(const dspark_draft_hea
 dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* params,
                                            dspark_stream stream);
 
+/*
+ * Computes      the head over a candidate set, with q truncated to it (lossless: the pairs are the
+ *               law sampled from). For k = 1..draft_len, left to right, x_0 = anchor: C_k = the
+ *               num_top largest of U_k (ties: lowest index), joined with the tokens of
+ *               bigram_tokens[x_{k-1}]; l_k(v) = U_k(v) + B_k(v) on C_k; x_k sampled from
+ *               softmax(l_k / temperature) over C_k with the noise of dspark_draft_head, or argmax
+ *               l_k (lowest index wins) at temperature 0; confidence_k as there.
+ * Shapes        as dspark_draft_head; bigram_tokens [vocab_size, num_bigram], each token at most
+ *               once per row, negative: none; candidate_tokens, candidate_logits [num_reqs *
+ *               draft_len, num_top + num_bigram]: first the top, by falling U, then the bigrams.
+ *               A pair that is missing (a logit of U that is NaN or -inf, a token already among
+ *               the top) is (-1, -inf).
+ * Dtypes        logits `logits_dtype` (F32, BF16); hidden, weights and biases `dtype` (BF16, F16);
+ *               candidate_logits f32; tokens int32. Latents, products and sums f32.
+ * Layout        logits row stride given; everything else contiguous.
+ * Alignment     element alignment of pointers; 16 bytes, stride_logits_row a multiple of 4 and
+ *               markov_rank of 8 give the fast path. num_top 1 .. 256 and at most 12288 /
+ *               ceil(vocab_size / 8192); num_bigram 0 .. 256; markov_rank <= 1024.
+ * Aliasing      none allowed. The logits are not written.
+ * Workspace     dspark_draft_candidates_workspace_size bytes, 256-byte aligned; contents do not
+ *               matter.
+ * Determinism   bitwise, independent of the batch.
+ * Stream/graph  capture-safe. A step without candidates yields token 0 and no pair.
+ * Errors        null pointers, unknown head, sizes < 0 or out of range, num_bigram with
+ *               DSPARK_HEAD_NONE, workspace too small.
+ */
+typedef struct dspark_draft_candidates_params {
+  uint32_t struct_size;
+  dspark_dtype dtype;
+  dspark_dtype logits_dtype;
+  dspark_head_kind head;
+  int32_t num_reqs;
+  int32_t draft_len;
+  int32_t vocab_size;
+  int32_t hidden_size;
+  int32_t markov_rank;
+  int32_t num_top;
+  int32_t num_bigram;
+  int32_t confidence_with_markov; /* 0 or 1 */
+  float confidence_bias;
+  const void* logits;
+  const void* hidden;            /* may be NULL for HEAD_NONE and HEAD_VANILLA without confidence */
+  const void* markov_w1;         /* NULL for HEAD_NONE */
+  const void* markov_w2;         /* NULL for HEAD_NONE */
+  const void* proj_weight;       /* gated, rnn */
+  const void* proj_bias;         /* gated, rnn */
+  const void* confidence_weight; /* may be NULL: no confidence is computed */
+  const int32_t* bigram_tokens;  /* may be NULL when num_bigram is 0 */
+  const int32_t* anchors;        /* [num_reqs]; may be NULL for HEAD_NONE */
+  const int32_t* anchor_positions; /* [num_reqs] */
+  const float* temperature;        /* [num_reqs] */
+  const uint64_t* seeds;           /* [num_reqs] */
+  int32_t* draft_tokens;
+  float* confidence; /* may be NULL when confidence_weight is NULL */
+  int32_t* candidate_tokens;
+  float* candidate_logits;
+  void* workspace;
+  size_t workspace_bytes;
+  int64_t stride_logits_row;
+} dspark_draft_candidates_params;
+#define DSPARK_DRAFT_CANDIDATES_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_candidates_params)
+/* Host. Reads only sizes. */
+dspark_status DSPARK_FN(dspark_draft_candidates_workspace_size)(
+    const dspark_draft_candidates_params* params, size_t* bytes);
+dspark_status DSPARK_FN(dspark_draft_candidates)(const dspark_draft_candidates_params* params,
+                                                 dspark_stream stream);
+
 /* ------------------------------------------------------------------------------------------------
  * schedule
  * --------------------------------------------------------------------------------------------- */
