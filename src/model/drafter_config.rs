@@ -11,6 +11,9 @@ use crate::ops::HeadKind;
 /// A tensor that only an MTP module has.
 pub(super) const MTP_FC: &str = "mtp.fc.weight";
 
+/// The longest block that is believed: several times that of any released drafter.
+const MAX_BLOCK_SIZE: usize = 64;
+
 /// A drafter's configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub enum DrafterConfig {
@@ -83,6 +86,14 @@ impl DrafterConfig {
         }
     }
 
+    /// Tokens of the longest draft it can make: `block_size`, or the longest chain of an MTP module.
+    pub fn max_draft_len(&self) -> usize {
+        match self {
+            Self::DSpark(config) => config.block_size,
+            Self::Mtp(_) => super::mtp::MAX_DRAFT_LEN,
+        }
+    }
+
     /// Sizes of the drafter's layers.
     pub fn decoder(&self) -> &DecoderConfig {
         match self {
@@ -138,7 +149,7 @@ impl DSparkConfig {
         }
         Ok(Self {
             decoder,
-            block_size: config.count("block_size")?,
+            block_size: read_block_size(config)?,
             mask_token_id: mask_token_id as u32,
             num_target_layers,
             target_layer_ids: read_layer_ids(config, num_target_layers)?,
@@ -162,6 +173,15 @@ impl MtpConfig {
             },
         })
     }
+}
+
+/// `block_size`: buffers are sized by it before any weight could contradict it.
+fn read_block_size(config: &Fields) -> Result<usize> {
+    let block_size = config.count("block_size")?;
+    if block_size > MAX_BLOCK_SIZE {
+        return Err(config.error("block_size", format!("at most {MAX_BLOCK_SIZE}")));
+    }
+    Ok(block_size)
 }
 
 fn read_head(config: &Fields) -> Result<(HeadKind, usize)> {

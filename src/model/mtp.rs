@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::ops::{DraftHead, DraftLaw, Drafted, HeadKind, Matrix, Ops, RowMap};
 
 /// The longest chain: with its anchor it fills the 16 rows a request may bring to a verify pass.
-const MAX_DRAFT_LEN: usize = 15;
+pub(super) const MAX_DRAFT_LEN: usize = 15;
 
 /// An MTP-1 drafter on its target's embedding and head.
 pub struct MtpDrafter<O: Ops> {

@@ -1,5 +1,6 @@
 //! The command line's grammar.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -107,19 +108,34 @@ pub struct RunArgs {
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub device: DeviceChoice,
     /// Requests decoded together; further ones wait in order.
-    #[arg(long, default_value_t = 8, value_name = "N")]
+    #[arg(
+        long,
+        default_value_t = 8,
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
     pub max_num_reqs: usize,
     /// Tokens in a KV page.
-    #[arg(long, default_value_t = 16, value_name = "N")]
+    #[arg(
+        long,
+        default_value_t = 16,
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
     pub page_size: usize,
-    /// Pages in the KV pool [default: enough for max-num-reqs requests of the longest prompt].
-    #[arg(long, value_name = "N")]
+    /// Pages in the KV pool [default: enough for max-num-reqs of the longest request; more are never made].
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub num_pages: Option<usize>,
     /// Prompt tokens run through the target in one pass.
-    #[arg(long, default_value_t = 256, value_name = "N")]
+    #[arg(
+        long,
+        default_value_t = 256,
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
     pub prefill_chunk: usize,
-    /// Threads of the cpu device [default: all].
-    #[arg(long, value_name = "N")]
+    /// Threads of the cpu device, at most 1024 [default: all].
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = parse_threads)]
     pub threads: Option<usize>,
 }
 
@@ -142,7 +158,12 @@ pub struct PromptArgs {
 #[derive(Clone, Debug, Args)]
 pub struct SamplingArgs {
     /// Tokens to generate for each prompt, at most.
-    #[arg(long, default_value_t = 256, value_name = "N")]
+    #[arg(
+        long,
+        default_value_t = 256,
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
     pub max_new_tokens: usize,
     /// 0 is greedy.
     #[arg(
@@ -153,7 +174,12 @@ pub struct SamplingArgs {
     )]
     pub temperature: f32,
     /// Sample from the K most likely tokens; 0 is off.
-    #[arg(long, default_value_t = 0, value_name = "K")]
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "K",
+        allow_negative_numbers = true
+    )]
     pub top_k: u32,
     /// Sample from the smallest set of this probability; 1 is off.
     #[arg(
@@ -172,7 +198,12 @@ pub struct SamplingArgs {
     )]
     pub min_p: f32,
     /// Seed of the first request; request i uses S + i.
-    #[arg(long, default_value_t = 0, value_name = "S")]
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "S",
+        allow_negative_numbers = true
+    )]
     pub seed: u64,
     /// Stop before this text; may be given several times.
     #[arg(long, value_name = "TEXT")]
@@ -189,10 +220,10 @@ pub struct SamplingArgs {
 #[derive(Clone, Debug, Args)]
 pub struct DraftArgs {
     /// Tokens drafted in a round [default: the drafter's block size; 1 for mtp].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub draft_len: Option<usize>,
     /// How many drafts are verified: fixed (all), threshold:X (cut before the first confidence below X), adaptive
-    /// (the throughput-optimal number by calibrated confidence and measured cost).
+    /// (the throughput-optimal number by confidence and measured cost). The last two need a confidence head.
     #[arg(long, default_value = "fixed", value_name = "RULE")]
     pub schedule: Policy,
 }
@@ -231,8 +262,8 @@ pub struct CompareArgs {
     #[command(flatten)]
     pub prompts: PromptArgs,
     /// Use the first N prompts of the file.
-    #[arg(long, value_name = "N")]
-    pub limit: Option<usize>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub limit: Option<NonZeroUsize>,
     #[command(flatten)]
     pub sampling: SamplingArgs,
     #[command(flatten)]
@@ -275,6 +306,13 @@ fn parse_ids(text: &str) -> Result<Ids, String> {
         .map(parse)
         .collect::<Result<_, _>>()
         .map(Ids)
+}
+
+fn parse_threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n) if (1..=1024).contains(&n) => Ok(n),
+        _ => Err("expected 1 to 1024".to_owned()),
+    }
 }
 
 fn parse_mode_dir(text: &str) -> Result<(Mode, PathBuf), String> {

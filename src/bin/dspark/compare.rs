@@ -1,16 +1,19 @@
 //! `dspark compare`: the same prompts without a drafter and with each of several, side by side.
 
+use std::io::{self, Write as _};
+use std::num::NonZeroUsize;
+
 use anyhow::Result;
 use dspark::engine::{Completion, Event, Piece};
-use dspark::model::TargetConfig;
 use dspark::ops::Ops;
+use dspark::schedule::Policy;
 use serde::Serialize;
 
-use crate::args::{CompareArgs, Mode};
+use crate::args::{CompareArgs, DraftArgs, Mode};
 use crate::generate::paint;
 use crate::report::{Figures, table};
 use crate::session::{self, Drafting, Job, Texts};
-use crate::{colour, prompts};
+use crate::{colour, note, prompts};
 
 /// One mode's outputs.
 struct Outcome {
@@ -36,27 +39,17 @@ struct Row<'a> {
 pub fn run(args: &CompareArgs) -> Result<()> {
     let texts = Texts::load(&args.run.target)?;
     let mut prompts = prompts::load(&args.prompts, texts.tokenizer.as_ref(), args.sampling.raw)?;
-    prompts.truncate(args.limit.unwrap_or(prompts.len()).max(1));
+    prompts.truncate(args.limit.map_or(prompts.len(), NonZeroUsize::get));
     let mut runs = vec![Drafting::none()];
     for (mode, dir) in &args.draft {
-        let mut draft_args = args.drafting.clone();
-        if *mode == Mode::Mtp {
-            draft_args.draft_len = Some(1);
-        }
-        runs.push(Drafting::new(
-            Some(*mode),
-            Some(dir),
-            &args.run.target,
-            &draft_args,
-        )?);
+        let draft_args = draft_args(*mode, &args.drafting);
+        let target = &args.run.target;
+        runs.push(Drafting::new(Some(*mode), Some(dir), target, &draft_args)?);
     }
     let mut outcomes = Vec::new();
     for drafting in &runs {
-        eprintln!(
-            "running {} on {} prompts",
-            drafting.mode.name(),
-            prompts.len()
-        );
+        let (mode, count) = (drafting.mode.name(), prompts.len());
+        note(format_args!("running {mode} on {count} prompts"));
         let job = Compare {
             args,
             texts: &texts,
@@ -65,16 +58,32 @@ pub fn run(args: &CompareArgs) -> Result<()> {
         };
         outcomes.push(session::on_device(args.run.device, args.run.threads, job)?);
     }
+    let mut out = io::stdout().lock();
     if args.json {
         let rows: Vec<Row> = outcomes
             .iter()
             .map(|outcome| row(outcome, &outcomes[0]))
             .collect();
-        println!("{}", serde_json::to_string_pretty(&rows)?);
+        writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
     } else {
-        print(&outcomes, args.sampling.temperature == 0.0);
+        print(&mut out, &outcomes, args.sampling.temperature == 0.0)?;
     }
     Ok(())
+}
+
+/// The options as far as a mode has them: an MTP-1 module drafts one token, and only DSpark's drafters are scheduled.
+fn draft_args(mode: Mode, args: &DraftArgs) -> DraftArgs {
+    match mode {
+        Mode::Dspark | Mode::None => args.clone(),
+        Mode::Dflash => DraftArgs {
+            schedule: Policy::Fixed,
+            ..args.clone()
+        },
+        Mode::Mtp => DraftArgs {
+            schedule: Policy::Fixed,
+            draft_len: Some(1),
+        },
+    }
 }
 
 struct Compare<'a> {
@@ -94,17 +103,14 @@ impl Job for Compare<'_> {
             prompts,
             drafting,
         } = self;
-        let context = TargetConfig::read(&args.run.target)?.decoder.max_position;
-        let longest = session::longest(prompts, args.sampling.max_new_tokens, context);
-        let mut engine = session::start(ops, &args.run, drafting, prompts.len(), longest)?;
-        for (index, prompt) in prompts.iter().enumerate() {
-            engine.submit(texts.request(prompt.clone(), index, &args.sampling))?;
-        }
+        let requests = texts.requests(prompts, &args.sampling);
+        let mut engine = session::start(ops, &args.run, drafting, requests)?;
         let mut first = Vec::new();
         let completions = session::finish(&mut engine, |event| {
             if let Event::Tokens { request: 0, pieces } = event {
                 first.extend_from_slice(pieces);
             }
+            Ok(())
         })?;
         let figures = Figures::new(&completions, engine.times());
         let device = engine.ops().describe();
@@ -132,33 +138,32 @@ fn num_same(outcome: &Outcome, base: &Outcome) -> usize {
     pairs.filter(|(a, b)| a.tokens == b.tokens).count()
 }
 
-fn print(outcomes: &[Outcome], greedy: bool) {
+/// The texts (of a single prompt) and the table.
+fn print(out: &mut impl io::Write, outcomes: &[Outcome], greedy: bool) -> io::Result<()> {
     let colour = colour();
     if outcomes[0].completions.len() == 1 {
         for outcome in outcomes {
-            println!(
-                "--- {}\n{}\n",
-                outcome.name,
-                paint(&outcome.pieces, colour).trim_end()
-            );
+            let answer = paint(&outcome.pieces, colour);
+            writeln!(out, "--- {}\n{}\n", outcome.name, answer.trim_end())?;
         }
         if colour {
-            println!("(drafted and accepted tokens are green)\n");
+            writeln!(out, "(drafted and accepted tokens are green)\n")?;
         }
     }
-    println!("{}", outcomes[0].device);
     let rows: Vec<_> = outcomes
         .iter()
         .map(|o| (o.name.to_owned(), o.figures.clone()))
         .collect();
-    print!("{}", table(&rows));
+    write!(out, "{}\n{}", outcomes[0].device, table(&rows))?;
     if greedy {
         for outcome in &outcomes[1..] {
             let (same, all) = (num_same(outcome, &outcomes[0]), outcome.completions.len());
-            println!(
+            writeln!(
+                out,
                 "{}: {same} of {all} outputs are token for token those of none",
                 outcome.name
-            );
+            )?;
         }
     }
+    Ok(())
 }

@@ -1,5 +1,6 @@
 //! `dspark doctor`: what was built, what can run, and whether a pair fits.
 
+use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::Result;
@@ -12,21 +13,26 @@ use dspark::ops::Ops;
 use crate::args::DoctorArgs;
 use crate::session::{self, Job};
 
+/// `println!` that returns the failure of a closed standard output instead of panicking.
+macro_rules! say {
+    ($($line:tt)*) => { writeln!(std::io::stdout(), $($line)*)? };
+}
+
 /// What the target continues in the self-check; plain prose that any language model goes on with.
 const TEXT: &str = "The water cycle describes how water moves around the Earth. First, the sun";
 /// Greedy tokens along which drafts are made.
 const NUM_TOKENS: usize = 48;
 
 pub fn run(args: &DoctorArgs) -> Result<()> {
-    println!("dspark {}", env!("CARGO_PKG_VERSION"));
-    build();
-    devices();
+    say!("dspark {}", env!("CARGO_PKG_VERSION"));
+    build()?;
+    devices()?;
     let Some(target) = &args.target else {
         return Ok(());
     };
     let config = TargetConfig::read(target)?;
     let decoder = &config.decoder;
-    println!(
+    say!(
         "target   {:?}: {} layers, hidden {}, {}/{} heads x {}, vocabulary {}, context {}",
         config.family,
         decoder.num_layers,
@@ -47,14 +53,15 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
     )
 }
 
-fn build() {
+fn build() -> Result<()> {
     match (option_env!("DSPARK_NVCC"), option_env!("DSPARK_GENCODE")) {
         (Some(nvcc), Some(gencode)) => {
-            println!("built    with CUDA kernels, {}", archs(gencode));
-            println!("compiler {nvcc}");
+            say!("built    with CUDA kernels, {}", archs(gencode));
+            say!("compiler {nvcc}");
         }
-        _ => println!("built    without CUDA (feature `cuda` is off): the reference backend alone"),
+        _ => say!("built    without CUDA (feature `cuda` is off): the reference backend alone"),
     }
+    Ok(())
 }
 
 /// The code each `-gencode=arch=...,code=[...]` asks for: "sm_90a sm_80 compute_80".
@@ -67,12 +74,12 @@ fn archs(gencode: &str) -> String {
         .replace(',', " ")
 }
 
-fn devices() {
+fn devices() -> Result<()> {
     #[cfg(feature = "cuda")]
     match dspark::device::reports() {
         Ok(reports) => {
             for gpu in reports {
-                println!(
+                say!(
                     "GPU {}    {}, compute capability {}.{}, driver {} (CUDA {}.{}), {:.1} of {:.1} GB free",
                     gpu.index,
                     gpu.name,
@@ -86,14 +93,15 @@ fn devices() {
                 );
             }
         }
-        Err(error) => println!("GPU      none: {error}"),
+        Err(error) => say!("GPU      none: {error}"),
     }
     let backends = if device_is_available() {
         "cuda (default), cpu"
     } else {
         "cpu"
     };
-    println!("can run  {backends}");
+    say!("can run  {backends}");
+    Ok(())
 }
 
 /// Loads what was named and, for a DSpark pair, measures acceptance under every known layout slip.
@@ -106,7 +114,7 @@ impl Job for Check<'_> {
     type Output = ();
 
     fn run<O: Ops + 'static>(self, mut ops: O) -> Result<()> {
-        println!("device   {}", ops.describe());
+        say!("device   {}", ops.describe());
         let limits = Limits {
             max_num_reqs: 8,
             max_rows: 256,
@@ -117,15 +125,15 @@ impl Job for Check<'_> {
         };
         let Some(draft) = self.draft else {
             DecoderTarget::load(&mut ops, self.target, &limits, &[])?;
-            println!("target   loads");
+            say!("target   loads");
             return Ok(());
         };
         let DrafterConfig::DSpark(config) = DrafterConfig::read(draft)? else {
             Pair::load(&mut ops, self.target, Some(draft), &limits)?;
-            println!("drafter  MTP: loads, and fits the target");
+            say!("drafter  MTP: loads, and fits the target");
             return Ok(());
         };
-        println!(
+        say!(
             "drafter  head {:?} (rank {}), block {}, taps {:?}, confidence head: {}",
             config.head,
             config.markov_rank,
@@ -150,15 +158,15 @@ impl Job for Check<'_> {
             &prompt,
             NUM_TOKENS,
         )?;
-        println!("self-check, accepted drafts per block along {NUM_TOKENS} greedy tokens:");
-        println!("  {:5.2}  as the checkpoint says", check.straight);
+        say!("self-check, accepted drafts per block along {NUM_TOKENS} greedy tokens:");
+        say!("  {:5.2}  as the checkpoint says", check.straight);
         for (slip, accepted) in &check.slips {
-            println!("  {accepted:5.2}  with {slip}");
+            say!("  {accepted:5.2}  with {slip}");
         }
         match check.suspect() {
-            Some(slip) => println!("this pair looks like one with {slip}"),
+            Some(slip) => say!("this pair looks like one with {slip}"),
             None => {
-                println!("no layout slip explains more acceptance than the checkpoint as it is");
+                say!("no layout slip explains more acceptance than the checkpoint as it is");
             }
         }
         Ok(())

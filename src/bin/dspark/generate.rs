@@ -4,14 +4,13 @@ use std::io::Write as _;
 
 use anyhow::Result;
 use dspark::engine::{Completion, Engine, Event, Piece};
-use dspark::model::TargetConfig;
 use dspark::ops::Ops;
 
 use crate::args::GenerateArgs;
 use crate::report::Figures;
 use crate::session::{self, Drafting, Job, Texts};
-use crate::trace::{Trace, TraceRequest};
-use crate::{colour, prompts};
+use crate::trace::{Trace, TraceFile, TraceRequest};
+use crate::{colour, note, prompts};
 
 /// Green: drafted and accepted.
 const DRAFTED: &str = "\x1b[32m";
@@ -39,11 +38,13 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         &args.run.target,
         &args.drafting,
     )?;
+    let trace = args.trace.as_deref().map(TraceFile::create).transpose()?;
     let job = Generate {
         args,
         texts,
         prompts,
         drafting,
+        trace,
     };
     session::on_device(args.run.device, args.run.threads, job)
 }
@@ -53,6 +54,7 @@ struct Generate<'a> {
     texts: Texts,
     prompts: Vec<Vec<u32>>,
     drafting: Drafting,
+    trace: Option<TraceFile>,
 }
 
 impl Job for Generate<'_> {
@@ -60,32 +62,22 @@ impl Job for Generate<'_> {
 
     fn run<O: Ops + 'static>(self, ops: O) -> Result<()> {
         let args = self.args;
-        let context = TargetConfig::read(&args.run.target)?.decoder.max_position;
-        let longest = session::longest(&self.prompts, args.sampling.max_new_tokens, context);
-        let count = self.prompts.len();
-        let mut engine = session::start(ops, &args.run, &self.drafting, count, longest)?;
+        let requests = self.texts.requests(&self.prompts, &args.sampling);
+        let mut engine = session::start(ops, &args.run, &self.drafting, requests)?;
         if args.stats {
-            eprintln!(
-                "{}, mode {}",
-                engine.ops().describe(),
-                self.drafting.mode.name()
-            );
-        }
-        for (index, prompt) in self.prompts.iter().enumerate() {
-            engine.submit(self.texts.request(prompt.clone(), index, &args.sampling))?;
+            let (device, mode) = (engine.ops().describe(), self.drafting.mode.name());
+            note(format_args!("{device}, mode {mode}"));
         }
         let completions = self.print(&mut engine)?;
         let figures = Figures::new(&completions, engine.times());
-        if let Some(file) = &args.trace {
-            let requests = completions.iter().map(TraceRequest::new).collect();
-            Trace {
-                requests,
+        if let Some(file) = self.trace {
+            file.write(&Trace {
+                requests: completions.iter().map(TraceRequest::new).collect(),
                 stats: &figures,
-            }
-            .write(file)?;
+            })?;
         }
         if args.stats {
-            eprint!("{}", figures.describe());
+            note(format_args!("{}", figures.describe().trim_end()));
         }
         Ok(())
     }
@@ -100,9 +92,8 @@ impl Generate<'_> {
             waiting: vec![None; self.prompts.len()],
             first: 0,
         };
-        let mut written = Ok(());
         let mut out = std::io::stdout().lock();
-        let completions = session::finish(engine, |event| {
+        session::finish(engine, |event| {
             let text = match event {
                 Event::Tokens { pieces, .. } if single && has_text => paint(pieces, colour),
                 Event::Finished { .. } if single && has_text => "\n".into(),
@@ -125,12 +116,9 @@ impl Generate<'_> {
                 }
                 Event::Tokens { .. } => String::new(),
             };
-            if written.is_ok() {
-                written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-            }
-        })?;
-        written.map_err(|source| dspark::Error::io("standard output", source))?;
-        Ok(completions)
+            out.write_all(text.as_bytes())?;
+            Ok(out.flush()?)
+        })
     }
 }
 

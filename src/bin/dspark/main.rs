@@ -10,7 +10,8 @@ mod report;
 mod session;
 mod trace;
 
-use std::io::IsTerminal;
+use std::fmt;
+use std::io::{self, IsTerminal, Write as _};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -30,8 +31,14 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", one_line(&format!("{error:#}")));
+            // The library's errors name their causes themselves; of others the whole chain is shown.
+            let text = match error.downcast_ref::<dspark::Error>() {
+                Some(error) => error.to_string(),
+                None => format!("{error:#}"),
+            };
+            note(format_args!("error: {}", one_line(&text)));
             ExitCode::from(exit_status(&error))
         }
     }
@@ -43,18 +50,15 @@ fn usage_error(error: &clap::Error) -> ExitCode {
         ErrorKind::DisplayHelp
         | ErrorKind::DisplayVersion
         | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            let shown = error.print();
-            ExitCode::from(if error.use_stderr() || shown.is_err() {
-                2
-            } else {
-                0
-            })
+            // Nobody there to read it is no failure.
+            let _ = error.print();
+            ExitCode::from(if error.use_stderr() { 2 } else { 0 })
         }
         _ => {
             // clap puts a list of missing arguments on lines of its own, then a blank line and the usage.
             let text = error.render().to_string();
             let message = text.split("\n\n").next().unwrap_or_default();
-            eprintln!("{} (see --help)", one_line(message));
+            note(format_args!("{} (see --help)", one_line(message)));
             ExitCode::from(2)
         }
     }
@@ -64,13 +68,19 @@ fn usage_error(error: &clap::Error) -> ExitCode {
 fn exit_status(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<dspark::Error>() {
         Some(dspark::Error::Cuda(_)) => 1,
-        Some(dspark::Error::Io { source, .. })
-            if source.kind() == std::io::ErrorKind::BrokenPipe =>
-        {
-            0
-        }
         _ => 2,
     }
+}
+
+/// Whether the reader of standard output has gone away (`| head`), which is no failure.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.downcast_ref::<io::Error>();
+    io.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// A line on standard error, for people; nobody there to read it is no failure.
+fn note(line: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
 fn one_line(text: &str) -> String {

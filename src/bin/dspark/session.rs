@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use dspark::engine::text::Tokenizer;
 use dspark::engine::{Completion, Engine, EngineConfig, Event, Request};
-use dspark::model::{DrafterConfig, GenerationConfig, Limits, Pair};
+use dspark::model::{DrafterConfig, GenerationConfig, Limits, Pair, TargetConfig};
 use dspark::ops::{HeadKind, Ops, SamplingParams};
 use dspark::reference::Reference;
 use dspark::schedule::Policy;
@@ -32,14 +32,26 @@ pub fn on_device<J: Job>(
     };
     match choice {
         #[cfg(feature = "cuda")]
-        DeviceChoice::Cuda(ordinal) => job.run(dspark::ops::cuda::Cuda::open(ordinal)?),
+        DeviceChoice::Cuda(ordinal) => job.run(open_cuda(ordinal)?),
         #[cfg(not(feature = "cuda"))]
         DeviceChoice::Cuda(_) => {
             let expected = "auto or cpu (this build is without the `cuda` feature)";
-            Err(Error::argument("device", expected, "cuda").into())
+            Err(Error::argument("--device", expected, "cuda").into())
         }
         DeviceChoice::Auto | DeviceChoice::Cpu => job.run(Reference::new(threads)?),
     }
+}
+
+/// The CUDA backend; a device that is missing or too old is the option's fault.
+#[cfg(feature = "cuda")]
+fn open_cuda(ordinal: usize) -> dspark::Result<dspark::ops::cuda::Cuda> {
+    dspark::ops::cuda::Cuda::open(ordinal).map_err(|error| match error {
+        Error::Unsupported { reason, .. } => {
+            let expected = "a CUDA device that can be used, or cpu";
+            Error::argument("--device", expected, format!("cuda:{ordinal} ({reason})"))
+        }
+        other => other,
+    })
 }
 
 /// How tokens will be proposed, settled from `--mode` and `--draft`.
@@ -48,8 +60,8 @@ pub struct Drafting {
     pub mode: Mode,
     /// The drafter's directory; `None` exactly when the mode is none.
     pub dir: Option<PathBuf>,
-    /// Tokens drafted a round; `None` is the drafter's longest.
-    pub draft_len: Option<usize>,
+    /// Tokens drafted a round; 0 exactly when the mode is none.
+    pub draft_len: usize,
     pub policy: Policy,
 }
 
@@ -59,7 +71,7 @@ impl Drafting {
         Self {
             mode: Mode::None,
             dir: None,
-            draft_len: None,
+            draft_len: 0,
             policy: Policy::Fixed,
         }
     }
@@ -72,7 +84,11 @@ impl Drafting {
         args: &DraftArgs,
     ) -> Result<Self> {
         let dir = match (mode, draft) {
-            (Some(Mode::None), _) | (None, None) => return Ok(Self::none()),
+            (Some(Mode::None), _) => return Ok(Self::none()),
+            (None, None) => {
+                refuse_draft_options(args)?;
+                return Ok(Self::none());
+            }
             (_, Some(dir)) => dir,
             (Some(Mode::Mtp), None) => target,
             (Some(mode), None) => {
@@ -80,20 +96,47 @@ impl Drafting {
                 return Err(Error::argument("--draft", expected, "none").into());
             }
         };
-        let held = held_mode(&DrafterConfig::read(dir)?);
+        let config = DrafterConfig::read(dir)?;
+        let held = held_mode(&config);
         if let Some(mode) = mode
             && mode != held
         {
             let expected = format!("a drafter for {} in {}", mode.name(), dir.display());
             return Err(Error::argument("--mode", expected, held.name()).into());
         }
-        let longest_by_default = if held == Mode::Mtp { Some(1) } else { None };
         Ok(Self {
             mode: held,
             dir: Some(dir.into()),
-            draft_len: args.draft_len.or(longest_by_default),
+            draft_len: draft_len(&config, args.draft_len)?,
             policy: args.schedule,
         })
+    }
+}
+
+/// Options that mean nothing in plain decoding must not look as if they did something.
+fn refuse_draft_options(args: &DraftArgs) -> Result<()> {
+    let option = match (args.draft_len, args.schedule) {
+        (Some(_), _) => "--draft-len",
+        (None, Policy::Threshold(_) | Policy::Adaptive) => "--schedule",
+        (None, Policy::Fixed) => return Ok(()),
+    };
+    let expected = "a drafter (--draft) to go with it";
+    Err(Error::argument(option, expected, "none").into())
+}
+
+/// Tokens drafted a round: what was asked for, or else a whole block, and 1 of an MTP module.
+fn draft_len(config: &DrafterConfig, asked: Option<usize>) -> Result<usize> {
+    let longest = config.max_draft_len();
+    let default = match config {
+        DrafterConfig::DSpark(_) => longest,
+        DrafterConfig::Mtp(_) => 1,
+    };
+    match asked {
+        Some(len) if len == 0 || len > longest => {
+            let expected = format!("1 to {longest} (the drafter's longest draft)");
+            Err(Error::argument("--draft-len", expected, len).into())
+        }
+        asked => Ok(asked.unwrap_or(default)),
     }
 }
 
@@ -113,6 +156,8 @@ pub struct Texts {
 
 impl Texts {
     pub fn load(target: &Path) -> Result<Self> {
+        // A directory without a target is to be called that, not one without a tokenizer.
+        TargetConfig::read(target)?;
         let tokenizer = Tokenizer::exists(target)
             .then(|| Tokenizer::load(target))
             .transpose()?;
@@ -122,8 +167,15 @@ impl Texts {
         })
     }
 
+    /// One request for each prompt, in order.
+    pub fn requests(&self, prompts: &[Vec<u32>], args: &SamplingArgs) -> Vec<Request> {
+        let request =
+            |(index, prompt): (usize, &Vec<u32>)| self.request(prompt.clone(), index, args);
+        prompts.iter().enumerate().map(request).collect()
+    }
+
     /// The request of prompt number `index`.
-    pub fn request(&self, prompt_ids: Vec<u32>, index: usize, args: &SamplingArgs) -> Request {
+    fn request(&self, prompt_ids: Vec<u32>, index: usize, args: &SamplingArgs) -> Request {
         let sampling = SamplingParams {
             temperature: args.temperature,
             top_k: args.top_k,
@@ -144,78 +196,89 @@ impl Texts {
     }
 }
 
-/// Loads the pair and starts an engine that can hold `longest` tokens (prompt and output) for each request at once.
+/// Loads the pair and starts an engine with `requests` in its queue. Whatever is wrong with them is said before the
+/// weights are read.
 pub fn start<O: Ops + 'static>(
     mut ops: O,
     run: &RunArgs,
     drafting: &Drafting,
-    num_prompts: usize,
-    longest: usize,
+    requests: Vec<Request>,
 ) -> Result<Engine<O>> {
-    let draft_len = match (&drafting.dir, drafting.draft_len) {
-        (None, _) => 0,
-        (Some(_), Some(len)) => len,
-        (Some(dir), None) => match DrafterConfig::read(dir)? {
-            DrafterConfig::DSpark(config) => config.block_size,
-            DrafterConfig::Mtp(_) => 1,
-        },
-    };
-    let max_num_reqs = run.max_num_reqs.min(num_prompts.max(1));
-    let default_pages = max_num_reqs
-        * (longest + draft_len + 1)
-            .div_ceil(run.page_size.max(1))
-            .max(1);
-    let config = EngineConfig {
-        max_num_reqs,
-        num_pages: run.num_pages.unwrap_or(default_pages),
-        page_size: run.page_size,
-        prefill_chunk: run.prefill_chunk,
-        draft_len: drafting.draft_len,
-        policy: drafting.policy,
-        sts_temperatures: None,
-        cost: None,
-    };
-    config.validate()?;
-    let max_rows = config.max_rows(draft_len);
+    let target = TargetConfig::read(&run.target)?.decoder;
+    for request in &requests {
+        request.validate(target.vocab_size, target.max_position)?;
+    }
+    let config = engine_config(run, drafting, &requests, target.max_position)?;
     let limits = Limits {
-        max_num_reqs,
-        max_rows,
-        max_logit_rows: max_num_reqs * (1 + draft_len),
-        max_draft_len: draft_len.max(1),
+        max_num_reqs: config.max_num_reqs,
+        max_rows: config.max_rows(drafting.draft_len),
+        max_logit_rows: config.max_num_reqs * (1 + drafting.draft_len),
+        max_draft_len: drafting.draft_len.max(1),
         num_pages: config.num_pages,
         page_size: config.page_size,
     };
     let pair = Pair::load(&mut ops, &run.target, drafting.dir.as_deref(), &limits)?;
-    Ok(Engine::new(
-        ops,
-        Box::new(pair.target),
-        pair.drafter,
-        config,
-    )?)
+    let mut engine = Engine::new(ops, Box::new(pair.target), pair.drafter, config)?;
+    for request in requests {
+        engine.submit(request)?;
+    }
+    Ok(engine)
 }
 
-/// Tokens of the longest request, prompt and output, within the model's context.
-pub fn longest(prompts: &[Vec<u32>], max_new_tokens: usize, max_position: usize) -> usize {
-    let prompt = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    prompt.saturating_add(max_new_tokens).min(max_position)
+/// Sizes for these requests: what was asked for, but no more than they can use.
+fn engine_config(
+    run: &RunArgs,
+    drafting: &Drafting,
+    requests: &[Request],
+    max_position: usize,
+) -> Result<EngineConfig> {
+    let asked = EngineConfig {
+        max_num_reqs: run.max_num_reqs,
+        num_pages: run.num_pages.unwrap_or(usize::MAX),
+        page_size: run.page_size,
+        prefill_chunk: run.prefill_chunk,
+        draft_len: Some(drafting.draft_len),
+        policy: drafting.policy,
+        sts_temperatures: None,
+        cost: None,
+    };
+    asked.validate()?;
+    let num_tokens = |r: &Request| r.prompt_ids.len().saturating_add(r.max_new_tokens);
+    let longest = requests.iter().map(num_tokens).max().unwrap_or(1);
+    let prompt_tokens: usize = requests.iter().map(|r| r.prompt_ids.len()).sum();
+    // Prompt and output within the model's context, a draft and its anchor.
+    let num_entries = longest.min(max_position) + drafting.draft_len + 1;
+    let max_num_reqs = asked.max_num_reqs.min(requests.len().max(1));
+    let page_size = asked.page_size.min(num_entries);
+    Ok(EngineConfig {
+        max_num_reqs,
+        num_pages: asked
+            .num_pages
+            .min(max_num_reqs * num_entries.div_ceil(page_size)),
+        page_size,
+        prefill_chunk: asked.prefill_chunk.min(prompt_tokens.max(1)),
+        ..asked
+    })
 }
 
-/// Runs everything that was submitted and returns the outputs in order of submission.
+/// Runs everything that was submitted and returns the outputs in order of submission. An error of `on_event` ends it.
 pub fn finish<O: Ops>(
     engine: &mut Engine<O>,
-    mut on_event: impl FnMut(&Event),
+    mut on_event: impl FnMut(&Event) -> Result<()>,
 ) -> Result<Vec<Completion>> {
     let mut done = Vec::new();
-    engine.run(|event| {
-        on_event(&event);
-        if let Event::Finished {
-            request,
-            completion,
-        } = event
-        {
-            done.push((request, *completion));
+    while !engine.is_idle() {
+        for event in engine.advance()? {
+            on_event(&event)?;
+            if let Event::Finished {
+                request,
+                completion,
+            } = event
+            {
+                done.push((request, *completion));
+            }
         }
-    })?;
+    }
     done.sort_by_key(|(request, _)| *request);
     Ok(done.into_iter().map(|(_, completion)| completion).collect())
 }

@@ -1,6 +1,8 @@
 //! `--trace`: every request and round as JSON.
 
-use std::path::Path;
+use std::fs::File;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 
 use dspark::engine::Completion;
 use dspark::step::Round;
@@ -35,11 +37,26 @@ impl<'a> TraceRequest<'a> {
     }
 }
 
-impl Trace<'_> {
-    /// Writes the file.
-    pub fn write(&self, file: &Path) -> Result<()> {
-        let json =
-            serde_json::to_vec(self).map_err(|e| Error::io(file, std::io::Error::other(e)))?;
-        std::fs::write(file, json).map_err(|source| Error::io(file, source))
+/// The file, opened before any work is done that would be lost without it.
+pub struct TraceFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl TraceFile {
+    /// Makes or empties the file.
+    pub fn create(path: &Path) -> Result<Self> {
+        let file = File::create(path).map_err(|source| Error::io(path, source))?;
+        Ok(Self {
+            path: path.into(),
+            file,
+        })
+    }
+
+    /// Writes the whole trace.
+    pub fn write(mut self, trace: &Trace<'_>) -> Result<()> {
+        let json = serde_json::to_vec(trace).map_err(std::io::Error::other);
+        json.and_then(|json| self.file.write_all(&json))
+            .map_err(|source| Error::io(&self.path, source))
     }
 }
