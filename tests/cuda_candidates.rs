@@ -3,14 +3,12 @@
 
 mod common;
 
-use std::ffi::CStr;
-
-use common::{Rng, gpu};
-use dspark::device::{Buffer, Device};
+use common::Rng;
+use common::raw::{check, device, download, rounded, upload};
+use dspark::device::Device;
 use dspark::ops::Purpose;
 use dspark::reference::philox::{key, philox4x32, uniform};
 use dspark::sys;
-use half::bf16;
 
 /// Scores closer than this may be ordered either way.
 const NEAR_TIE: f64 = 1e-4;
@@ -32,6 +30,8 @@ struct Case {
     temperature: Vec<f32>,
     seeds: Vec<u64>,
     bf16_logits: bool,
+    /// Whether a grammar forbids every token whose index has a remainder of 1 by 3.
+    masked: bool,
 }
 
 #[derive(Debug, PartialEq)]
@@ -63,6 +63,7 @@ impl Case {
             temperature: (0..num_reqs).map(|r| [1.0, 0.0, 0.5][r % 3]).collect(),
             seeds: (0..num_reqs as u64).map(|r| 0xABCD_0000 + 13 * r).collect(),
             bf16_logits: false,
+            masked: false,
         };
         // bf16 numbers tie often by themselves; some that can never be drawn.
         for value in case.logits.iter_mut().step_by(17) {
@@ -79,6 +80,25 @@ impl Case {
     fn bf16(mut self) -> Self {
         self.bf16_logits = true;
         self
+    }
+
+    fn masked(mut self) -> Self {
+        self.masked = true;
+        self
+    }
+
+    fn allows(&self, token: usize) -> bool {
+        !self.masked || token % 3 != 1
+    }
+
+    /// The grammar's words for `num_rows` rows.
+    fn mask(&self, num_rows: usize) -> Vec<i32> {
+        let mut row = vec![0_u32; self.vocab_size.div_ceil(32)];
+        for token in (0..self.vocab_size).filter(|&token| self.allows(token)) {
+            row[token / 32] |= 1 << (token % 32);
+        }
+        let row: Vec<i32> = row.into_iter().map(u32::cast_signed).collect();
+        row.repeat(num_rows)
     }
 
     fn bigrams(mut self, num_bigram: usize) -> Self {
@@ -112,6 +132,7 @@ impl Case {
         let positions = upload(device, &vec![ANCHOR_POSITION as i32; num_reqs]);
         let temperature = upload(device, &self.temperature[which.clone()]);
         let seeds = upload(device, &self.seeds[which]);
+        let mask = upload(device, &self.mask(num_rows));
         let mut tokens = upload(device, &vec![-7; num_rows]);
         let mut candidates = upload(device, &vec![-7; num_pairs]);
         let mut logits = upload(device, &vec![f32::NAN; num_pairs]);
@@ -156,6 +177,11 @@ impl Case {
             workspace: std::ptr::null_mut(),
             workspace_bytes: 0,
             stride_logits_row: self.vocab_size as i64,
+            mask: if self.masked {
+                mask.ptr(0)
+            } else {
+                std::ptr::null()
+            },
         };
         // SAFETY: reads the sizes of `params` and writes one host integer.
         check(unsafe {
@@ -183,7 +209,7 @@ impl Case {
     fn expected_pairs(&self, row: usize, previous: i32) -> Vec<(i32, f64)> {
         let base = &self.logits[row * self.vocab_size..][..self.vocab_size];
         let mut order: Vec<i32> = (0..self.vocab_size as i32)
-            .filter(|&v| base[v as usize] > f32::NEG_INFINITY)
+            .filter(|&v| base[v as usize] > f32::NEG_INFINITY && self.allows(v as usize))
             .collect();
         order.sort_by(|&a, &b| {
             base[b as usize]
@@ -195,7 +221,9 @@ impl Case {
         order.resize(self.num_top, NO_CANDIDATE);
         let from = previous as usize * self.num_bigram;
         for &token in &self.bigrams[from..from + self.num_bigram] {
-            let missing = top.contains(&token) || base[token as usize] == f32::NEG_INFINITY;
+            let missing = top.contains(&token)
+                || base[token as usize] == f32::NEG_INFINITY
+                || !self.allows(token as usize);
             order.push(if missing { NO_CANDIDATE } else { token });
         }
         let weights = |table: &[f32], v: i32| table[v as usize * self.rank..][..self.rank].to_vec();
@@ -254,34 +282,6 @@ impl Case {
     }
 }
 
-fn rounded(values: &[f32]) -> Vec<bf16> {
-    values.iter().copied().map(bf16::from_f32).collect()
-}
-
-fn upload<T: cudarc::driver::DeviceRepr + Copy>(device: &Device, values: &[T]) -> Buffer<T> {
-    let mut buffer = Buffer::zeros(device, values.len()).unwrap();
-    buffer.upload(0, values).unwrap();
-    buffer
-}
-
-fn download<T: cudarc::driver::DeviceRepr + Copy + Default>(buffer: &Buffer<T>) -> Vec<T> {
-    let mut values = vec![T::default(); buffer.len()];
-    buffer.download(0, &mut values).unwrap();
-    values
-}
-
-fn check(status: sys::dspark_status) {
-    if status != sys::DSPARK_OK {
-        // SAFETY: a static, NUL-terminated string of this thread.
-        let message = unsafe { CStr::from_ptr(sys::launch::dspark_last_error_cu()) };
-        panic!("status {status}: {}", message.to_string_lossy());
-    }
-}
-
-fn device() -> Option<Device> {
-    gpu().map(|_| Device::open(0).unwrap())
-}
-
 fn cases() -> Vec<Case> {
     vec![
         Case::new(1, 7, 49_152, 64),
@@ -292,6 +292,8 @@ fn cases() -> Vec<Case> {
         Case::new(7, 2, 5, 8).bigrams(2),
         Case::new(64, 2, 1028, 64).top(8),
         Case::new(2, 2, 8193, 8).top(1),
+        Case::new(3, 3, 9001, 64).bigrams(16).masked(),
+        Case::new(2, 3, 20_003, 64).top(200).bf16().masked(),
     ]
 }
 

@@ -327,14 +327,16 @@ typedef int32_t dspark_head_kind;
  *               (gated and rnn use h_k), l_k = U_k + B_k, written over U_k; x_k sampled from
  *               softmax(l_k / temperature) by Gumbel-max, or argmax l_k (lowest index wins) at
  *               temperature 0; confidence_k = sigmoid(w . [h_k ; W1[x_{k-1}]] + b), or of h_k
- *               alone. The draft law handed on is exactly softmax(logits / temperature) of what is
- *               written.
+ *               alone. l_k(v) = -inf where mask forbids v. The draft law handed on is exactly
+ *               softmax(logits / temperature) of what is written.
  * Shapes        logits [num_reqs * draft_len, vocab_size] in: U, out: l; hidden [num_reqs *
  *               draft_len, hidden_size]; markov_w1, markov_w2 [vocab_size, markov_rank]; gated:
  *               proj_weight [markov_rank, hidden_size + markov_rank] over [h ; w1], proj_bias
  *               [markov_rank]; rnn: proj_weight [3 * markov_rank, 2 * markov_rank + hidden_size]
  *               over [s ; w1 ; h], proj_bias [3 * markov_rank] = [g ; c ; o]; confidence_weight
- *               [hidden_size (+ markov_rank)]; draft_tokens, confidence [num_reqs, draft_len].
+ *               [hidden_size (+ markov_rank)]; draft_tokens, confidence [num_reqs, draft_len]; mask
+ *               [num_reqs * draft_len, ceil(vocab_size / 32)], bit v % 32 of word v / 32 set where
+ *               token v is allowed.
  * Dtypes        logits f32; hidden and weights `dtype` (BF16, F16); biases `dtype`; confidence f32;
  *               tokens int32. Sums f32. Latents of gated and rnn enter the product with W2 as two
  *               16-bit parts (16 bits of mantissa with BF16, 22 with F16) on the fast path, as f32
@@ -349,7 +351,8 @@ typedef int32_t dspark_head_kind;
  * Determinism   bitwise, independent of the batch: which path runs depends on alignment, rank and
  *               device alone. Noise: Philox4x32-10, key = seeds[r], counter = (v / 4, position of
  *               x_k, DSPARK_PURPOSE_DRAFT, 0), word v % 4; x_k has position anchor_positions[r] + k.
- * Stream/graph  capture-safe. A row of NaN or all -inf yields token 0 for that step.
+ * Stream/graph  capture-safe. A row of NaN or all -inf (also: all forbidden) yields token 0 for that
+ *               step.
  * Errors        null pointers, unknown head, sizes < 0, markov_rank out of range, workspace too
  *               small.
  */
@@ -380,6 +383,7 @@ typedef struct dspark_draft_head_params {
   void* workspace;
   size_t workspace_bytes;
   int64_t stride_logits_row;
+  const int32_t* mask; /* may be NULL: everything is allowed */
 } dspark_draft_head_params;
 #define DSPARK_DRAFT_HEAD_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_head_params)
 /* Host. Reads only sizes. */
@@ -398,8 +402,9 @@ dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* param
  * Shapes        as dspark_draft_head; bigram_tokens [vocab_size, num_bigram], each token at most
  *               once per row, negative: none; candidate_tokens, candidate_logits [num_reqs *
  *               draft_len, num_top + num_bigram]: first the top, by falling U, then the bigrams.
- *               A pair that is missing (a logit of U that is NaN or -inf, a token already among
- *               the top) is (-1, -inf).
+ *               A pair that is missing (a logit of U that is NaN or -inf, a token that mask
+ *               forbids or that is already among the top) is (-1, -inf). The top is found among
+ *               what is allowed.
  * Dtypes        logits `logits_dtype` (F32, BF16); hidden, weights and biases `dtype` (BF16, F16);
  *               candidate_logits f32; tokens int32. Latents, products and sums f32.
  * Layout        logits row stride given; everything else contiguous.
@@ -447,6 +452,7 @@ typedef struct dspark_draft_candidates_params {
   void* workspace;
   size_t workspace_bytes;
   int64_t stride_logits_row;
+  const int32_t* mask; /* may be NULL: everything is allowed */
 } dspark_draft_candidates_params;
 #define DSPARK_DRAFT_CANDIDATES_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_candidates_params)
 /* Host. Reads only sizes. */

@@ -99,6 +99,7 @@ class DraftHead {
     sample_.temperature = p_.temperature;
     sample_.seeds = p_.seeds;
     sample_.winners = at<Indexed>(layout_.winners);
+    sample_.mask = grammar_mask(p_);
     sample_.stride_logits_row = p_.stride_logits_row;
     sample_.vocab_size = p_.vocab_size;
     sample_.draft_len = p_.draft_len;
@@ -188,6 +189,7 @@ class DraftHead {
     args.draft_tokens = p_.draft_tokens;
     args.race_keys = at<RaceKey>(layout_.race_keys);
     args.arrivals = at<uint32_t>(layout_.arrivals);
+    args.mask = grammar_mask(p_);
     args.stride_logits_row = p_.stride_logits_row;
     args.reqs_per_cta = std::min(p_.num_reqs, Policy::kMaxReqs);
     args.num_groups = ceil_div(p_.num_reqs, args.reqs_per_cta);
@@ -255,7 +257,7 @@ using namespace dspark;
 
 extern "C" dspark_status DSPARK_FN(dspark_draft_head_workspace_size)(
     const dspark_draft_head_params* params, size_t* bytes) {
-  DSPARK_CHECK_PARAMS(params, stride_logits_row);
+  DSPARK_CHECK_PARAMS(params, mask);
   DSPARK_TRY(check_draft_sizes(*params));
   DSPARK_CHECK_ARG(bytes != nullptr, DSPARK_ERROR_NULL_POINTER,
                    "bytes: expected a host pointer, got NULL");
@@ -265,7 +267,7 @@ extern "C" dspark_status DSPARK_FN(dspark_draft_head_workspace_size)(
 
 extern "C" dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* params,
                                                       dspark_stream stream) {
-  DSPARK_CHECK_PARAMS(params, stride_logits_row);
+  DSPARK_CHECK_PARAMS(params, mask);
   const dspark_draft_head_params& p = *params;
   DSPARK_TRY(check_half_dtype(p.dtype));
   DSPARK_TRY(check_draft_sizes(p));
@@ -279,7 +281,7 @@ extern "C" dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_pa
 
 extern "C" dspark_status DSPARK_FN(dspark_draft_candidates_workspace_size)(
     const dspark_draft_candidates_params* params, size_t* bytes) {
-  DSPARK_CHECK_PARAMS(params, stride_logits_row);
+  DSPARK_CHECK_PARAMS(params, mask);
   DSPARK_TRY(check_candidates_sizes(*params));
   DSPARK_CHECK_ARG(bytes != nullptr, DSPARK_ERROR_NULL_POINTER,
                    "bytes: expected a host pointer, got NULL");
@@ -289,7 +291,7 @@ extern "C" dspark_status DSPARK_FN(dspark_draft_candidates_workspace_size)(
 
 extern "C" dspark_status DSPARK_FN(dspark_draft_candidates)(
     const dspark_draft_candidates_params* params, dspark_stream stream) {
-  DSPARK_CHECK_PARAMS(params, stride_logits_row);
+  DSPARK_CHECK_PARAMS(params, mask);
   const dspark_draft_candidates_params& p = *params;
   DSPARK_TRY(check_half_dtype(p.dtype));
   DSPARK_CHECK_ARG(p.logits_dtype == DSPARK_DTYPE_F32 || p.logits_dtype == DSPARK_DTYPE_BF16,

@@ -2,7 +2,7 @@
  * Steps of the draft head on tensor cores: W2 passes by once per step for all requests of a CTA,
  * and one launch runs all the steps of a vanilla head.
  *
- *   l_k(v) = U_k(v) + W2[v] . latent       written over U_k, f32
+ *   l_k(v) = U_k(v) + W2[v] . latent       written over U_k, f32; -inf where the grammar forbids v
  *   x_k    = argmax over v of l_k(v) - T log E_v     (the race of race.cuh; T = 0: argmax)
  *
  * Mapping: persistent CTAs of four warps, each walking every num_slots-th tile of tile_tokens
@@ -38,6 +38,7 @@
 #include "common/async_copy.cuh"
 #include "common/grid_sync.cuh"
 #include "common/mma.cuh"
+#include "kernels/draft/grammar.cuh"
 #include "kernels/draft/latent.cuh"
 #include "kernels/draft/race.cuh"
 
@@ -74,6 +75,7 @@ struct TiledArgs {
   int32_t* draft_tokens; /* [num_reqs, draft_len] */
   RaceKey* race_keys;    /* [draft_len, num_reqs], 0 before the first step */
   uint32_t* arrivals;    /* [draft_len, num_groups], 0 before the first step */
+  GrammarMask mask;
   int64_t stride_logits_row;
   int32_t first_step;
   int32_t num_steps; /* of this launch; more than one only in a cooperative launch */
@@ -264,12 +266,12 @@ __device__ __forceinline__ void multiply_group(
   }
 }
 
-/* l = U + dots for four tokens from `token` on, written over U; tokens past the vocabulary are -inf
- * and not written. The logits do not come back before the draft is done: they are the first to
- * leave the caches. */
-__device__ __forceinline__ float4
-write_logits(float* row, int32_t token, int32_t vocab_size, float4 base, float4 dots) {
-  float4 l = make_float4(base.x + dots.x, base.y + dots.y, base.z + dots.z, base.w + dots.w);
+/* Writes four tokens' logits from `token` on, over U; gives them back with -inf for tokens past the
+ * vocabulary. They are not read again before the draft is done: the first to leave the caches. */
+__device__ __forceinline__ float4 write_logits(float* row,
+                                               int32_t token,
+                                               int32_t vocab_size,
+                                               float4 l) {
   const int32_t left = vocab_size - token;
   if (left >= kQuad) {
     __stcs(reinterpret_cast<float4*>(row + token), l);
@@ -278,11 +280,7 @@ write_logits(float* row, int32_t token, int32_t vocab_size, float4 base, float4 
   if (left > 0) row[token] = l.x;
   if (left > 1) row[token + 1] = l.y;
   if (left > 2) row[token + 2] = l.z;
-  if (left < 1) l.x = -INFINITY;
-  if (left < 2) l.y = -INFINITY;
-  if (left < 3) l.z = -INFINITY;
-  l.w = -INFINITY;
-  return l;
+  return only_allowed(l, (1u << max(left, 0)) - 1u);
 }
 
 /* Leaders of the (up to) 2 kMTiles requests of a lane. */
@@ -342,12 +340,12 @@ __device__ __forceinline__ void run_tile(const TiledArgs<T>& args,
       const int half = i % 2;
       const int q = share.first_req + m * Policy::kMTileReqs + lane / 4 + 8 * half;
       if (q >= work.num_reqs || token >= args.in.vocab_size) continue;
-      const float4 base = base_logits[q * quads_per_tile + quad_slot(q, quad)];
-      const float4 dot = make_float4(dots[m][0][2 * half], dots[m][0][2 * half + 1],
-                                     dots[m][1][2 * half], dots[m][1][2 * half + 1]);
+      float4 l = base_logits[q * quads_per_tile + quad_slot(q, quad)];
+      l = make_float4(l.x + dots[m][0][2 * half], l.y + dots[m][0][2 * half + 1],
+                      l.z + dots[m][1][2 * half], l.w + dots[m][1][2 * half + 1]);
       const int64_t row = static_cast<int64_t>(work.first_req + q) * args.in.draft_len + step;
-      const float4 l = write_logits(args.logits + row * args.stride_logits_row, token,
-                                    args.in.vocab_size, base, dot);
+      l = only_allowed(l, allowed_in_quad(args.mask, row, token / kQuad));
+      l = write_logits(args.logits + row * args.stride_logits_row, token, args.in.vocab_size, l);
       Runner runner = runners[q];
       runner.position += step;
       const float bound = screen_bound(race_score(leaders.seen[i]), runner.temperature);

@@ -11,13 +11,14 @@
  * merge_top_kernel: a CTA per row; a key's rank is its place in its own chunk's list plus, by
  * bisection, the number of larger keys in the others.
  *
- * NaN and -inf are not candidates. Reads each logit once: limited by memory. A chunk whose large
+ * NaN, -inf and what a grammar forbids are not candidates. Reads each logit once: limited by memory. A chunk whose large
  * logits all lie with one lane (they are 1024 tokens apart) leaves up to kChunk survivors to count
  * among: slower, not wrong.
  */
 #pragma once
 
 #include "common/vec.cuh"
+#include "kernels/draft/grammar.cuh"
 #include "kernels/draft/race.cuh"
 
 namespace dspark {
@@ -36,6 +37,7 @@ struct TopArgs {
   const U* logits;     /* [num_rows, vocab_size], f32 or bf16 */
   RaceKey* chunk_keys; /* [num_rows, num_chunks, num_top] */
   RaceKey* keys;       /* [num_rows, num_top] */
+  GrammarMask mask;
   int64_t stride_row;
   int32_t vocab_size;
   int32_t num_chunks;
@@ -105,6 +107,12 @@ __global__ void __launch_bounds__(TopPolicy::kNumThreads) chunk_top_kernel(TopAr
     const int32_t token =
         chunk * Policy::kChunk + (i * Policy::kNumThreads + static_cast<int>(threadIdx.x)) * kQuad;
     load_logits(logits, token, args.vocab_size, args.aligned_rows, values[i]);
+    if (token >= args.vocab_size) continue;
+    const uint32_t allowed = allowed_in_quad(args.mask, row, token / kQuad);
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      if ((allowed >> j & 1u) == 0) values[i][j] = -INFINITY;
+    }
   }
 #pragma unroll
   for (int i = 0; i < Policy::kQuadsPerThread; ++i) {

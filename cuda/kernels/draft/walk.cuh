@@ -41,6 +41,7 @@ struct WalkArgs {
   int32_t* draft_tokens;     /* [num_reqs, draft_len] */
   int32_t* candidate_tokens; /* [num_reqs * draft_len, num_top + num_bigram] */
   float* candidate_logits;
+  GrammarMask mask;
   int64_t stride_logits_row;
   int32_t num_top;
   int32_t num_bigram;
@@ -84,7 +85,10 @@ __device__ __forceinline__ void gather_candidates(
   for (int32_t i = threadIdx.x; i < args.num_bigram; i += WalkPolicy::kNumThreads) {
     int32_t token =
         known ? args.bigrams[static_cast<int64_t>(previous) * args.num_bigram + i] : kNoCandidate;
-    if (token < 0 || token >= vocab_size) token = kNoCandidate;
+    const bool allowed =
+        token >= 0 && token < vocab_size &&
+        (allowed_in_quad(args.mask, row, token / kQuad) >> token % kQuad & 1u) != 0;
+    if (!allowed) token = kNoCandidate;
     for (int32_t j = 0; j < args.num_top && token >= 0; ++j) {
       if (tokens[j] == token) token = kNoCandidate;
     }

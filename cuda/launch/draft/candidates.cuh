@@ -107,6 +107,7 @@ class DraftCandidates {
     args.logits = static_cast<const U*>(p_.logits);
     args.chunk_keys = at<RaceKey>(layout_.chunk_keys);
     args.keys = at<RaceKey>(layout_.keys);
+    args.mask = grammar_mask(p_);
     args.stride_row = p_.stride_logits_row;
     args.vocab_size = p_.vocab_size;
     args.num_chunks = num_top_chunks(p_);
@@ -135,6 +136,7 @@ class DraftCandidates {
     args.draft_tokens = p_.draft_tokens;
     args.candidate_tokens = p_.candidate_tokens;
     args.candidate_logits = p_.candidate_logits;
+    args.mask = grammar_mask(p_);
     args.stride_logits_row = p_.stride_logits_row;
     args.num_top = p_.num_top;
     args.num_bigram = p_.num_bigram;

@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "common/host.cuh"
+#include "kernels/draft/grammar.cuh"
 #include "kernels/draft/latent.cuh"
 
 namespace dspark {
@@ -57,6 +58,7 @@ dspark_status check_head_pointers(const Params& p) {
     DSPARK_TRY(check_pointer("proj_weight", p.proj_weight, kWeightAlignment));
     DSPARK_TRY(check_pointer("proj_bias", p.proj_bias, kWeightAlignment));
   }
+  DSPARK_TRY(check_aligned("mask", p.mask, sizeof(int32_t)));
   const bool has_confidence = p.confidence_weight != nullptr;
   if (has_confidence) {
     DSPARK_TRY(check_aligned("confidence_weight", p.confidence_weight, kWeightAlignment));
@@ -85,6 +87,11 @@ HeadInputs<T> head_inputs(const Params& p) {
   in.hidden_size = p.hidden_size;
   in.markov_rank = p.markov_rank;
   return in;
+}
+
+template <typename Params>
+GrammarMask grammar_mask(const Params& p) {
+  return {p.mask, ceil_div(p.vocab_size, 32)};
 }
 
 /* Where gated and rnn keep what they compute: f32 [num_reqs, markov_rank] each. */

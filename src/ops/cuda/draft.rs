@@ -84,6 +84,7 @@ impl Cuda {
             workspace: null_mut(),
             workspace_bytes: 0,
             stride_logits_row: logits.stride(),
+            mask: null(),
         };
         // SAFETY: reads the sizes of `params` and writes one host integer.
         check("draft_head_workspace_size", unsafe {
