@@ -345,8 +345,8 @@ fn chi_square(counts: &[f64], law: &[f64]) -> f64 {
 
 #[test]
 fn tokens_follow_the_law_handed_on_and_no_other() {
-    let Some(device) = device() else { return };
     const DRAWS: usize = 8192;
+    let Some(device) = device() else { return };
     let mut case = Case::new(DRAWS, 1, 12, 8).top(5).bigrams(2);
     case.temperature = vec![0.8; DRAWS];
     case.anchors = vec![3; DRAWS];
