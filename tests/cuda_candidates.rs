@@ -7,7 +7,7 @@ use common::Rng;
 use common::raw::{check, device, download, rounded, upload};
 use dspark::device::Device;
 use dspark::ops::Purpose;
-use dspark::reference::philox::{key, philox4x32, uniform};
+use dspark::reference::philox::token_exponential;
 use dspark::sys;
 
 /// Scores closer than this may be ordered either way.
@@ -177,6 +177,7 @@ impl Case {
             workspace: std::ptr::null_mut(),
             workspace_bytes: 0,
             stride_logits_row: self.vocab_size as i64,
+            rules: std::ptr::null(),
             mask: if self.masked {
                 mask.ptr(0)
             } else {
@@ -246,11 +247,10 @@ impl Case {
         if temperature == 0.0 || token < 0 {
             return logit;
         }
-        let token = token as u32;
         let position = ANCHOR_POSITION + 1 + k as u32;
-        let counter = [token / 4, position, Purpose::Draft as u32, 0];
-        let u = uniform(philox4x32(key(self.seeds[r]), counter)[token as usize % 4]);
-        logit - temperature * (-(-u).ln_1p()).ln()
+        let purpose = Purpose::Draft as u32;
+        let e = token_exponential(self.seeds[r], position, purpose, token as usize);
+        logit - temperature * e.ln()
     }
 
     /// Follows the tokens of `walk` and judges each step by itself.

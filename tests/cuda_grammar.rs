@@ -85,6 +85,7 @@ impl Case {
             workspace: std::ptr::null_mut(),
             workspace_bytes: 0,
             stride_logits_row: vocab_size as i64,
+            rules: std::ptr::null(),
             mask: mask.as_ref().map_or(std::ptr::null(), |mask| mask.ptr(0)),
         };
         // SAFETY: reads the sizes of `params` and writes one host integer.

@@ -7,9 +7,10 @@ mod common;
 use common::{Rng, Tolerance, assert_close, gpu, logits, mat, norm, reference, weight};
 use dspark::Error;
 use dspark::ops::{
-    Accepted, ConfidenceHead, DraftHead, DraftLaw, Drafted, HeadKind, Ops, Purpose, SamplingParams,
+    AcceptBatch, AcceptExtras, Accepted, ConfidenceHead, DraftHead, DraftLaw, Drafted, HeadKind,
+    Ops, Rule, SamplingParams,
 };
-use dspark::reference::philox::{key, philox4x32, uniform};
+use dspark::reference::philox::token_exponential;
 
 /// Two scores (log scale) closer than this may be ordered either way.
 const NEAR_TIE: f64 = 1e-3;
@@ -80,6 +81,7 @@ impl Head {
         (0..self.num_reqs)
             .map(|r| SamplingParams {
                 temperature: [0.0, 1.0, 0.6][r % 3],
+                rule: [Rule::Token, Rule::Coupled][r / 3 % 2],
                 seed: 0x1234_5678_9abc_0000 + 17 * r as u64,
                 ..SamplingParams::default()
             })
@@ -156,9 +158,9 @@ impl Head {
             if params.temperature == 0.0 {
                 return logit;
             }
-            let counter = [v / 4, position, Purpose::Draft as u32, 0];
-            let u = uniform(philox4x32(key(params.seed), counter)[v as usize % 4]);
-            logit / f64::from(params.temperature) - (-(-u).ln_1p()).ln()
+            let purpose = params.rule.draft_purpose() as u32;
+            let e = token_exponential(params.seed, position, purpose, v as usize);
+            logit / f64::from(params.temperature) - e.ln()
         };
         if token == want.drafted.tokens[index] {
             return 0.0;
@@ -470,15 +472,16 @@ impl Round {
         } else {
             DraftLaw::Logits(&draft)
         };
-        ops.accept(
-            &target,
-            &self.qo_indptr,
-            &self.draft_tokens,
-            self.draft_len,
+        ops.accept(&AcceptBatch {
+            target: &target,
+            qo_indptr: &self.qo_indptr,
+            draft_tokens: &self.draft_tokens,
+            draft_len: self.draft_len,
             law,
-            positions,
-            &self.sampling,
-        )
+            anchor_positions: positions,
+            sampling: &self.sampling,
+            extras: AcceptExtras::default(),
+        })
     }
 }
 

@@ -1,10 +1,12 @@
-//! Target law and acceptance: 8 target rows and 7 draft laws a request, logits in f32.
+//! Acceptance: 8 rows of bf16 target logits a request, drafts from a law of 32 candidates or from dense f32 logits.
 //!
 //! Draft logits are target logits with noise and the drafts are drawn from them, so that requests stop where they would
-//! in service. Greedy requests need no draft law; its logits are given but do not count.
+//! in service.
 
 use dspark::device::Buffer;
+use dspark::ops;
 use dspark::sys;
+use half::bf16;
 
 use crate::lab::{Lab, Traffic, Work, check, struct_size};
 use crate::random::Random;
@@ -12,48 +14,72 @@ use crate::random::Random;
 const VOCAB_SIZE: usize = 151_936;
 const DRAFT_LEN: usize = 7;
 const NUM_ROWS: usize = DRAFT_LEN + 1;
+const NUM_CANDIDATES: usize = 32;
 const NUM_REQS: [usize; 4] = [1, 8, 32, 128];
 /// Requests with logits of their own; the others repeat them under other seeds.
 const DISTINCT: usize = 4;
 
-/// Sampling parameters of all requests of a case.
-struct Rule {
+/// What all requests of a case do.
+struct Case {
     name: &'static str,
+    rule: ops::Rule,
     temperature: f32,
-    top_k: i32,
-    top_p: f32,
+    /// top-k and top-p; without them the arrays are left out.
+    filters: Option<(i32, f32)>,
+    /// The draft law is dense.
+    dense: bool,
 }
 
-const RULES: [Rule; 3] = [
-    Rule {
-        name: "token T=1",
-        temperature: 1.0,
-        top_k: 0,
-        top_p: 1.0,
-    },
-    Rule {
+const TOKEN: Case = Case {
+    name: "token T=1",
+    rule: ops::Rule::Token,
+    temperature: 1.0,
+    filters: None,
+    dense: false,
+};
+
+const CASES: [Case; 6] = [
+    TOKEN,
+    Case {
         name: "greedy",
         temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
+        ..TOKEN
     },
-    Rule {
-        name: "top-k 50 top-p 0.9 T=0.7",
+    Case {
+        name: "token top-k 50 top-p 0.9 T=0.7",
         temperature: 0.7,
-        top_k: 50,
-        top_p: 0.9,
+        filters: Some((50, 0.9)),
+        ..TOKEN
+    },
+    Case {
+        name: "block T=1",
+        rule: ops::Rule::Block,
+        ..TOKEN
+    },
+    Case {
+        name: "coupled T=1",
+        rule: ops::Rule::Coupled,
+        ..TOKEN
+    },
+    Case {
+        name: "token T=1, dense f32 drafts",
+        dense: true,
+        ..TOKEN
     },
 ];
 
 /// Host logits of [`DISTINCT`] requests, and drafts drawn from them.
 struct Block {
-    target: Vec<f32>,
+    target: Vec<bf16>,
+    /// Empty unless the law is dense.
     draft: Vec<f32>,
+    candidate_tokens: Vec<i32>,
+    candidate_logits: Vec<f32>,
     tokens: Vec<i32>,
 }
 
 impl Block {
-    fn new(random: &mut Random, temperature: f32) -> Self {
+    fn new(random: &mut Random, case: &Case) -> Self {
         let normals = random.normals(DISTINCT * NUM_ROWS * VOCAB_SIZE);
         let target: Vec<f32> = normals.iter().map(|x| 3.0 * x).collect();
         let noise = random.normals(DISTINCT * DRAFT_LEN * VOCAB_SIZE);
@@ -61,33 +87,46 @@ impl Block {
             .chunks_exact(NUM_ROWS * VOCAB_SIZE)
             .flat_map(|request| &request[..DRAFT_LEN * VOCAB_SIZE]);
         let draft: Vec<f32> = drafted.zip(noise).map(|(x, e)| x + 0.5 * e).collect();
-        let tokens = draft
-            .chunks_exact(VOCAB_SIZE)
-            .map(|row| random.draw(row, temperature))
-            .collect();
-        Self {
-            target,
-            draft,
-            tokens,
+        let mut block = Self {
+            target: target.iter().map(|&x| bf16::from_f32(x)).collect(),
+            draft: Vec::new(),
+            candidate_tokens: Vec::new(),
+            candidate_logits: Vec::new(),
+            tokens: Vec::new(),
+        };
+        for row in draft.chunks_exact(VOCAB_SIZE) {
+            let mut order: Vec<usize> = (0..VOCAB_SIZE).collect();
+            order.select_nth_unstable_by(NUM_CANDIDATES, |&a, &b| row[b].total_cmp(&row[a]));
+            let candidates = &order[..NUM_CANDIDATES];
+            let logits: Vec<f32> = candidates.iter().map(|&v| row[v]).collect();
+            block.tokens.push(if case.dense {
+                random.draw(row, case.temperature)
+            } else {
+                candidates[random.draw(&logits, case.temperature) as usize] as i32
+            });
+            let candidates = candidates.iter().map(|&v| v as i32);
+            block.candidate_tokens.extend(candidates);
+            block.candidate_logits.extend(logits);
         }
+        if case.dense {
+            block.draft = draft;
+        }
+        block
     }
 }
 
 /// All cases.
 pub fn run(lab: &mut Lab) -> anyhow::Result<()> {
-    for rule in &RULES {
-        let block = Block::new(&mut lab.random, rule.temperature);
+    for case in &CASES {
+        let block = Block::new(&mut lab.random, case);
         for num_reqs in NUM_REQS {
-            let row = VOCAB_SIZE * size_of::<f32>();
-            let needed = if rule.temperature > 0.0 {
-                NUM_ROWS + DRAFT_LEN
-            } else {
-                NUM_ROWS
-            };
-            let traffic = Traffic::once(num_reqs * needed * row);
-            let name = format!("reqs={num_reqs} {}", rule.name);
+            let target = NUM_ROWS * VOCAB_SIZE * size_of::<bf16>();
+            let draft = DRAFT_LEN * VOCAB_SIZE * size_of::<f32>();
+            let needed = target + if case.dense { draft } else { 0 };
+            let traffic = Traffic::once(num_reqs * needed);
+            let name = format!("reqs={num_reqs} {}", case.name);
             lab.case(&name, traffic, |lab, copies| {
-                Acceptance::new(lab, copies, num_reqs, rule, &block)
+                Acceptance::new(lab, copies, num_reqs, case, &block)
             })?;
         }
     }
@@ -97,15 +136,20 @@ pub fn run(lab: &mut Lab) -> anyhow::Result<()> {
 struct Acceptance {
     stream: sys::dspark_stream,
     num_reqs: usize,
-    target_logits: Buffer<f32>,
+    filtered: bool,
+    ruled: bool,
+    dense: bool,
+    target_logits: Buffer<bf16>,
     draft_logits: Buffer<f32>,
+    candidate_tokens: Buffer<i32>,
+    candidate_logits: Buffer<f32>,
+    rules: Buffer<i32>,
     draft_tokens: Buffer<i32>,
     qo_indptr: Buffer<i32>,
     anchor_positions: Buffer<i32>,
     temperature: Buffer<f32>,
     top_k: Buffer<i32>,
     top_p: Buffer<f32>,
-    min_p: Buffer<f32>,
     seeds: Buffer<u64>,
     num_accepted: Buffer<i32>,
     next_tokens: Buffer<i32>,
@@ -118,7 +162,7 @@ impl Acceptance {
         lab: &mut Lab,
         copies: usize,
         num_reqs: usize,
-        rule: &Rule,
+        case: &Case,
         block: &Block,
     ) -> anyhow::Result<Self> {
         let requests = copies * num_reqs;
@@ -131,18 +175,29 @@ impl Acceptance {
             .collect();
         let qo_indptr: Vec<i32> = (0..=num_reqs).map(|r| (r * NUM_ROWS) as i32).collect();
         let seeds: Vec<u64> = (0..requests as u64).collect();
+        let pairs = requests * DRAFT_LEN * NUM_CANDIDATES;
+        let (top_k, top_p) = case.filters.unwrap_or((0, 1.0));
         let mut work = Self {
             stream: lab.stream(),
             num_reqs,
+            filtered: case.filters.is_some(),
+            ruled: case.rule != ops::Rule::Token,
+            dense: case.dense,
             target_logits: lab.tiled(requests * NUM_ROWS * VOCAB_SIZE, &block.target)?,
-            draft_logits: lab.tiled(requests * DRAFT_LEN * VOCAB_SIZE, &block.draft)?,
+            draft_logits: if case.dense {
+                lab.tiled(requests * DRAFT_LEN * VOCAB_SIZE, &block.draft)?
+            } else {
+                lab.empty(0)?
+            },
+            candidate_tokens: lab.tiled(pairs, &block.candidate_tokens)?,
+            candidate_logits: lab.tiled(pairs, &block.candidate_logits)?,
+            rules: lab.upload(&vec![case.rule as i32; num_reqs])?,
             draft_tokens: lab.upload(&tokens)?,
             qo_indptr: lab.upload(&qo_indptr)?,
             anchor_positions: lab.upload(&vec![100; num_reqs])?,
-            temperature: lab.upload(&vec![rule.temperature; num_reqs])?,
-            top_k: lab.upload(&vec![rule.top_k; num_reqs])?,
-            top_p: lab.upload(&vec![rule.top_p; num_reqs])?,
-            min_p: lab.upload(&vec![0.0; num_reqs])?,
+            temperature: lab.upload(&vec![case.temperature; num_reqs])?,
+            top_k: lab.upload(&vec![top_k; num_reqs])?,
+            top_p: lab.upload(&vec![top_p; num_reqs])?,
             seeds: lab.upload(&seeds)?,
             num_accepted: lab.upload(&vec![-1; requests])?,
             next_tokens: lab.upload(&vec![-1; requests])?,
@@ -161,30 +216,44 @@ impl Acceptance {
 
     fn params(&mut self, copy: usize) -> sys::dspark_accept_params {
         let first = copy * self.num_reqs;
-        sys::dspark_accept_params {
-            struct_size: struct_size::<sys::dspark_accept_params>(),
-            num_rows: (self.num_reqs * NUM_ROWS) as i32,
-            num_reqs: self.num_reqs as i32,
-            draft_len: DRAFT_LEN as i32,
-            vocab_size: VOCAB_SIZE as i32,
-            target_logits: self.target_logits.ptr(first * NUM_ROWS * VOCAB_SIZE),
-            draft_logits: self.draft_logits.ptr(first * DRAFT_LEN * VOCAB_SIZE),
-            draft_tokens: self.draft_tokens.ptr(first * DRAFT_LEN),
-            qo_indptr: self.qo_indptr.ptr(0),
-            anchor_positions: self.anchor_positions.ptr(0),
-            temperature: self.temperature.ptr(0),
-            top_k: self.top_k.ptr(0),
-            top_p: self.top_p.ptr(0),
-            min_p: self.min_p.ptr(0),
-            seeds: self.seeds.ptr(first),
-            num_accepted: self.num_accepted.mut_ptr(first),
-            next_tokens: self.next_tokens.mut_ptr(first),
-            status: self.status.mut_ptr(first),
-            workspace: self.workspace.mut_ptr(0).cast(),
-            workspace_bytes: self.workspace.len(),
-            stride_target_row: VOCAB_SIZE as i64,
-            stride_draft_row: VOCAB_SIZE as i64,
+        let drafts = first * DRAFT_LEN;
+        // SAFETY: integers, floats and pointers; 0 and NULL leave a part out.
+        let mut params: sys::dspark_accept_params = unsafe { std::mem::zeroed() };
+        params.struct_size = struct_size::<sys::dspark_accept_params>();
+        params.target_dtype = sys::DSPARK_DTYPE_BF16;
+        params.draft_dtype = sys::DSPARK_DTYPE_F32;
+        params.num_rows = (self.num_reqs * NUM_ROWS) as i32;
+        params.num_reqs = self.num_reqs as i32;
+        params.draft_len = DRAFT_LEN as i32;
+        params.vocab_size = VOCAB_SIZE as i32;
+        params.target_logits = self.target_logits.ptr(first * NUM_ROWS * VOCAB_SIZE).cast();
+        params.stride_target_row = VOCAB_SIZE as i64;
+        if self.dense {
+            params.draft_logits = self.draft_logits.ptr(drafts * VOCAB_SIZE).cast();
+            params.stride_draft_row = VOCAB_SIZE as i64;
+        } else {
+            params.num_candidates = NUM_CANDIDATES as i32;
+            params.candidate_tokens = self.candidate_tokens.ptr(drafts * NUM_CANDIDATES);
+            params.candidate_logits = self.candidate_logits.ptr(drafts * NUM_CANDIDATES);
         }
+        params.draft_tokens = self.draft_tokens.ptr(drafts);
+        params.qo_indptr = self.qo_indptr.ptr(0);
+        params.anchor_positions = self.anchor_positions.ptr(0);
+        params.temperature = self.temperature.ptr(0);
+        if self.filtered {
+            params.top_k = self.top_k.ptr(0);
+            params.top_p = self.top_p.ptr(0);
+        }
+        if self.ruled {
+            params.rules = self.rules.ptr(0);
+        }
+        params.seeds = self.seeds.ptr(first);
+        params.num_accepted = self.num_accepted.mut_ptr(first);
+        params.next_tokens = self.next_tokens.mut_ptr(first);
+        params.status = self.status.mut_ptr(first);
+        params.workspace = self.workspace.mut_ptr(0).cast();
+        params.workspace_bytes = self.workspace.len();
+        params
     }
 }
 

@@ -140,6 +140,7 @@ impl Candidates {
             workspace: self.workspace.mut_ptr(0).cast(),
             workspace_bytes: self.workspace.len(),
             stride_logits_row: self.vocab_size as i64,
+            rules: std::ptr::null(),
             mask: std::ptr::null(),
         }
     }

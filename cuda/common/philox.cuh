@@ -9,11 +9,15 @@
  * The race. With independent exponentials E_v (rate 1), the v that minimises E_v / weight(v) is
  * distributed as weight(v) / sum of weights: of runners with those speeds it finishes first. It
  * needs no normaliser and no prefix sum, every v is judged by itself, and partial winners merge in
- * any grouping. Two equivalent scores, larger wins:
+ * any grouping. With weight = exp(l / T) the same v maximises race_score_logit, l - T log E, which
+ * never overflows and goes to the greedy score l as T goes to 0. (-log E is Gumbel noise.)
  *
- *   race_score_logit   weight = exp(l / T):  T log weight - T log E = l - T log E. Never overflows,
- *                      and goes to the greedy score l as T goes to 0. (-log E is Gumbel noise.)
- *   race_score_weight  weight given:         weight / E.
+ * Zones. The E_v of kZone neighbouring tokens are made from their minimum m (an exponential of rate
+ * kZone) and the token that has it; every other one is m plus an exponential of rate 1, since what
+ * is left of an exponential after m is one again. So all are independent of rate 1, and a zone
+ * whose m / (largest weight) is behind the winner so far need not be looked at: a race reads a
+ * handful of zones instead of the vocabulary. m and its token come from the counter
+ * (zone, position, purpose, 1), the others from (v / 4, position, purpose, 0).
  *
  * Why E must be exact to a relative error, most of all where it is small: the winner of a race
  * over n tokens typically has E of order 1 / n, and a token of probability p far below 1 / n can
@@ -62,6 +66,9 @@ __device__ __forceinline__ uint4 philox_quad(uint64_t seed,
   return philox4x32_10(seed, make_uint4(quad, static_cast<uint32_t>(position), purpose, 0u));
 }
 
+/* Tokens that share a minimum. */
+constexpr int kZone = 1024;
+
 constexpr float kTwoPowMinus32 = 0x1p-32f;
 
 /* u in (0, 1), exact: the one number of an accept decision is compared in f64. */
@@ -76,14 +83,32 @@ __device__ __forceinline__ float exponential_from_word(uint32_t word) {
   return low ? -log1pf(-u) : -logf(u);
 }
 
+/* The noise of a zone: its smallest E_v, and whose it is, relative to the zone. */
+struct ZoneNoise {
+  float least;
+  int32_t least_at;
+};
+
+__device__ __forceinline__ ZoneNoise zone_noise(uint64_t seed,
+                                                int32_t zone,
+                                                int32_t position,
+                                                uint32_t purpose) {
+  const uint4 words = philox4x32_10(
+      seed, make_uint4(static_cast<uint32_t>(zone), static_cast<uint32_t>(position), purpose, 1u));
+  return {exponential_from_word(words.x) * (1.f / kZone), static_cast<int32_t>(words.y % kZone)};
+}
+
+/* E_v of the token `offset` tokens into the zone, whose own word is `word`. */
+__device__ __forceinline__ float zone_exponential(const ZoneNoise& noise,
+                                                  int32_t offset,
+                                                  uint32_t word) {
+  return offset == noise.least_at ? noise.least : noise.least + exponential_from_word(word);
+}
+
 __device__ __forceinline__ float race_score_logit(float logit,
                                                   float temperature,
                                                   float exponential) {
   return fmaf(-temperature, logf(exponential), logit);
-}
-
-__device__ __forceinline__ float race_score_weight(float weight, float exponential) {
-  return weight / exponential;
 }
 
 /* A race without runners: index kNoRunner loses to everything that takes part. */

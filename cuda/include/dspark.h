@@ -316,6 +316,28 @@ dspark_status DSPARK_FN(dspark_draft_attention)(const dspark_attention_params* p
  * draft: the semi-autoregressive head
  * --------------------------------------------------------------------------------------------- */
 
+/* How drafts are accepted at temperature > 0: see dspark_accept. */
+typedef int32_t dspark_rule;
+#define DSPARK_RULE_TOKEN 0
+#define DSPARK_RULE_BLOCK 1
+#define DSPARK_RULE_COUPLED 2
+
+/* Purposes keep the uses of randomness apart: no two draws of a request share a Philox counter, but
+ * for the coupled rule, whose drafts share the noise of the target's token on purpose. */
+#define DSPARK_PURPOSE_DRAFT 1
+#define DSPARK_PURPOSE_ACCEPT 2
+#define DSPARK_PURPOSE_RESIDUAL 3
+#define DSPARK_PURPOSE_BONUS 4
+
+/*
+ * The noise of a draw (of a draft, a recovered or a bonus token): words W(a, b) of Philox4x32-10
+ * with key = seeds[r] and counter = (a, position, purpose, b), u = (word + 0.5) * 2^-32,
+ * E(word) = -log1p(-u). Tokens are cut into zones of 1024. The zone z of v has the minimum
+ * m = E(W(z, 1).x) / 1024 at its token W(z, 1).y % 1024; that one has E_v = m, all others
+ * E_v = m + E(W(v / 4, 0)[v % 4]). These are independent exponentials of rate 1, and the token
+ * drawn is the argmin of E_v / weight(v).
+ */
+
 typedef int32_t dspark_head_kind;
 #define DSPARK_HEAD_NONE 0 /* no bias: DFlash; the draft is sampled from the base logits */
 #define DSPARK_HEAD_VANILLA 1
@@ -349,8 +371,8 @@ typedef int32_t dspark_head_kind;
  * Aliasing      none allowed.
  * Workspace     dspark_draft_head_workspace_size bytes, 256-byte aligned; contents do not matter.
  * Determinism   bitwise, independent of the batch: which path runs depends on alignment, rank and
- *               device alone. Noise: Philox4x32-10, key = seeds[r], counter = (v / 4, position of
- *               x_k, DSPARK_PURPOSE_DRAFT, 0), word v % 4; x_k has position anchor_positions[r] + k.
+ *               device alone. Noise as above, position anchor_positions[r] + k of x_k, purpose DRAFT,
+ *               or BONUS where rules[r] is COUPLED.
  * Stream/graph  capture-safe. A row of NaN or all -inf (also: all forbidden) yields token 0 for that
  *               step.
  * Errors        null pointers, unknown head, sizes < 0, markov_rank out of range, workspace too
@@ -383,7 +405,8 @@ typedef struct dspark_draft_head_params {
   void* workspace;
   size_t workspace_bytes;
   int64_t stride_logits_row;
-  const int32_t* mask; /* may be NULL: everything is allowed */
+  const int32_t* rules; /* [num_reqs] DSPARK_RULE_*; may be NULL: none is coupled */
+  const int32_t* mask;  /* may be NULL: everything is allowed */
 } dspark_draft_head_params;
 #define DSPARK_DRAFT_HEAD_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_head_params)
 /* Host. Reads only sizes. */
@@ -452,7 +475,8 @@ typedef struct dspark_draft_candidates_params {
   void* workspace;
   size_t workspace_bytes;
   int64_t stride_logits_row;
-  const int32_t* mask; /* may be NULL: everything is allowed */
+  const int32_t* rules; /* [num_reqs] DSPARK_RULE_*; may be NULL: none is coupled */
+  const int32_t* mask;  /* may be NULL: everything is allowed */
 } dspark_draft_candidates_params;
 #define DSPARK_DRAFT_CANDIDATES_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_candidates_params)
 /* Host. Reads only sizes. */
@@ -495,64 +519,104 @@ dspark_status DSPARK_FN(dspark_survival)(const dspark_survival_params* params,
  * verify: target law and acceptance
  * --------------------------------------------------------------------------------------------- */
 
-/* Purposes keep the uses of randomness apart: no two draws of a request ever share a Philox
- * counter. */
-#define DSPARK_PURPOSE_DRAFT 1
-#define DSPARK_PURPOSE_ACCEPT 2
-#define DSPARK_PURPOSE_RESIDUAL 3
-#define DSPARK_PURPOSE_BONUS 4
-
 /*
  * Computes      for each request with 1 + verify_len rows of target logits: the target law p of
- *               each row (temperature, then top-k, top-p, min-p, each off when its value says
- *               so), and the accepted prefix of its drafts. Temperature 0 is greedy: accept iff
- *               draft = argmax (lowest index wins), the next token is the argmax of the first row
- *               not matched. Temperature > 0 is the token rule: accept x_k if u * q_k(x_k) <
- *               p_k(x_k); at the first rejection the recovered token is drawn from
- *               normalise(max(p_k - q_k, 0)); when all are kept the bonus token is drawn from the
- *               last row's p. verify_len 0 samples from p of the only row.
- * Filters       top-k keeps every token whose logit is at least the k-th largest; top-p keeps the
- *               smallest set {v : p(v) >= t} whose mass (renormalised after top-k) is at least
- *               top_p; min-p keeps p(v) >= min_p * max p. Ties at a threshold are all kept.
- * Draft law     draft_logits NULL: q is the point mass on the draft token. Else q =
- *               softmax(draft_logits / temperature), row r * draft_len + k of draft_logits for
- *               x_{k+1} of request r.
+ *               each row, the accepted drafts, and the next token.
+ * Target law    of the logits l of a row, each step off when its array is NULL or its value says
+ *               so, in this order and in single f32 operations: tokens listed in edits with count
+ *               >= 0: l = l > 0 ? l / repetition : l * repetition; with count c > 0:
+ *               l -= frequency * c, l -= presence; all listed: l += bias; l = -inf where the mask
+ *               has 0. A draft before the row counts once more for each time it came. Then
+ *               softmax(l / temperature); top-k keeps every token whose l is at least the k-th
+ *               largest; top-p keeps the smallest set {v : p(v) >= t} whose mass (renormalised
+ *               after top-k) is at least top_p; min-p keeps p(v) >= min_p * max p. Ties at a
+ *               threshold are all kept.
+ * Draft law     q of draft k of request r, row r * draft_len + k: softmax(draft_logits /
+ *               temperature) when draft_logits is given; else softmax(candidate_logits /
+ *               temperature) over num_candidates tokens when candidate_tokens is given; else the
+ *               point mass on the draft. Draft rows without a law (NaN, +inf, nothing) count as
+ *               point masses.
+ * Rules         temperature 0: accept x iff x = argmax (lowest index wins), next is the argmax of
+ *               the last row reached. Above 0 by rules[r]. TOKEN: accept x if u * q(x) < p(x),
+ *               else p becomes normalise(max(p - q, 0)) for the next sibling and, in the end, the
+ *               law of the next token. BLOCK (chains): Sun et al. 2024: ratio_i = min(1,
+ *               ratio_{i-1} p(x_i) / q(x_i)); prefix i passes if u_i < S_i / (S_i + 1 - ratio_i),
+ *               S_i = sum of max(ratio_i p - q, 0) after it (i = verify_len: u_i < ratio_i); the
+ *               longest that passes is kept, next is drawn from max(ratio_i p - q, 0), or p after
+ *               all drafts. COUPLED: the token behind a row is the draw from p with the noise of
+ *               purpose BONUS; accept x iff it is x. A draft that is a stop token of its request
+ *               ends the run: it is the next token then.
  * Shapes        target_logits [num_rows, vocab_size]; draft_logits [num_reqs * draft_len,
- *               vocab_size]; draft_tokens [num_reqs, draft_len]; num_accepted, next_tokens,
- *               status [num_reqs].
- * Dtypes        logits f32; tokens, lengths int32; laws in f32 with f32 sums (Kahan or tree).
+ *               vocab_size]; candidates [num_reqs * draft_len, num_candidates]; draft_tokens,
+ *               parents, accept_flags [num_reqs, draft_len]; mask [num_rows, ceil(vocab_size /
+ *               32)], bit v % 32 of word v / 32; edits of request r at edit_indptr[r] ..
+ *               edit_indptr[r+1]-1, ascending by token, each once; logprobs [num_reqs, draft_len +
+ *               1], top_tokens, top_logprobs [num_reqs, draft_len + 1, num_top_logprobs]; the rest
+ *               [num_reqs].
+ * Log-probs     entry i: ln p of committed token i (accepted drafts, then next) under its row's
+ *               law, of temperature 1 where the temperature is 0; the likeliest tokens descending,
+ *               equals by index; -1 and -inf where there are none.
+ * Dtypes        target_logits, draft_logits F32, BF16 or F16; the rest f32 and int32. Laws in f32,
+ *               sums by trees.
  * Layout        logits row strides given; the rest contiguous.
- * Alignment     element alignment; 16 bytes gives the fast path.
+ * Alignment     element alignment; rows at multiples of 16 bytes are read with 16-byte accesses.
  * Aliasing      none allowed. target_logits are not changed.
  * Workspace     dspark_accept_workspace_size bytes, 256-byte aligned; contents do not matter.
- * Determinism   bitwise, independent of the batch. Philox4x32-10, key = seeds[r], counter = (v /
- *               4 or 0, position, purpose, 0); the row k of request r decides position
- *               anchor_positions[r] + 1 + k. u = (x + 0.5) * 2^-32; a categorical draw is the
- *               argmin over v of E_v / weight(v), E_v = -log1p(-u_v).
- * Stream/graph  capture-safe. Requests without rows get num_accepted 0, next_tokens -1, status 0.
- *               status[r] = 1 when a needed row holds NaN, +inf or only -inf: then num_accepted 0
- *               and next_tokens -1.
- * Errors        null pointers, sizes < 0, vocab_size = 0, workspace too small.
+ * Determinism   bitwise, independent of the batch. Row k of request r decides position
+ *               anchor_positions[r] + 1 + (depth of the row). u of the j-th sibling (0 in chains)
+ *               = (x + 0.5) * 2^-32, x = W(j, 0).x with purpose ACCEPT at the draft's position;
+ *               draws as above with purpose RESIDUAL after a rejection, BONUS without.
+ * Stream/graph  capture-safe; two launches, one more if any of top_k, top_p, min_p is given, one
+ *               more for log-probs. Requests without rows get num_accepted 0, next_tokens -1,
+ *               status 0. status[r] = 1 when a needed row holds NaN, +inf or only -inf (block: any
+ *               row): then num_accepted 0 and next_tokens -1; other requests are not touched.
+ * Errors        null pointers, sizes < 0, vocab_size 0 or > 2^21, draft_len > 64, num_candidates >
+ *               256, num_top_logprobs > 20, unknown dtypes, workspace too small.
  */
 typedef struct dspark_accept_params {
   uint32_t struct_size;
-  int32_t num_rows; /* bound */
+  dspark_dtype target_dtype;
+  dspark_dtype draft_dtype; /* of draft_logits */
+  int32_t num_rows;         /* bound */
   int32_t num_reqs;
   int32_t draft_len; /* columns of draft_tokens; >= every verify_len */
   int32_t vocab_size;
-  const float* target_logits;
-  const float* draft_logits;       /* may be NULL: point mass */
-  const int32_t* draft_tokens;     /* may be NULL when draft_len is 0 */
-  const int32_t* qo_indptr;        /* [num_reqs + 1] rows of each request: 0 or 1 + verify_len */
-  const int32_t* anchor_positions; /* [num_reqs] */
-  const float* temperature;        /* [num_reqs] */
-  const int32_t* top_k;            /* [num_reqs]; 0 = off */
-  const float* top_p;              /* [num_reqs]; 1 = off */
-  const float* min_p;              /* [num_reqs]; 0 = off */
-  const uint64_t* seeds;           /* [num_reqs] */
+  int32_t num_candidates;   /* pairs of a sparse draft law; 0 without one */
+  int32_t num_top_logprobs; /* read when logprobs is given */
+  const void* target_logits;
+  const void* draft_logits;           /* may be NULL */
+  const float* draft_log_normalizers; /* ln sum exp(l / temperature) of each row of draft_logits;
+                                         may be NULL: they are computed, which reads all rows */
+  const int32_t* candidate_tokens;    /* each once per draft; negative: no pair; may be NULL */
+  const float* candidate_logits;      /* may be NULL with candidate_tokens */
+  const int32_t* draft_tokens;        /* may be NULL when draft_len is 0 */
+  const int32_t* parents;   /* row that each draft follows: 0 the anchor's, else 1 + a lower
+                                         draft; siblings are tried in order; may be NULL: chains */
+  const int32_t* qo_indptr; /* [num_reqs + 1] rows of each request: 0 or 1 + verify_len */
+  const int32_t* anchor_positions;
+  const float* temperature;
+  const int32_t* top_k; /* 0 = off; may be NULL */
+  const float* top_p;   /* 1 = off; may be NULL */
+  const float* min_p;   /* 0 = off; may be NULL */
+  const int32_t* rules; /* may be NULL: TOKEN */
+  const uint64_t* seeds;
+  const float* repetition_penalty; /* 1 = off; may be NULL */
+  const float* presence_penalty;   /* 0 = off; may be NULL */
+  const float* frequency_penalty;  /* 0 = off; may be NULL */
+  const int32_t* edit_indptr;      /* [num_reqs + 1]; may be NULL: nothing is listed */
+  const int32_t* edit_tokens;
+  const int32_t* edit_counts; /* times in the output; 0: in the prompt alone; -1: in neither */
+  const float* edit_biases;
+  const int32_t* mask;        /* may be NULL */
+  const int32_t* stop_indptr; /* [num_reqs + 1]; may be NULL */
+  const int32_t* stop_tokens;
   int32_t* num_accepted;
-  int32_t* next_tokens; /* the recovered or bonus token */
+  int32_t* next_tokens; /* the recovered or bonus token, or the stop token */
   int32_t* status;
+  int32_t* accept_flags; /* may be NULL */
+  float* logprobs;       /* may be NULL: no log-probs */
+  int32_t* top_tokens;   /* may be NULL when num_top_logprobs is 0 */
+  float* top_logprobs;
   void* workspace;
   size_t workspace_bytes;
   int64_t stride_target_row;

@@ -31,6 +31,7 @@ constexpr size_t tiled_shared_bytes(int32_t rank, int32_t reqs_per_cta) {
   return static_cast<size_t>(Policy::kStages) *
          tiled_stage_bytes<Policy>(rank, tiled_tile_tokens(reqs_per_cta), reqs_per_cta);
 }
+static_assert(kZone % tiled_tile_tokens(1) == 0 && kZone % tiled_tile_tokens(64) == 0);
 static_assert(tiled_shared_bytes<TiledVanilla>(TiledVanilla::kMaxRank, 16) <= kMaxTiledSharedBytes);
 static_assert(tiled_shared_bytes<TiledVanillaWide>(TiledVanilla::kMaxRank, 128) <=
               kMaxTiledSharedBytes);
@@ -98,6 +99,7 @@ class DraftHead {
     sample_.anchor_positions = p_.anchor_positions;
     sample_.temperature = p_.temperature;
     sample_.seeds = p_.seeds;
+    sample_.rules = p_.rules;
     sample_.winners = at<Indexed>(layout_.winners);
     sample_.mask = grammar_mask(p_);
     sample_.stride_logits_row = p_.stride_logits_row;
@@ -186,6 +188,7 @@ class DraftHead {
     args.anchor_positions = p_.anchor_positions;
     args.temperature = p_.temperature;
     args.seeds = p_.seeds;
+    args.rules = p_.rules;
     args.draft_tokens = p_.draft_tokens;
     args.race_keys = at<RaceKey>(layout_.race_keys);
     args.arrivals = at<uint32_t>(layout_.arrivals);

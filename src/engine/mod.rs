@@ -246,10 +246,12 @@ impl<O: Ops> Engine<O> {
             self.pool.reserve(&mut pages, waiting.num_entries)?;
             let prompt_ids = std::mem::take(&mut waiting.request.prompt_ids);
             let room = self.step.target().max_position() - prompt_ids.len();
+            let mut sequence = Sequence::new(slot, pages, waiting.request.sampling);
+            sequence.logit_bias = std::mem::take(&mut waiting.request.logit_bias);
             let now = Instant::now();
             self.active.push(Active {
                 id: waiting.id,
-                sequence: Sequence::new(slot, pages, waiting.request.sampling),
+                sequence,
                 output: Output::new(&mut waiting.request, room),
                 prompt_ids,
                 rounds: Vec::new(),

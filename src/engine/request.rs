@@ -22,6 +22,8 @@ pub struct Request {
     pub prompt_ids: Vec<u32>,
     /// How tokens are drawn.
     pub sampling: SamplingParams,
+    /// Added to the logits of these tokens; a large negative number bans one.
+    pub logit_bias: Vec<(u32, f32)>,
     /// The most tokens to generate; at least 1. The model's context may end the output earlier.
     pub max_new_tokens: usize,
     /// Each of these tokens ends the output. It is the last of the generated tokens and no part of the text.
@@ -38,6 +40,7 @@ impl Request {
         Self {
             prompt_ids,
             sampling,
+            logit_bias: Vec::new(),
             max_new_tokens,
             stop_tokens: Vec::new(),
             stop_strings: Vec::new(),
@@ -65,6 +68,14 @@ impl Request {
         if self.prompt_ids.len() >= max_position {
             let expected = format!("fewer than {max_position} tokens (the model's context)");
             return Err(Error::argument("prompt", expected, self.prompt_ids.len()));
+        }
+        if let Some((id, _)) = self
+            .logit_bias
+            .iter()
+            .find(|(id, bias)| *id as usize >= vocab_size || bias.is_nan())
+        {
+            let expected = format!("a number for token ids below {vocab_size}");
+            return Err(Error::argument("logit_bias", expected, id));
         }
         if self.max_new_tokens == 0 {
             return Err(Error::argument("max_new_tokens", "at least 1", 0));

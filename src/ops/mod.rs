@@ -8,6 +8,7 @@
 //! Two backends: `crate::reference::Reference` (plain Rust; oracle of every test and the backend without a GPU) and
 //! `ops::cuda::Cuda`.
 
+mod accept;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod mapped_file;
@@ -15,9 +16,12 @@ mod rows;
 mod sampling;
 mod tensor;
 
+pub use accept::{
+    AcceptBatch, AcceptExtras, Accepted, DraftLaw, MAX_TOP_LOGPROBS, SparseLaw, TokenLogprobs,
+};
 pub use mapped_file::MappedFile;
 pub use rows::RowMap;
-pub use sampling::{Purpose, SamplingParams};
+pub use sampling::{Purpose, Rule, SamplingParams, TokenEdit, TokenEdits};
 pub use tensor::{Dtype, HostTensor};
 
 use crate::error::Result;
@@ -126,15 +130,6 @@ pub struct Drafted {
     pub confidence: Option<Vec<f32>>,
 }
 
-/// What acceptance decided, on the host.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Accepted {
-    /// `[num_reqs]` drafts kept.
-    pub num_accepted: Vec<u32>,
-    /// `[num_reqs]` the recovered or bonus token.
-    pub next_tokens: Vec<u32>,
-}
-
 /// Where the q/k/v of [`Ops::qk_norm_rope`] go.
 pub enum KvSink<'a, O: Ops> {
     /// Appended to the cache of `layer` at slots `seq_lens[r] + i` of the pass's requests.
@@ -146,14 +141,6 @@ pub enum KvSink<'a, O: Ops> {
     },
     /// Written to `[rows, 2 * num_kv_heads * head_dim]` = `[k | v]`: the block of a drafter never enters its cache.
     Block(&'a mut O::Mat),
-}
-
-/// The law the drafts were sampled from, as acceptance needs it.
-pub enum DraftLaw<'a, O: Ops> {
-    /// A point mass on each draft token.
-    PointMass,
-    /// `softmax(logits / temperature)`, row `r * draft_len + k` for draft `k` of request `r`.
-    Logits(&'a O::Logits),
 }
 
 /// The operations. All shapes are checked; a mismatch is an [`crate::Error::Argument`].
@@ -302,7 +289,7 @@ pub trait Ops: Sized {
     /// Runs the semi-autoregressive head over `draft_len` steps. `logits [num_reqs * draft_len, vocab]` holds the base
     /// logits and is overwritten with `l = U + B`; the draft law is exactly `softmax(l / temperature)` of what is
     /// written. `hidden [num_reqs * draft_len, d]`. Draft k of request r (k from 1) is the token at position
-    /// `anchor_positions[r] + k`, sampled with [`Purpose::Draft`]; argmax (lowest index wins) at temperature 0.
+    /// `anchor_positions[r] + k`, sampled with [`Rule::draft_purpose`]; argmax (lowest index wins) at temperature 0.
     #[allow(clippy::too_many_arguments)] // one operand each; the C ABI has the params struct
     fn draft_head(
         &mut self,
@@ -316,20 +303,9 @@ pub trait Ops: Sized {
     ) -> Result<Drafted>;
 
     /// Target law and acceptance of the contract block of `dspark_accept` (cuda/include/dspark.h), which the reference
-    /// follows in f64. `qo_indptr [num_reqs + 1]` over the rows of `target`: each request brings `1 + verify_len` rows.
-    /// `draft_tokens [num_reqs * draft_len]`.
+    /// follows in f64.
     ///
     /// # Errors
     /// [`crate::Error::BadLogits`] names the first request whose rows are no law.
-    #[allow(clippy::too_many_arguments)] // one operand each; the C ABI has the params struct
-    fn accept(
-        &mut self,
-        target: &Self::Logits,
-        qo_indptr: &[i32],
-        draft_tokens: &[u32],
-        draft_len: usize,
-        law: DraftLaw<'_, Self>,
-        anchor_positions: &[u32],
-        sampling: &[SamplingParams],
-    ) -> Result<Accepted>;
+    fn accept(&mut self, batch: &AcceptBatch<'_, Self>) -> Result<Accepted>;
 }

@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::philox::{key, philox4x32, uniform};
+use super::philox::{ZONE, Zone, key, philox4x32, uniform};
 use crate::ops::Purpose;
 
 /// Names one random decision. No two decisions of a request share all of it.
@@ -17,6 +17,8 @@ pub struct Draw {
     pub position: u32,
     /// What the draw is for.
     pub purpose: Purpose,
+    /// Which of several decisions at that position (siblings of a tree); else 0.
+    pub ordinal: u32,
 }
 
 /// A source of random decisions.
@@ -28,41 +30,32 @@ pub trait Choices: Send {
     fn accept(&mut self, draw: Draw, target_prob: f64, draft_prob: f64) -> bool;
 }
 
-/// The decisions of `dspark_accept` and `dspark_draft_head` (cuda/include/dspark.h): Philox4x32-10 with the seed as key
-/// and the counter `(block, position, purpose, 0)`.
+/// The decisions of `dspark_accept` and `dspark_draft_head` (cuda/include/dspark.h): Philox4x32-10 with the seed as key;
+/// draws race with the noise of [`Zone`], decisions take the first word of the counter `(ordinal, position, purpose, 0)`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Philox;
 
-impl Philox {
-    fn block(draw: Draw, block: u32) -> [u32; 4] {
-        philox4x32(
-            key(draw.seed),
-            [block, draw.position, draw.purpose as u32, 0],
-        )
-    }
-}
-
 impl Choices for Philox {
-    /// An exponential race: the smallest of `E_v / weights[v]` wins, `E_v = -ln(1 - u_v)`.
+    /// An exponential race: the smallest of `E_v / weights[v]` wins; zones that cannot win are passed over.
     fn categorical(&mut self, draw: Draw, weights: &[f64]) -> usize {
-        // E >= u: a token whose u is above what it would have to beat has lost, without its logarithm; the margin
-        // covers the rounding of the logarithm. No u is below that of word 0, so most blocks need no random words.
-        const MARGIN: f64 = 1.0 - 1e-9;
-        let smallest = uniform(0) * MARGIN;
         let (mut winner, mut best) = (0, f64::INFINITY);
-        for (block, weights) in weights.chunks(4).enumerate() {
-            if weights.iter().all(|&w| w <= 0.0 || smallest > best * w) {
+        for (index, weights) in weights.chunks(ZONE).enumerate() {
+            let zone = Zone::new(draw.seed, draw.position, draw.purpose as u32, index);
+            let lost = |weights: &[f64], best: f64| {
+                weights.iter().all(|&w| w <= 0.0 || zone.least >= best * w)
+            };
+            if lost(weights, best) {
                 continue;
             }
-            let words = Self::block(draw, block as u32);
-            for (lane, (&weight, word)) in weights.iter().zip(words).enumerate() {
-                let u = uniform(word);
-                if weight <= 0.0 || u * MARGIN > best * weight {
+            for (quad, weights) in weights.chunks(4).enumerate() {
+                if lost(weights, best) {
                     continue;
                 }
-                let arrival = -(-u).ln_1p() / weight;
-                if arrival < best {
-                    (winner, best) = (4 * block + lane, arrival);
+                for (lane, (&weight, e)) in weights.iter().zip(zone.quad(quad)).enumerate() {
+                    let arrival = e / weight;
+                    if weight > 0.0 && arrival < best {
+                        (winner, best) = (index * ZONE + 4 * quad + lane, arrival);
+                    }
                 }
             }
         }
@@ -70,7 +63,8 @@ impl Choices for Philox {
     }
 
     fn accept(&mut self, draw: Draw, target_prob: f64, draft_prob: f64) -> bool {
-        uniform(Self::block(draw, 0)[0]) * draft_prob < target_prob
+        let counter = [draw.ordinal, draw.position, draw.purpose as u32, 0];
+        uniform(philox4x32(key(draw.seed), counter)[0]) * draft_prob < target_prob
     }
 }
 
@@ -186,12 +180,14 @@ pub fn enumerate<T>(mut program: impl FnMut(&Enumerator) -> T) -> Vec<(f64, T)> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reference::philox::token_exponential;
 
     fn draw(position: u32, purpose: Purpose) -> Draw {
         Draw {
             seed: 0x1234_5678_9abc_def0,
             position,
             purpose,
+            ordinal: 0,
         }
     }
 
@@ -199,9 +195,8 @@ mod tests {
     fn plain_race(draw: Draw, weights: &[f64]) -> usize {
         let mut best = (f64::INFINITY, 0);
         for (v, &weight) in weights.iter().enumerate() {
-            let counter = [v as u32 / 4, draw.position, draw.purpose as u32, 0];
-            let word = philox4x32(key(draw.seed), counter)[v % 4];
-            let arrival = -(-uniform(word)).ln_1p() / weight;
+            let (position, purpose) = (draw.position, draw.purpose as u32);
+            let arrival = token_exponential(draw.seed, position, purpose, v) / weight;
             if arrival < best.0 {
                 best = (arrival, v);
             }
@@ -213,7 +208,7 @@ mod tests {
     fn the_race_with_shortcuts_is_the_race() {
         for position in 0..300 {
             let draw = draw(position, Purpose::Draft);
-            let n = 1 + (position as usize * 37) % 501;
+            let n = 1 + (position as usize * 137) % 5001;
             let steep = f64::from(position % 7);
             let weights: Vec<f64> = (0..n)
                 .map(|v| {
@@ -249,6 +244,34 @@ mod tests {
         };
         assert!(statistic(&weights) < 44.0);
         assert!(statistic(&[0.2, 0.0, 2.3, 0.5, 1.0]) > 44.0);
+    }
+
+    /// Noise that shares its zone's minimum is exponential of rate 1 and independent: first and second moments, within
+    /// a zone and of its minimum.
+    #[test]
+    fn the_noise_of_a_zone_is_independent_exponentials() {
+        let (n, tokens) = (20_000, [0, 1, 700, 1023, 1024]);
+        let (mut sums, mut products, mut least) = ([0.0; 5], [[0.0; 5]; 5], 0.0);
+        for position in 0..n {
+            let e = tokens.map(|v| token_exponential(9, position, 3, v));
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum += e[i];
+                for (product, other) in products[i].iter_mut().zip(e) {
+                    *product += e[i] * other;
+                }
+            }
+            least += Zone::new(9, position, 3, 0).least * ZONE as f64;
+        }
+        let n = f64::from(n);
+        assert!((least / n - 1.0).abs() < 6.0 / n.sqrt());
+        for (i, products) in products.iter().enumerate() {
+            assert!((sums[i] / n - 1.0).abs() < 6.0 / n.sqrt(), "mean of {i}");
+            for (j, product) in products.iter().enumerate() {
+                let (moment, variance): (f64, f64) = if i == j { (2.0, 20.0) } else { (1.0, 3.0) };
+                let off = (product / n - moment).abs();
+                assert!(off < 6.0 * (variance / n).sqrt(), "{i} {j}: {off}");
+            }
+        }
     }
 
     #[test]

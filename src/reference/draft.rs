@@ -9,7 +9,7 @@ use super::pool::Pool;
 use super::tensor::{F32Matrix, expect_len, expect_shape};
 use super::weight::Weight;
 use crate::error::{Error, Result};
-use crate::ops::{DraftHead, Drafted, HeadKind, Matrix, Purpose, SamplingParams};
+use crate::ops::{DraftHead, Drafted, HeadKind, Matrix, SamplingParams};
 
 /// Arguments of [`crate::ops::Ops::draft_head`].
 pub(super) struct DraftPass<'a> {
@@ -159,7 +159,8 @@ impl DraftPass<'_> {
             let draw = Draw {
                 seed: params.seed,
                 position: self.anchor_positions[r] + 1 + k as u32,
-                purpose: Purpose::Draft,
+                purpose: params.rule.draft_purpose(),
+                ordinal: 0,
             };
             choices.categorical(draw, &law::softmax(logits, params.temperature))
         };

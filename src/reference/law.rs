@@ -85,13 +85,14 @@ fn top_p_threshold(probs: &[f64], top_p: f64) -> f64 {
     0.0
 }
 
-/// `normalise(max(target - draft, 0))`: the law of the recovered token. `None` when no mass is left, which exact
+/// `normalise(max(share * target - draft, 0))`: the law of the recovered token; `share` is 1 but for the block rule, where
+/// it is the joint ratio of the prefix before. `None` when no mass is left, which exact
 /// arithmetic rules out after a rejection (the rejected token has `target < draft`, so another has `target > draft`).
-pub fn residual(target: &[f64], draft: &[f64]) -> Option<Vec<f64>> {
+pub fn residual(share: f64, target: &[f64], draft: &[f64]) -> Option<Vec<f64>> {
     let mut rest: Vec<f64> = target
         .iter()
         .zip(draft)
-        .map(|(&target, &draft)| (target - draft).max(0.0))
+        .map(|(&target, &draft)| (share * target - draft).max(0.0))
         .collect();
     // Scaled by the maximum first: the mass may be so small that its reciprocal is not a number.
     let max = rest.iter().copied().fold(0.0, f64::max);
@@ -140,7 +141,7 @@ mod tests {
             top_k,
             top_p,
             min_p,
-            seed: 0,
+            ..SamplingParams::default()
         }
     }
 
@@ -275,22 +276,22 @@ mod tests {
     fn residuals() {
         let one_hot = point_mass(1, 3);
         assert_eq!(
-            residual(&[0.5, 0.25, 0.25], &one_hot),
+            residual(1.0, &[0.5, 0.25, 0.25], &one_hot),
             Some(vec![2.0 / 3.0, 0.0, 1.0 / 3.0])
         );
         assert_eq!(
-            residual(&[0.5, 0.0, 0.5], &one_hot),
+            residual(1.0, &[0.5, 0.0, 0.5], &one_hot),
             Some(vec![0.5, 0.0, 0.5])
         );
         assert_eq!(
-            residual(&one_hot, &[0.5, 0.5, 0.0]),
+            residual(1.0, &one_hot, &[0.5, 0.5, 0.0]),
             Some(vec![0.0, 1.0, 0.0])
         );
-        assert_eq!(residual(&one_hot, &one_hot), None);
+        assert_eq!(residual(1.0, &one_hot, &one_hot), None);
         // A mass far below any clamp, down to subnormal numbers, is still a law.
-        let tiny = residual(&[0.0, 3e-310, 1e-310], &[1.0, 0.0, 0.0]).unwrap();
+        let tiny = residual(1.0, &[0.0, 3e-310, 1e-310], &[1.0, 0.0, 0.0]).unwrap();
         assert!((tiny[1] - 0.75).abs() < 1e-6 && (tiny[2] - 0.25).abs() < 1e-6);
-        let tiny = residual(&[0.5 + 1e-12, 0.5 - 1e-12], &[0.5, 0.5]).unwrap();
+        let tiny = residual(1.0, &[0.5 + 1e-12, 0.5 - 1e-12], &[0.5, 0.5]).unwrap();
         assert_eq!(tiny, [1.0, 0.0]);
     }
 }

@@ -8,6 +8,7 @@
 //! token by token, in verify windows and in batches. Results may differ between machines with and without fused
 //! multiply-add, and between widths of vectors (the dot products of attention).
 
+mod accept;
 mod attention;
 pub mod choices;
 mod draft;
@@ -18,6 +19,7 @@ mod norm;
 pub mod philox;
 mod pool;
 mod rope;
+mod shape;
 mod tensor;
 mod verify;
 mod weight;
@@ -35,12 +37,11 @@ use draft::DraftPass;
 use pool::Pool;
 use rope::QkNormRope;
 use tensor::{expect_cols, expect_shape};
-use verify::AcceptPass;
 
 use crate::error::{Error, Result};
 use crate::ops::{
-    Accepted, AttentionSpec, DraftHead, DraftLaw, Drafted, HostTensor, KvGeometry, KvSink, Matrix,
-    Ops, RopeSpec, RowMap, SamplingParams,
+    AcceptBatch, Accepted, AttentionSpec, DraftHead, Drafted, HostTensor, KvGeometry, KvSink,
+    Matrix, Ops, RopeSpec, RowMap, SamplingParams,
 };
 
 /// The backend. See the module's documentation for what its results depend on.
@@ -327,26 +328,8 @@ impl Ops for Reference {
         .run(&self.pool, &mut *self.choices)
     }
 
-    fn accept(
-        &mut self,
-        target: &F32Matrix,
-        qo_indptr: &[i32],
-        draft_tokens: &[u32],
-        draft_len: usize,
-        law: DraftLaw<'_, Self>,
-        anchor_positions: &[u32],
-        sampling: &[SamplingParams],
-    ) -> Result<Accepted> {
-        AcceptPass {
-            target,
-            qo_indptr,
-            draft_tokens,
-            draft_len,
-            law,
-            anchor_positions,
-            sampling,
-        }
-        .run(&mut *self.choices)
+    fn accept(&mut self, batch: &AcceptBatch<'_, Self>) -> Result<Accepted> {
+        verify::accept(batch, &mut *self.choices)
     }
 }
 

@@ -31,6 +31,64 @@ pub fn uniform(word: u32) -> f64 {
     (f64::from(word) + 0.5) * (-32.0_f64).exp2()
 }
 
+/// Tokens that share the noise of their minimum: see [`Zone`].
+pub const ZONE: usize = 1024;
+
+/// The exponential noise of one zone of [`ZONE`] neighbouring tokens, for one draw.
+///
+/// A draw is a race: with independent `E_v` of rate 1, the v that minimises `E_v / weight(v)` is distributed as the
+/// weights. The `E_v` of a zone are made from their minimum m, exponential of rate `ZONE`, and where it is: every other
+/// one is m plus an exponential of rate 1, since what is left of an exponential is one again. So they are independent of
+/// rate 1, and m alone can rule out a zone.
+#[derive(Clone, Copy, Debug)]
+pub struct Zone {
+    key: [u32; 2],
+    counter: [u32; 4],
+    /// The smallest `E_v` of the zone.
+    pub least: f64,
+    /// Its token, relative to the zone.
+    least_at: usize,
+}
+
+impl Zone {
+    /// Zone `index` (tokens from `index * ZONE` on) of the draw of `seed`, `position` and `purpose`.
+    pub fn new(seed: u64, position: u32, purpose: u32, index: usize) -> Self {
+        let key = key(seed);
+        let words = philox4x32(key, [index as u32, position, purpose, 1]);
+        Self {
+            key,
+            counter: [(index * ZONE / 4) as u32, position, purpose, 0],
+            least: exponential(words[0]) / ZONE as f64,
+            least_at: words[1] as usize % ZONE,
+        }
+    }
+
+    /// `E_v` of tokens `4 * quad .. 4 * quad + 4` of the zone.
+    pub fn quad(&self, quad: usize) -> [f64; 4] {
+        let mut counter = self.counter;
+        counter[0] += quad as u32;
+        let words = philox4x32(self.key, counter);
+        std::array::from_fn(|lane| {
+            if 4 * quad + lane == self.least_at {
+                self.least
+            } else {
+                self.least + exponential(words[lane])
+            }
+        })
+    }
+}
+
+/// `E_v` of one token of a draw.
+pub fn token_exponential(seed: u64, position: u32, purpose: u32, token: usize) -> f64 {
+    let zone = Zone::new(seed, position, purpose, token / ZONE);
+    zone.quad(token % ZONE / 4)[token % 4]
+}
+
+/// The exponential of rate 1 of a random word.
+pub fn exponential(word: u32) -> f64 {
+    -(-uniform(word)).ln_1p()
+}
+
 fn high(x: u64) -> u32 {
     (x >> 32) as u32
 }

@@ -1,11 +1,12 @@
 //! Operations against naive loops, invariances, and laws. Row invariance is asserted bitwise.
 
+mod acceptance;
 mod attention;
 mod laws;
 
 use super::philox::{philox4x32, uniform};
 use super::*;
-use crate::ops::{ConfidenceHead, Dtype, HeadKind};
+use crate::ops::{ConfidenceHead, DraftLaw, Dtype, HeadKind, SamplingParams};
 
 /// Numbers in (-1, 1), the same for the same `stream`.
 fn noise(stream: u32, len: usize) -> Vec<f32> {

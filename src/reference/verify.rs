@@ -1,169 +1,196 @@
-//! Target law and acceptance.
+//! Acceptance of a batch: checks, the laws of a request's rows, and what is reported.
+
+use std::borrow::Cow;
 
 use super::Reference;
+use super::accept::{self, Walk};
 use super::choices::{Choices, Draw};
 use super::law;
-use super::tensor::{F32Matrix, expect_len, expect_shape};
+use super::shape::Shape;
+use super::tensor::expect_shape;
 use crate::error::{Error, Result};
-use crate::ops::{Accepted, DraftLaw, Matrix, Purpose, SamplingParams};
+use crate::ops::{AcceptBatch, Accepted, DraftLaw, Matrix, Purpose, SamplingParams, TokenLogprobs};
 
 /// The `next_tokens` entry of a request without rows.
 pub const NO_TOKEN: u32 = u32::MAX;
 
-/// Arguments of [`crate::ops::Ops::accept`].
-pub(super) struct AcceptPass<'a> {
-    pub(super) target: &'a F32Matrix,
-    pub(super) qo_indptr: &'a [i32],
-    pub(super) draft_tokens: &'a [u32],
-    pub(super) draft_len: usize,
-    pub(super) law: DraftLaw<'a, Reference>,
-    pub(super) anchor_positions: &'a [u32],
-    pub(super) sampling: &'a [SamplingParams],
+/// See [`crate::ops::Ops::accept`].
+pub(super) fn accept(
+    batch: &AcceptBatch<'_, Reference>,
+    choices: &mut dyn Choices,
+) -> Result<Accepted> {
+    batch.check(batch.target.rows(), batch.target.cols())?;
+    check_law(batch)?;
+    let mut accepted = Accepted::default();
+    for req in 0..batch.sampling.len() {
+        let window = Window { batch, req };
+        let mut flags = vec![false; batch.draft_len];
+        let mut logprobs = Vec::new();
+        let walk = if window.num_rows() == 0 {
+            Walk {
+                path: Vec::new(),
+                next: NO_TOKEN,
+            }
+        } else {
+            let walk = accept::decide(&window, choices)?;
+            if let Some(num_top) = batch.extras.logprobs {
+                logprobs = window.logprobs(&walk, num_top)?;
+            }
+            walk
+        };
+        walk.path.iter().for_each(|&row| flags[row - 1] = true);
+        accepted.num_accepted.push(walk.path.len() as u32);
+        accepted.next_tokens.push(walk.next);
+        accepted.flags.extend(flags);
+        if batch.extras.logprobs.is_some() {
+            accepted.logprobs.push(logprobs);
+        }
+    }
+    Ok(accepted)
 }
 
-impl AcceptPass<'_> {
-    pub(super) fn run(&self, choices: &mut dyn Choices) -> Result<Accepted> {
-        self.check()?;
-        let mut accepted = Accepted::default();
-        for r in 0..self.sampling.len() {
-            let (num_accepted, next_token) = if self.num_rows(r) == 0 {
-                (0, NO_TOKEN)
-            } else if self.sampling[r].temperature == 0.0 {
-                self.accept_greedy(r)?
-            } else {
-                self.accept_token_rule(r, choices)?
-            };
-            accepted.num_accepted.push(num_accepted as u32);
-            accepted.next_tokens.push(next_token);
-        }
-        Ok(accepted)
+/// One request of a batch.
+pub(super) struct Window<'a> {
+    batch: &'a AcceptBatch<'a, Reference>,
+    req: usize,
+}
+
+impl Window<'_> {
+    pub(super) fn params(&self) -> &SamplingParams {
+        &self.batch.sampling[self.req]
     }
 
-    /// Drafts kept as long as each is the argmax, and the argmax of the first row not matched.
-    fn accept_greedy(&self, r: usize) -> Result<(usize, u32)> {
-        let verify_len = self.num_rows(r) - 1;
-        for k in 0..verify_len {
-            let best = law::argmax(self.target_row(r, k)?) as u32;
-            if best != self.draft_token(r, k) {
-                return Ok((k, best));
-            }
-        }
-        let bonus = law::argmax(self.target_row(r, verify_len)?);
-        Ok((verify_len, bonus as u32))
+    pub(super) fn num_rows(&self) -> usize {
+        (self.batch.qo_indptr[self.req + 1] - self.batch.qo_indptr[self.req]) as usize
     }
 
-    /// The token rule: draft `x` is kept if `u * q(x) < p(x)`; at the first rejection the recovered token comes from the
-    /// residual, and from `p` where rounding has left no residual.
-    fn accept_token_rule(&self, r: usize, choices: &mut dyn Choices) -> Result<(usize, u32)> {
-        let params = &self.sampling[r];
-        let verify_len = self.num_rows(r) - 1;
-        for k in 0..verify_len {
-            let token = self.draft_token(r, k) as usize;
-            let target_probs = law::target_law(self.target_row(r, k)?, params);
-            let draft_probs = self.draft_law(r, k, token);
-            let draw = self.draw(r, k, Purpose::Accept);
-            if choices.accept(draw, target_probs[token], draft_probs[token]) {
-                continue;
-            }
-            let residual = law::residual(&target_probs, &draft_probs).unwrap_or(target_probs);
-            let recovered = choices.categorical(self.draw(r, k, Purpose::Residual), &residual);
-            return Ok((k, recovered as u32));
-        }
-        let target_probs = law::target_law(self.target_row(r, verify_len)?, params);
-        let draw = self.draw(r, verify_len, Purpose::Bonus);
-        Ok((verify_len, choices.categorical(draw, &target_probs) as u32))
+    /// The draft that row `row` (from 1) stands for.
+    pub(super) fn token(&self, row: usize) -> u32 {
+        self.batch.draft_tokens[self.draft_index(row)]
     }
 
-    /// The law draft `k` (from 0) of request `r` was sampled from. A row of draft logits that is no law yielded its token
-    /// with certainty.
-    fn draft_law(&self, r: usize, k: usize, token: usize) -> Vec<f64> {
-        if let DraftLaw::Logits(logits) = &self.law {
-            let row = logits.row(r * self.draft_len + k);
-            if law::defect(row).is_none() {
-                return law::softmax(row, self.sampling[r].temperature);
-            }
-        }
-        law::point_mass(token, self.target.cols())
+    /// Rows that follow `row`, in the order they are tried.
+    pub(super) fn children(&self, row: usize) -> impl Iterator<Item = usize> + '_ {
+        (row + 1..self.num_rows()).filter(move |&child| self.parent(child) == row)
     }
 
-    /// The decision on row `k` of request `r`.
-    fn draw(&self, r: usize, k: usize, purpose: Purpose) -> Draw {
-        Draw {
-            seed: self.sampling[r].seed,
-            position: self.anchor_positions[r] + 1 + k as u32,
-            purpose,
-        }
+    pub(super) fn is_stop(&self, token: u32) -> bool {
+        let stops = self.batch.extras.stop_tokens;
+        stops.is_some_and(|stops| stops[self.req].contains(&token))
     }
 
-    fn num_rows(&self, r: usize) -> usize {
-        (self.qo_indptr[r + 1] - self.qo_indptr[r]) as usize
-    }
-
-    fn draft_token(&self, r: usize, k: usize) -> u32 {
-        self.draft_tokens[r * self.draft_len + k]
-    }
-
-    fn target_row(&self, r: usize, k: usize) -> Result<&[f32]> {
-        let row = self.target.row(self.qo_indptr[r] as usize + k);
-        match law::defect(row) {
-            None => Ok(row),
+    /// The shaped logits of a row.
+    pub(super) fn logits(&self, row: usize) -> Result<Cow<'_, [f32]>> {
+        let batch = self.batch;
+        let index = batch.qo_indptr[self.req] as usize + row;
+        let drafts: Vec<u32> = self.path_to(row).map(|row| self.token(row)).collect();
+        let words = batch.target.cols().div_ceil(32);
+        let shape = Shape {
+            params: self.params(),
+            edits: batch.extras.edits.map(|edits| &edits[self.req]),
+            drafts: &drafts,
+            mask: batch
+                .extras
+                .mask
+                .map_or(&[], |mask| &mask[index * words..][..words]),
+        };
+        let logits = shape.apply(batch.target.row(index));
+        match law::defect(&logits) {
+            None => Ok(logits),
             Some(found) => Err(Error::BadLogits {
-                request: r,
+                request: self.req,
                 found: found.to_owned(),
             }),
         }
     }
 
-    fn check(&self) -> Result<()> {
-        let num_reqs = self.sampling.len();
-        self.sampling
-            .iter()
-            .try_for_each(SamplingParams::validate)?;
-        expect_len("anchor_positions", self.anchor_positions.len(), num_reqs)?;
-        expect_len(
-            "draft_tokens",
-            self.draft_tokens.len(),
-            num_reqs * self.draft_len,
-        )?;
-        expect_len("qo_indptr", self.qo_indptr.len(), num_reqs + 1)?;
-        let ascending = self.qo_indptr.is_sorted() && self.qo_indptr[0] == 0;
-        if !ascending {
-            let found = format!("{:?}", self.qo_indptr);
-            return Err(Error::argument(
-                "qo_indptr",
-                "ascending numbers from 0",
-                found,
-            ));
-        }
-        let vocab_size = self.target.cols();
-        let num_rows = self.qo_indptr[num_reqs] as usize;
-        expect_shape("target logits", self.target, num_rows, vocab_size)?;
-        if let DraftLaw::Logits(logits) = &self.law {
-            expect_shape(
-                "draft logits",
-                *logits,
-                num_reqs * self.draft_len,
-                vocab_size,
-            )?;
-        }
-        for r in 0..num_reqs {
-            let verify_len = self.num_rows(r).saturating_sub(1);
-            if verify_len > self.draft_len {
-                let field = format!("rows of request {r}");
-                let expected = format!("at most 1 + {}", self.draft_len);
-                return Err(Error::argument(field, expected, self.num_rows(r)));
+    /// The target law of a row, at temperature > 0.
+    pub(super) fn target_law(&self, row: usize) -> Result<Vec<f64>> {
+        Ok(law::target_law(&self.logits(row)?, self.params()))
+    }
+
+    /// The law the draft of row `row` (from 1) was drawn from. A row of draft logits that is no law yielded its token
+    /// with certainty.
+    pub(super) fn draft_law(&self, row: usize) -> Vec<f64> {
+        let (index, token) = (self.draft_index(row), self.token(row) as usize);
+        let (temperature, vocab_size) = (self.params().temperature, self.batch.target.cols());
+        match &self.batch.law {
+            DraftLaw::Logits(logits) if law::defect(logits.row(index)).is_none() => {
+                law::softmax(logits.row(index), temperature)
             }
-            for k in 0..verify_len {
-                if self.draft_token(r, k) as usize >= vocab_size {
-                    let expected = format!("below {vocab_size}");
-                    return Err(Error::argument(
-                        "draft token",
-                        expected,
-                        self.draft_token(r, k),
-                    ));
+            DraftLaw::Sparse(sparse) => {
+                let range = index * sparse.num_candidates..(index + 1) * sparse.num_candidates;
+                let logits = &sparse.logits[range.clone()];
+                if law::defect(logits).is_some() {
+                    return law::point_mass(token, vocab_size);
                 }
+                let mut probs = vec![0.0; vocab_size];
+                let pairs = sparse.tokens[range].iter();
+                for (&token, prob) in pairs.zip(law::softmax(logits, temperature)) {
+                    probs[token as usize] += prob;
+                }
+                probs
             }
+            DraftLaw::PointMass | DraftLaw::Logits(_) => law::point_mass(token, vocab_size),
         }
-        Ok(())
+    }
+
+    /// A decision on the token behind `row`.
+    pub(super) fn draw(&self, row: usize, purpose: Purpose, ordinal: u32) -> Draw {
+        let depth = self.path_to(row).count() as u32;
+        Draw {
+            seed: self.params().seed,
+            position: self.batch.anchor_positions[self.req] + 1 + depth,
+            purpose,
+            ordinal,
+        }
+    }
+
+    /// `row` and the rows before it up to the anchor's, which is left out.
+    fn path_to(&self, row: usize) -> impl Iterator<Item = usize> + '_ {
+        let parent = |&row: &usize| Some(self.parent(row)).filter(|&parent| parent > 0);
+        std::iter::successors(Some(row).filter(|&row| row > 0), parent)
+    }
+
+    fn parent(&self, row: usize) -> usize {
+        let parents = self.batch.extras.parents;
+        parents.map_or(row - 1, |parents| parents[self.draft_index(row)] as usize)
+    }
+
+    fn draft_index(&self, row: usize) -> usize {
+        self.req * self.batch.draft_len + row - 1
+    }
+
+    /// Log-probabilities of the committed tokens.
+    fn logprobs(&self, walk: &Walk, num_top: usize) -> Result<Vec<TokenLogprobs>> {
+        let rows = std::iter::once(0).chain(walk.path.iter().copied());
+        let tokens = walk.path.iter().map(|&row| self.token(row));
+        rows.zip(tokens.chain([walk.next]))
+            .map(|(row, token)| {
+                let probs = if self.params().temperature > 0.0 {
+                    self.target_law(row)?
+                } else {
+                    law::softmax(&self.logits(row)?, 1.0)
+                };
+                let mut order: Vec<usize> = (0..probs.len()).filter(|&v| probs[v] > 0.0).collect();
+                order.sort_by(|&a, &b| probs[b].total_cmp(&probs[a]));
+                order.truncate(num_top);
+                let ln = |v: usize| probs[v].ln() as f32;
+                Ok(TokenLogprobs {
+                    logprob: ln(token as usize),
+                    top: order.iter().map(|&v| (v as u32, ln(v))).collect(),
+                })
+            })
+            .collect()
+    }
+}
+
+/// What only the law says about the batch.
+fn check_law(batch: &AcceptBatch<'_, Reference>) -> Result<()> {
+    let (num_drafts, vocab_size) = (batch.draft_tokens.len(), batch.target.cols());
+    match &batch.law {
+        DraftLaw::PointMass => Ok(()),
+        DraftLaw::Logits(logits) => expect_shape("draft logits", *logits, num_drafts, vocab_size),
+        DraftLaw::Sparse(sparse) => sparse.check(num_drafts, vocab_size),
     }
 }

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::model::{Drafter, ProposeBatch, Target};
-use crate::ops::{DraftLaw, Ops, RowMap, SamplingParams};
+use crate::ops::{AcceptBatch, AcceptExtras, DraftLaw, Ops, RowMap, SamplingParams};
 use crate::schedule::{Scheduler, StepCost};
 
 /// A target, a drafter (or none: plain decoding) and a rule for how many drafts to verify.
@@ -215,15 +215,20 @@ impl<O: Ops> DecodeStep<O> {
             Some(drafter) if proposal.draft_len > 0 => drafter.law(),
             _ => DraftLaw::PointMass,
         };
-        let accepted = ops.accept(
-            self.target.logits(),
-            &map.qo_indptr,
-            &proposal.tokens,
-            proposal.draft_len,
+        let edits = sequence::edits(seqs.iter().map(|seq| &**seq));
+        let accepted = ops.accept(&AcceptBatch {
+            target: self.target.logits(),
+            qo_indptr: &map.qo_indptr,
+            draft_tokens: &proposal.tokens,
+            draft_len: proposal.draft_len,
             law,
-            &anchor_positions,
-            &sampling(seqs),
-        )?;
+            anchor_positions: &anchor_positions,
+            sampling: &sampling(seqs),
+            extras: AcceptExtras {
+                edits: edits.as_deref(),
+                ..AcceptExtras::default()
+            },
+        })?;
         Ok(Verified {
             map,
             num_accepted: accepted.num_accepted.iter().map(|&n| n as usize).collect(),
@@ -255,6 +260,7 @@ impl<O: Ops> DecodeStep<O> {
             seq.pages
                 .rollback(verified.map.seq_lens[r] as usize + committed.len());
             seq.anchor = Some(next);
+            seq.output.extend(&committed);
             rounds.push(Round {
                 draft_tokens: proposal.tokens_of(r).to_vec(),
                 confidence: proposal.confidence_of(r).to_vec(),

@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use super::{DecodeStep, Sequence, check_context, row_map};
+use super::{DecodeStep, Sequence, check_context, row_map, sequence};
 use crate::error::{Error, Result};
-use crate::ops::{DraftLaw, Ops};
+use crate::ops::{AcceptBatch, AcceptExtras, DraftLaw, Ops};
 
 /// The next piece of a prompt of one sequence.
 pub struct PrefillChunk<'a> {
@@ -35,11 +35,13 @@ impl<O: Ops> DecodeStep<O> {
             Ok(firsts) => {
                 for (chunk, first) in chunks.iter_mut().zip(firsts) {
                     chunk.sequence.anchor = *first;
+                    chunk.sequence.output.extend(first);
                 }
             }
             Err(_) => {
                 for (chunk, &len) in chunks.iter_mut().zip(&lens) {
                     chunk.sequence.pages.rollback(len);
+                    chunk.sequence.prompt.truncate(len);
                 }
             }
         }
@@ -56,6 +58,9 @@ impl<O: Ops> DecodeStep<O> {
         let max_position = self.target.max_position();
         for chunk in chunks.iter() {
             check_chunk(chunk, vocab_size)?;
+        }
+        for chunk in chunks.iter_mut() {
+            chunk.sequence.prompt.extend(chunk.tokens);
         }
         let lens: Vec<usize> = chunks.iter().map(|c| c.tokens.len()).collect();
         let ids: Vec<u32> = chunks.iter().flat_map(|c| c.tokens).copied().collect();
@@ -104,16 +109,21 @@ impl<O: Ops> DecodeStep<O> {
         }
         let sampling: Vec<_> = ended().map(|(s, _)| s.sampling).collect();
         let qo_indptr: Vec<i32> = (0..=last_positions.len() as i32).collect();
+        let edits = sequence::edits(ended().map(|(seq, _)| &**seq));
         let accepted = ops
-            .accept(
-                self.target.logits(),
-                &qo_indptr,
-                &[],
-                0,
-                DraftLaw::PointMass,
-                &last_positions,
-                &sampling,
-            )
+            .accept(&AcceptBatch {
+                target: self.target.logits(),
+                qo_indptr: &qo_indptr,
+                draft_tokens: &[],
+                draft_len: 0,
+                law: DraftLaw::PointMass,
+                anchor_positions: &last_positions,
+                sampling: &sampling,
+                extras: AcceptExtras {
+                    edits: edits.as_deref(),
+                    ..AcceptExtras::default()
+                },
+            })
             .map_err(|e| {
                 e.in_batch(|i| (0..ends.len()).filter(|&r| ends[r]).nth(i).unwrap_or(i))
             })?;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::kv::PageTable;
-use crate::ops::SamplingParams;
+use crate::ops::{SamplingParams, TokenEdits};
 
 /// A request as the step sees it.
 ///
@@ -19,6 +19,12 @@ pub struct Sequence {
     pub pages: PageTable,
     /// How the request samples.
     pub sampling: SamplingParams,
+    /// Prompt tokens in the cache.
+    pub prompt: Vec<u32>,
+    /// Generated tokens, the anchor included.
+    pub output: Vec<u32>,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
 }
 
 impl Sequence {
@@ -29,13 +35,36 @@ impl Sequence {
             anchor: None,
             pages,
             sampling,
+            prompt: Vec::new(),
+            output: Vec::new(),
+            logit_bias: Vec::new(),
         }
+    }
+
+    /// The tokens whose logits change: the context where a penalty is on, and the biased ones.
+    fn edits(&self) -> TokenEdits {
+        let penalised = self.sampling.has_penalties();
+        let (prompt, output): (&[u32], &[u32]) = if penalised {
+            (&self.prompt, &self.output)
+        } else {
+            (&[], &[])
+        };
+        TokenEdits::new(prompt, output, &self.logit_bias)
     }
 
     /// Cache entries = position of the anchor.
     pub fn seq_len(&self) -> usize {
         self.pages.len()
     }
+}
+
+/// The edits of a batch; `None` where no sequence has any.
+pub(super) fn edits<'s>(
+    seqs: impl Iterator<Item = &'s Sequence> + Clone,
+) -> Option<Vec<TokenEdits>> {
+    let edited = |seq: &Sequence| seq.sampling.has_penalties() || !seq.logit_bias.is_empty();
+    let any = seqs.clone().any(edited);
+    any.then(|| seqs.map(Sequence::edits).collect())
 }
 
 /// What the drafter proposed for a batch.

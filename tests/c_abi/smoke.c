@@ -187,6 +187,13 @@ static void check_laws(void) {
   accept.vocab_size = 32000;
   CHECK(dspark_accept_workspace_size(&accept, &bytes) == DSPARK_OK);
   CHECK_REFUSED(dspark_accept(&accept, NULL), DSPARK_ERROR_NULL_POINTER, "target_logits");
+  accept.target_dtype = 7;
+  CHECK_REFUSED(dspark_accept(&accept, NULL), DSPARK_ERROR_UNSUPPORTED_DTYPE, "dtype");
+  accept.draft_len = 65;
+  CHECK_REFUSED(dspark_accept(&accept, NULL), DSPARK_ERROR_INVALID_ARGUMENT, "draft_len");
+  accept.draft_len = 0;
+  accept.vocab_size = (1 << 21) + 1;
+  CHECK_REFUSED(dspark_accept(&accept, NULL), DSPARK_ERROR_INVALID_ARGUMENT, "vocab_size");
 
   commit.num_reqs = 1;
   CHECK_REFUSED(dspark_commit(&commit, NULL), DSPARK_ERROR_NULL_POINTER, "num_accepted");

@@ -7,10 +7,11 @@
  * depend on the order in which keys arrive: atomicMax on it is deterministic.
  *
  * The screen. With a score S known to be reached by somebody, a token of logit l can only win if
- * l - T log E >= S. Since E = -log1p(-u) >= u, a token with u > exp((l - S) / T) cannot, and
- * that costs one exponential of 2 ulp instead of two exact logarithms; when l < S - 23 T not even
- * E's smallest value (1.16e-10) can help and no random number is made. The bound may be stale and
- * is widened for rounding: which tokens are turned away changes nothing but the time.
+ * l - T log E >= S, that is E <= exp((l - S) / T). All E of a zone are at least its least, which
+ * turns away most quads before any random number is made; and E >= least + u, since
+ * -log1p(-u) >= u, turns away most of the other tokens for one exponential of 2 ulp instead of two
+ * exact logarithms. The bound may be stale and is widened for rounding: which tokens are turned away
+ * changes nothing but the time.
  */
 #pragma once
 
@@ -22,6 +23,12 @@ namespace dspark {
 
 using RaceKey = unsigned long long;
 constexpr RaceKey kEmptyRaceKey = 0;
+
+/* Coupled drafts share the target's noise. `rules` may be nullptr: none is coupled. */
+__device__ __forceinline__ uint32_t draft_purpose(const int32_t* rules, int32_t req) {
+  const bool coupled = rules != nullptr && rules[req] == DSPARK_RULE_COUPLED;
+  return coupled ? DSPARK_PURPOSE_BONUS : DSPARK_PURPOSE_DRAFT;
+}
 
 __device__ __forceinline__ RaceKey race_key(Indexed leader) {
   if (leader.index == kNoRunner) return kEmptyRaceKey;
@@ -48,10 +55,9 @@ struct Runner {
   float temperature;
   float log2e_per_temperature; /* read only where temperature > 0 */
   int32_t position;            /* of the token to be drawn */
+  uint32_t purpose;
 };
 
-/* -log E <= 22.88. */
-constexpr float kMaxGumbel = 23.f;
 /* Rounding of scores near S, as a share of |S| and of the noise's range. */
 constexpr float kScreenSlack = 0x1p-20f;
 /* log2(1 + 2^-10): rounding of the exponential and its argument. */
@@ -69,10 +75,19 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return y;
 }
 
-/* Lets the tokens of a quad run that can still win. A comparison with NaN lets the token run, which
- * judges it exactly. */
-__device__ __forceinline__ void race_screened(
-    Indexed& best, float4 logits, const Runner& runner, float bound, int32_t quad) {
+/* The largest E with which a token of logit l can reach the bound. */
+__device__ __forceinline__ float largest_exponential(float l, float bound, const Runner& runner) {
+  return fast_exp2(fmaf(l - bound, runner.log2e_per_temperature, kScreenSlackLog2));
+}
+
+/* Lets the tokens of a quad run that can still win; `zone` is theirs. A comparison with NaN lets the
+ * token run, which judges it exactly. */
+__device__ __forceinline__ void race_screened(Indexed& best,
+                                              float4 logits,
+                                              const Runner& runner,
+                                              const ZoneNoise& zone,
+                                              float bound,
+                                              int32_t quad) {
   const float scores[kQuad] = {logits.x, logits.y, logits.z, logits.w};
   if (!(runner.temperature > 0.f)) {
 #pragma unroll
@@ -80,19 +95,21 @@ __device__ __forceinline__ void race_screened(
     return;
   }
   const float top = fmaxf(fmaxf(scores[0], scores[1]), fmaxf(scores[2], scores[3]));
-  if (top < bound - kMaxGumbel * runner.temperature) return;
+  if (zone.least > largest_exponential(top, bound, runner)) return;
   const uint4 noise =
-      philox_quad(runner.seed, static_cast<uint32_t>(quad), runner.position, DSPARK_PURPOSE_DRAFT);
+      philox_quad(runner.seed, static_cast<uint32_t>(quad), runner.position, runner.purpose);
   const uint32_t words[kQuad] = {noise.x, noise.y, noise.z, noise.w};
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
+    const int32_t offset = (quad * kQuad + i) % kZone;
+    const float largest = largest_exponential(scores[i], bound, runner);
     /* 1 + u rounded down to a multiple of 2^-23: no conversion, and never above 1 + u. */
     const float one_plus_u = __uint_as_float(words[i] >> 9 | 0x3f800000u);
-    const float ratio =
-        fast_exp2(fmaf(scores[i] - bound, runner.log2e_per_temperature, kScreenSlackLog2));
-    if (one_plus_u > 1.f + ratio) continue;
-    const float score =
-        race_score_logit(scores[i], runner.temperature, exponential_from_word(words[i]));
+    const bool beaten =
+        offset == zone.least_at ? zone.least > largest : one_plus_u > 1.f + (largest - zone.least);
+    if (beaten) continue;
+    const float exponential = zone_exponential(zone, offset, words[i]);
+    const float score = race_score_logit(scores[i], runner.temperature, exponential);
     race_step(best, score, quad * kQuad + i);
   }
 }

@@ -54,7 +54,8 @@ struct SampleInputs {
   const int32_t* anchor_positions;
   const float* temperature;
   const uint64_t* seeds;
-  Indexed* winners; /* [rows, num_tiles] */
+  const int32_t* rules; /* nullptr: none is coupled */
+  Indexed* winners;     /* [rows, num_tiles] */
   GrammarMask mask;
   int64_t stride_logits_row;
   int32_t vocab_size;
@@ -63,21 +64,46 @@ struct SampleInputs {
   bool aligned_rows; /* every row of logits starts at a multiple of 16 bytes */
 };
 
+/* What the tokens of one tile race with. */
+struct TileNoise {
+  float temperature;
+  uint64_t seed;
+  int32_t position;
+  uint32_t purpose;
+  ZoneNoise zone;
+};
+
+/* `first_token` of a tile, which lies in one zone. Coupled drafts share the target's noise. */
+__device__ __forceinline__ TileNoise tile_noise(const SampleInputs& in,
+                                                int32_t req,
+                                                int32_t step,
+                                                int32_t first_token) {
+  static_assert(kZone % kSampleTileRows == 0);
+  TileNoise noise = {};
+  noise.temperature = in.temperature[req];
+  if (!(noise.temperature > 0.f)) return noise;
+  noise.seed = in.seeds[req];
+  noise.position = in.anchor_positions[req] + step + 1;
+  const bool coupled = in.rules != nullptr && in.rules[req] == DSPARK_RULE_COUPLED;
+  noise.purpose = coupled ? DSPARK_PURPOSE_BONUS : DSPARK_PURPOSE_DRAFT;
+  noise.zone = zone_noise(noise.seed, first_token / kZone, noise.position, noise.purpose);
+  return noise;
+}
+
 /* The four tokens of a quad run; tokens past the vocabulary are -inf and take no part. */
 __device__ __forceinline__ void race_quad(Indexed& best,
                                           float4 logits,
-                                          float temperature,
-                                          uint64_t seed,
-                                          int32_t position,
+                                          const TileNoise& tile,
                                           int32_t quad) {
   float scores[kQuad] = {logits.x, logits.y, logits.z, logits.w};
-  if (temperature > 0.f) {
+  if (tile.temperature > 0.f) {
     const uint4 noise =
-        philox_quad(seed, static_cast<uint32_t>(quad), position, DSPARK_PURPOSE_DRAFT);
+        philox_quad(tile.seed, static_cast<uint32_t>(quad), tile.position, tile.purpose);
     const uint32_t words[kQuad] = {noise.x, noise.y, noise.z, noise.w};
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
-      scores[i] = race_score_logit(scores[i], temperature, exponential_from_word(words[i]));
+      const float exponential = zone_exponential(tile.zone, (quad * kQuad + i) % kZone, words[i]);
+      scores[i] = race_score_logit(scores[i], tile.temperature, exponential);
     }
   }
   /* Past INT32_MAX only for tokens outside the vocabulary, whose score is -inf. */
@@ -174,6 +200,7 @@ __device__ __forceinline__ Indexed race_biased_tile(
     const SampleInputs& in, int32_t req, int32_t step, int32_t first_token, const float* biases) {
   const int64_t row_index = static_cast<int64_t>(req) * in.draft_len + step;
   float* row = in.logits + row_index * in.stride_logits_row;
+  const TileNoise noise = tile_noise(in, req, step, first_token);
   Indexed best = empty_race();
   for (int i = threadIdx.x % kWarpSize; i < Policy::kQuadsPerTile; i += kWarpSize) {
     const int32_t quad = first_token / kQuad + i;
@@ -183,8 +210,7 @@ __device__ __forceinline__ Indexed race_biased_tile(
     l = make_float4(l.x + bias.x, l.y + bias.y, l.z + bias.z, l.w + bias.w);
     l = only_allowed(l, allowed_in_quad(in.mask, row_index, quad));
     store_quad(row, quad, in.vocab_size, in.aligned_rows, l);
-    race_quad(best, l, in.temperature[req], in.seeds[req], in.anchor_positions[req] + step + 1,
-              quad);
+    race_quad(best, l, noise, quad);
   }
   return warp_reduce(best, ArgmaxOp{});
 }
@@ -228,6 +254,7 @@ __global__ void __launch_bounds__(Policy::kNumThreads)
   const int32_t req = static_cast<int32_t>(row / in.draft_len);
   const int32_t step = static_cast<int32_t>(row % in.draft_len);
   float* logits = in.logits + row * in.stride_logits_row;
+  const TileNoise noise = tile_noise(in, req, step, tile * Policy::kTileRows);
   Indexed best = empty_race();
   for (int i = threadIdx.x % kWarpSize; i < Policy::kQuadsPerTile; i += kWarpSize) {
     const int32_t quad = tile * Policy::kQuadsPerTile + i;
@@ -237,8 +264,7 @@ __global__ void __launch_bounds__(Policy::kNumThreads)
       l = only_allowed(l, allowed_in_quad(in.mask, row, quad));
       store_quad(logits, quad, in.vocab_size, in.aligned_rows, l);
     }
-    race_quad(best, l, in.temperature[req], in.seeds[req], in.anchor_positions[req] + step + 1,
-              quad);
+    race_quad(best, l, noise, quad);
   }
   best = warp_reduce(best, ArgmaxOp{});
   if (threadIdx.x % kWarpSize == 0) in.winners[row_tile] = best;

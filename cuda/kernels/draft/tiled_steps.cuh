@@ -72,6 +72,7 @@ struct TiledArgs {
   const int32_t* anchor_positions;
   const float* temperature;
   const uint64_t* seeds;
+  const int32_t* rules;  /* nullptr: none is coupled */
   int32_t* draft_tokens; /* [num_reqs, draft_len] */
   RaceKey* race_keys;    /* [draft_len, num_reqs], 0 before the first step */
   uint32_t* arrivals;    /* [draft_len, num_groups], 0 before the first step */
@@ -308,6 +309,30 @@ __device__ __forceinline__ WarpShare<Policy> warp_share(int32_t reqs_per_cta) {
   return {warp % num_sets * kWarpReqs, warp / num_sets, Policy::kNumWarps / num_sets};
 }
 
+/* The noise of a tile's zone for the requests of this lane's Leaders. The four lanes that share
+ * requests make a request's each. */
+template <typename Policy>
+__device__ __forceinline__ void tile_zones(const Runner* runners,
+                                           int first_req,
+                                           int32_t num_reqs,
+                                           int32_t step,
+                                           int32_t zone,
+                                           ZoneNoise (&zones)[Leaders<Policy>::kSize]) {
+  static_assert(Leaders<Policy>::kSize <= 4);
+  const int lane = threadIdx.x % kWarpSize;
+  const int mine = lane % 4;
+  const int q = first_req + mine / 2 * Policy::kMTileReqs + lane / 4 + mine % 2 * 8;
+  ZoneNoise noise = {};
+  if (mine < Leaders<Policy>::kSize && q < num_reqs && runners[q].temperature > 0.f) {
+    noise = zone_noise(runners[q].seed, zone, runners[q].position + step, runners[q].purpose);
+  }
+#pragma unroll
+  for (int i = 0; i < Leaders<Policy>::kSize; ++i) {
+    zones[i].least = __shfl_sync(kAllLanes, noise.least, (lane & ~3) + i);
+    zones[i].least_at = __shfl_sync(kAllLanes, noise.least_at, (lane & ~3) + i);
+  }
+}
+
 /* One tile for this warp: products, logits, race. */
 template <typename Policy, typename T>
 __device__ __forceinline__ void run_tile(const TiledArgs<T>& args,
@@ -327,6 +352,9 @@ __device__ __forceinline__ void run_tile(const TiledArgs<T>& args,
   /* Lanes 0-15: product 0, its two halves of 8 columns; 16-31: product 1. */
   const uint32_t lane_row =
       shared_address(stage) + (lane / 16 * 8 + lane % 8) * row_bytes + lane / 8 % 2 * 16;
+  ZoneNoise zones[Leaders<Policy>::kSize];
+  tile_zones<Policy>(runners, share.first_req, work.num_reqs, step, tile * args.tile_tokens / kZone,
+                     zones);
   for (int group = share.part; group < args.tile_tokens / Policy::kGroupTokens;
        group += share.num_parts) {
     float dots[Policy::kMTiles][2][4] = {};
@@ -349,7 +377,7 @@ __device__ __forceinline__ void run_tile(const TiledArgs<T>& args,
       Runner runner = runners[q];
       runner.position += step;
       const float bound = screen_bound(race_score(leaders.seen[i]), runner.temperature);
-      race_screened(leaders.own[i], l, runner, bound, token / kQuad);
+      race_screened(leaders.own[i], l, runner, zones[i], bound, token / kQuad);
     }
     __syncwarp(); /* the next products need all lanes */
   }
@@ -457,7 +485,7 @@ __global__ void __launch_bounds__(Policy::kNumThreads, Policy::kMinCtasPerSm)
     const int32_t req = work.first_req + q;
     const float temperature = args.temperature[req];
     runners[q] = {args.seeds[req], temperature, 1.44269504f / temperature,
-                  args.anchor_positions[req] + 1};
+                  args.anchor_positions[req] + 1, draft_purpose(args.rules, req)};
   }
 
   const int32_t last_step = args.first_step + args.num_steps;

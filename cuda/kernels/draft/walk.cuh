@@ -38,6 +38,7 @@ struct WalkArgs {
   const int32_t* anchor_positions;
   const float* temperature;
   const uint64_t* seeds;
+  const int32_t* rules;      /* nullptr: none is coupled */
   int32_t* draft_tokens;     /* [num_reqs, draft_len] */
   int32_t* candidate_tokens; /* [num_reqs * draft_len, num_top + num_bigram] */
   float* candidate_logits;
@@ -143,12 +144,15 @@ __device__ __forceinline__ Indexed race_candidates(const WalkArgs<T, U>& args,
     float score = l;
     if (runner.temperature > 0.f) {
       const uint4 noise = philox_quad(runner.seed, static_cast<uint32_t>(token) / kQuad,
-                                      runner.position, DSPARK_PURPOSE_DRAFT);
+                                      runner.position, runner.purpose);
       const uint32_t words[kQuad] = {noise.x, noise.y, noise.z, noise.w};
       uint32_t word = words[0];
 #pragma unroll
       for (int j = 1; j < kQuad; ++j) word = token % kQuad == j ? words[j] : word;
-      score = race_score_logit(l, runner.temperature, exponential_from_word(word));
+      const ZoneNoise zone =
+          zone_noise(runner.seed, token / kZone, runner.position, runner.purpose);
+      const float exponential = zone_exponential(zone, token % kZone, word);
+      score = race_score_logit(l, runner.temperature, exponential);
     }
     race_step(best, score, token);
   }
@@ -188,7 +192,8 @@ __global__ void __launch_bounds__(WalkPolicy::kNumThreads) walk_kernel(WalkArgs<
     gather_candidates(args, first_row + i, previous, tokens, logits);
     __syncthreads();
     const Runner runner = {args.seeds[req], args.temperature[req], 0.f,
-                           args.anchor_positions[req] + 1 + args.first_step + i};
+                           args.anchor_positions[req] + 1 + args.first_step + i,
+                           draft_purpose(args.rules, req)};
     const Indexed best =
         race_candidates<kVec>(args, first_row + i, runner, tokens, logits, latent, scratch);
     previous = best.index == kNoRunner ? 0 : best.index;

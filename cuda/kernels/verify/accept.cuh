@@ -1,285 +1,352 @@
 /*
- * Acceptance by the token rule, given the laws of all rows, and the draw of the next token.
+ * Acceptance: from the zones of all rows to the accepted drafts and the next token, one CTA per
+ * request.
  *
- *   accept x_k      iff u q(x_k) < p(x_k)          T = 0: iff x_k = argmax
- *   recovered token  ~  normalise(max(p - q, 0))   at the first rejection
- *   bonus token      ~  p of the last row          when all drafts are kept
+ *   1. window   a warp per row merges its zones into a law (or takes the filtered one); p and q of
+ *               every draft token are gathered side by side.
+ *   2. decide   every thread walks the same rows on what lies in shared memory: some hundred
+ *               instructions per draft. u q < p is compared in f64, where u q is exact to 2^-53:
+ *               q = 0 accepts whenever p > 0, p = 0 never accepts, q = p always does.
+ *   3. draw     race_row over the row where the request stopped: a few zones of it.
  *
- * decide_kernel: a warp per request, a lane per row: all rows are judged at once and a ballot finds
- * the first that stops (rejected, last, or no law). A row behind it cannot matter, so that a bad
- * row there is not reported. u q < p is compared in f64, where u q is exact to 2^-53: q = 0 accepts
- * whenever p > 0, p = 0 never accepts, q = p always does.
- *
- * draw_kernel: the race of common/philox.cuh over the one row where a request stopped, cut into
- * chunks by vocab_size alone. A bonus token races logits (l - T log E over the kept tokens: no
- * normaliser needed), a recovered token races weights (max(p - q, 0) / E).
- *
- * finish_kernel: a warp per request merges its chunks.
+ * A row behind the stop cannot matter, so that a bad row there is not reported. Two rules need more
+ * than the window of one CTA: the coupled rule a race for every row, the block rule with a dense law
+ * a pass over every row (with point and sparse laws its residual mass follows from the candidates:
+ * ratio * (1 - p of them) + what they leave). Such requests get up to kMaxCtasPerReq CTAs, which
+ * deal the rows among them (a row is one CTA's, so their number does not show in the result); the last to finish (a ticket, cleared by zones_kernel) goes on.
  *
  * A residual without mass. A rejection implies p(x) < q(x) for the draft token, and then p > q
  * somewhere else, since both sum to 1. In f32 that "somewhere else" may be lost only when p and q
  * agree to rounding everywhere and u came within rounding of 1 (or when the draft token is outside
- * the vocabulary, so that no q produced it). The draw then falls back to p, raced with the same
- * noise beside the residual; to rounding, the two laws have no difference to correct.
+ * the vocabulary, so that no q produced it). The draw then falls back to p with the same noise; to
+ * rounding, the two laws have no difference to correct.
  *
- * Bytes: 4 * vocab_size per request for the draw (8 with a draft law), from L2. About 60 flops and
- * a quarter Philox call per token; limited by issue at large batch, by latency at small.
+ * Bytes: 16 * num_zones per row of statistics and some 2 KiB zones per draw, all from L2. Limited by
+ * latency: about three dependent reads and as many races of one zone.
  */
 #pragma once
 
-#include "common/philox.cuh"
-#include "dspark.h"
-#include "kernels/verify/laws.cuh"
+#include "kernels/verify/window.cuh"
 
 namespace dspark {
-
-struct AcceptPolicy {
-  static constexpr int kWarpsPerCta = 4; /* decide_kernel, finish_kernel: a warp per request */
-  static constexpr int kNumThreads = kWarpsPerCta * kWarpSize;
-};
-
-struct DrawPolicy {
-  static constexpr int kNumThreads = StatsPolicy::kNumThreads;
-  static constexpr int kQuadsPerThread = StatsPolicy::kQuadsPerThread;
-};
-
-/* How the next token of a request comes about. */
-enum class Draw : int32_t {
-  kNone,     /* decided already (greedy, bad or no rows) */
-  kResidual, /* from max(p - q, 0) of `step` */
-  kBonus,    /* from p of `step` */
-};
-
-struct Decision {
-  Draw draw;
-  int32_t step; /* row of the request, 0-based */
-};
-
-/* The winners of one chunk; `fallback` races p beside a residual. */
-struct ChunkWinners {
-  Indexed winner;
-  Indexed fallback;
-};
 
 struct AcceptOutputs {
   int32_t* num_accepted;
   int32_t* next_tokens;
   int32_t* status;
+  int32_t* accept_flags; /* may be nullptr */
 };
 
-/* What row k of a request says about draft x_{k+1}. */
-enum class Verdict { kAccept, kReject, kBad };
-
-__device__ __forceinline__ bool in_vocab(const VerifyInputs& in, int32_t token) {
-  return token >= 0 && token < in.vocab_size;
-}
-
-/* The token rule for temperature > 0. A token outside the vocabulary has p = 0. */
-__device__ __forceinline__ Verdict judge_sampled(
-    const VerifyInputs& in, const RowLaw* laws, int32_t req, int32_t k, float temperature) {
-  const int64_t target_row = static_cast<int64_t>(in.qo_indptr[req]) + k;
-  const int64_t draft_row = static_cast<int64_t>(req) * in.draft_len + k;
-  const RowLaw target_law = laws[target_row];
-  if (target_law.bad != 0) return Verdict::kBad;
-  const bool point_mass = in.draft_logits == nullptr;
-  RowLaw draft_law = {};
-  if (!point_mass) {
-    draft_law = laws[in.num_rows + draft_row];
-    if (draft_law.bad != 0) return Verdict::kBad;
-  }
-  const int32_t token = in.draft_tokens[draft_row];
-  if (!in_vocab(in, token)) return Verdict::kReject;
-
-  const float inv_temperature = inverse_temperature(temperature);
-  const float target_prob = probability(
-      target_law, in.target_logits[target_row * in.stride_target_row + token], inv_temperature);
-  const float draft_prob =
-      point_mass ? 1.f
-                 : probability(draft_law, in.draft_logits[draft_row * in.stride_draft_row + token],
-                               inv_temperature);
-  const uint4 noise =
-      philox_quad(in.seeds[req], 0, in.anchor_positions[req] + 1 + k, DSPARK_PURPOSE_ACCEPT);
-  const double threshold = uniform_from_word(noise.x) * static_cast<double>(draft_prob);
-  return threshold < static_cast<double>(target_prob) ? Verdict::kAccept : Verdict::kReject;
-}
-
-__device__ __forceinline__ Verdict
-judge(const VerifyInputs& in, const RowLaw* laws, int32_t req, int32_t k, float temperature) {
-  if (temperature > 0.f) return judge_sampled(in, laws, req, k, temperature);
-  const RowLaw& law = laws[in.qo_indptr[req] + k];
-  if (law.bad != 0) return Verdict::kBad;
-  const int32_t token = in.draft_tokens[static_cast<int64_t>(req) * in.draft_len + k];
-  return token == law.argmax ? Verdict::kAccept : Verdict::kReject;
-}
-
-/* The first row that stops request `req`, found by a warp; `verdict` is what it said (kAccept for
- * the row behind the last draft). */
-__device__ __forceinline__ int32_t find_stop(const VerifyInputs& in,
-                                             const RowLaw* laws,
-                                             int32_t req,
-                                             int32_t num_drafts,
-                                             float temperature,
-                                             Verdict* verdict) {
-  for (int32_t first = 0; first < num_drafts; first += kWarpSize) {
-    const int32_t k = first + static_cast<int32_t>(threadIdx.x % kWarpSize);
-    Verdict own = Verdict::kAccept;
-    if (k < num_drafts) own = judge(in, laws, req, k, temperature);
-    const uint32_t stops = __ballot_sync(kAllLanes, own != Verdict::kAccept);
-    if (stops != 0) {
-      const int lane = __ffs(static_cast<int>(stops)) - 1;
-      *verdict = static_cast<Verdict>(__shfl_sync(kAllLanes, static_cast<int>(own), lane));
-      return first + lane;
-    }
-  }
-  const bool bad = laws[in.qo_indptr[req] + num_drafts].bad != 0;
-  *verdict = bad ? Verdict::kBad : Verdict::kAccept;
-  return num_drafts;
-}
-
-__global__ void __launch_bounds__(AcceptPolicy::kNumThreads)
-    decide_kernel(VerifyInputs in, const RowLaw* laws, Decision* decisions, AcceptOutputs out) {
-  const int32_t req = blockIdx.x * AcceptPolicy::kWarpsPerCta + threadIdx.x / kWarpSize;
-  if (req >= in.num_reqs) return; /* whole warps */
-  const int32_t num_drafts = verify_len(in, req);
-  const float temperature = in.temperature[req];
-  Verdict verdict = Verdict::kBad;
-  int32_t stop = 0;
-  if (num_drafts >= 0) stop = find_stop(in, laws, req, num_drafts, temperature, &verdict);
-  if (threadIdx.x % kWarpSize != 0) return;
-
-  const bool settled = num_drafts < 0 || verdict == Verdict::kBad;
-  Decision decision = {Draw::kNone, stop};
-  int32_t next = -1; /* replaced by finish_kernel when there is something to draw */
-  if (!settled && temperature > 0.f) {
-    decision.draw = verdict == Verdict::kReject ? Draw::kResidual : Draw::kBonus;
-  } else if (!settled) {
-    next = laws[in.qo_indptr[req] + stop].argmax;
-  }
-  decisions[req] = decision;
-  out.num_accepted[req] = settled ? 0 : stop;
-  out.next_tokens[req] = next;
-  out.status[req] = num_drafts >= 0 && settled ? 1 : 0;
-}
-
-/* One request's draw, the same for all of its chunks. */
-struct DrawRow {
-  const float* target;
-  const float* draft; /* residual against a draft law; else nullptr */
-  RowLaw target_law;
-  RowLaw draft_law;
-  float temperature;
-  uint64_t seed;
-  int32_t position;
-  int32_t point_token; /* residual against a point mass: its token; else -1 */
-  Draw draw;
+/* Where a request stopped. */
+struct Stop {
+  uint64_t kept; /* bit k: draft k was accepted */
+  int32_t row;
+  bool bad;
+  int32_t next;           /* -1: to be drawn */
+  int32_t num_rejections; /* of Window::rejections */
+  float share;
+  bool rejected; /* a draft behind `row` was turned down */
 };
 
-__device__ __forceinline__ DrawRow find_draw_row(const VerifyInputs& in,
-                                                 const RowLaw* laws,
-                                                 int32_t req,
-                                                 Decision decision) {
-  const int64_t target_row = static_cast<int64_t>(in.qo_indptr[req]) + decision.step;
-  const int64_t draft_row = static_cast<int64_t>(req) * in.draft_len + decision.step;
-  const bool residual = decision.draw == Draw::kResidual;
-  DrawRow row = {};
-  row.target = in.target_logits + target_row * in.stride_target_row;
-  row.target_law = laws[target_row];
-  row.temperature = in.temperature[req];
-  row.seed = in.seeds[req];
-  row.position = in.anchor_positions[req] + 1 + decision.step;
-  row.point_token = -1;
-  row.draw = decision.draw;
-  if (residual && in.draft_logits != nullptr) {
-    row.draft = in.draft_logits + draft_row * in.stride_draft_row;
-    row.draft_law = laws[in.num_rows + draft_row];
-  } else if (residual) {
-    row.point_token = in.draft_tokens[draft_row];
-  }
-  return row;
+/* Adds a rejection. All threads take part. */
+__device__ __forceinline__ void reject(Window& window, int32_t row, int32_t index) {
+  __syncthreads(); /* readers of the list are done */
+  if (threadIdx.x == 0) window.rejections[index] = {row, window.draft_laws[row], 1.f};
+  __syncthreads();
 }
 
-/* Lets the four tokens of a quad run. */
-__device__ __forceinline__ void draw_quad(
-    const VerifyInputs& in, const DrawRow& row, int32_t quad, Indexed& best, Indexed& fallback) {
-  const float4 target = load_quad(row.target, quad, in.vocab_size, in.aligned_target, -INFINITY);
-  float4 draft = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-  if (row.draft != nullptr) {
-    draft = load_quad(row.draft, quad, in.vocab_size, in.aligned_draft, -INFINITY);
-  }
-  const uint32_t purpose =
-      row.draw == Draw::kResidual ? DSPARK_PURPOSE_RESIDUAL : DSPARK_PURPOSE_BONUS;
-  const uint4 noise = philox_quad(row.seed, static_cast<uint32_t>(quad), row.position, purpose);
-  const float target_logits[kQuad] = {target.x, target.y, target.z, target.w};
-  const float draft_logits[kQuad] = {draft.x, draft.y, draft.z, draft.w};
-  const uint32_t words[kQuad] = {noise.x, noise.y, noise.z, noise.w};
-  const float inv_temperature = inverse_temperature(row.temperature);
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    const int32_t token = quad * kQuad + i; /* meaningless past the vocabulary, where p is 0 */
-    const float target_prob = probability(row.target_law, target_logits[i], inv_temperature);
-    if (!(target_prob > 0.f)) continue;
-    const float exponential = exponential_from_word(words[i]);
-    if (row.draw == Draw::kBonus) {
-      race_step(best, race_score_logit(target_logits[i], row.temperature, exponential), token);
-      continue;
+/* Greedy and coupled: drafts that are what their parent's row says. */
+__device__ __forceinline__ Stop follow(const RequestView& view, const Window& window) {
+  Stop stop = {0, 0, false, -1, 0, 1.f, false};
+  while (true) {
+    stop.bad = window.target_laws[stop.row].bad != 0;
+    if (stop.bad) return stop;
+    stop.next = window.targets[stop.row];
+    int32_t child = next_child(view, window, stop.row, 0);
+    while (child != 0 && window.tokens[child] != stop.next) {
+      child = next_child(view, window, stop.row, child);
     }
-    float draft_prob = token == row.point_token ? 1.f : 0.f;
-    if (row.draft != nullptr) {
-      draft_prob = probability(row.draft_law, draft_logits[i], inv_temperature);
-    }
-    race_step(fallback, race_score_weight(target_prob, exponential), token);
-    if (target_prob > draft_prob) {
-      race_step(best, race_score_weight(target_prob - draft_prob, exponential), token);
-    }
+    if (child == 0) return stop;
+    stop.kept |= 1ull << (child - 1);
+    stop.row = child;
   }
 }
 
-/* Grid: requests x num_chunks, flat. Chunks of requests with nothing to draw are not written. */
-__global__ void __launch_bounds__(DrawPolicy::kNumThreads) draw_kernel(VerifyInputs in,
-                                                                       const RowLaw* laws,
-                                                                       const Decision* decisions,
-                                                                       ChunkWinners* winners) {
-  __shared__ Indexed scratch[DrawPolicy::kNumThreads / kWarpSize];
-  const int32_t req = blockIdx.x / in.num_chunks;
-  const int32_t chunk = blockIdx.x % in.num_chunks;
-  const Decision decision = decisions[req];
-  if (decision.draw == Draw::kNone) return; /* whole CTA */
-  const DrawRow row = find_draw_row(in, laws, req, decision);
-
-  Indexed best = empty_race();
-  Indexed fallback = empty_race();
-#pragma unroll 1
-  for (int i = 0; i < DrawPolicy::kQuadsPerThread; ++i) {
-    const int32_t quad =
-        chunk * StatsPolicy::kQuadsPerCta + i * DrawPolicy::kNumThreads + threadIdx.x;
-    if (static_cast<int64_t>(quad) * kQuad >= in.vocab_size) break;
-    draw_quad(in, row, quad, best, fallback);
+/* The token rule, with siblings one after another. All threads take part. */
+__device__ __forceinline__ Stop decide_token_rule(const VerifyInputs& in,
+                                                  const AcceptWork& work,
+                                                  const RequestView& view,
+                                                  Window& window,
+                                                  RaceShared& race) {
+  Stop stop = {0, 0, false, -1, 0, 1.f, false};
+  int32_t child = 0;
+  int32_t tried = 0; /* siblings turned down at this row */
+  while (true) {
+    stop.bad = window.target_laws[stop.row].bad != 0;
+    if (stop.bad) return stop;
+    child = next_child(view, window, stop.row, child);
+    if (child == 0) return stop;
+    const int32_t token = window.tokens[child];
+    float rest = window.target_probs[child];
+    if (stop.num_rejections > 0) {
+      const WeightSource before =
+          weight_source(in, work, view, window, stop.row, stop.num_rejections, 1.f);
+      const float mass = row_mass(in, before, race);
+      if (mass > 0.f) {
+        if (threadIdx.x == 0) window.rejections[stop.num_rejections - 1].inv_mass = 1.f / mass;
+        __syncthreads();
+      } else {
+        --stop.num_rejections; /* rounding has left nothing: the law stays as it was before */
+      }
+      for (int32_t i = 0; i < stop.num_rejections && in_vocab(in, token); ++i) {
+        const Rejection& rejection = window.rejections[i];
+        const float prob = draft_probability(in, view.req, rejection.row, rejection.law, token);
+        rest = fmaxf(rest - prob, 0.f) * rejection.inv_mass;
+      }
+    }
+    const double uniform = accept_uniform(in, view, window, stop.row, tried);
+    if (uniform * static_cast<double>(window.draft_probs[child]) < static_cast<double>(rest)) {
+      stop.kept |= 1ull << (child - 1);
+      stop.row = child;
+      stop.num_rejections = 0;
+      child = 0;
+      tried = 0;
+      stop.rejected = false;
+    } else {
+      reject(window, child, stop.num_rejections);
+      ++stop.num_rejections;
+      ++tried;
+      stop.rejected = true;
+    }
   }
-  best = cta_reduce<DrawPolicy::kNumThreads>(best, ArgmaxOp{}, empty_race(), scratch);
-  fallback = cta_reduce<DrawPolicy::kNumThreads>(fallback, ArgmaxOp{}, empty_race(), scratch);
-  if (threadIdx.x == 0) winners[blockIdx.x] = {best, fallback};
 }
 
-/* The token of each request that drew. */
-__global__ void __launch_bounds__(AcceptPolicy::kNumThreads)
-    finish_draw_kernel(int32_t num_reqs,
-                       int32_t num_chunks,
-                       const Decision* decisions,
-                       const ChunkWinners* winners,
-                       int32_t* next_tokens) {
-  const int32_t req = blockIdx.x * AcceptPolicy::kWarpsPerCta + threadIdx.x / kWarpSize;
-  if (req >= num_reqs || decisions[req].draw == Draw::kNone) return; /* whole warps */
-  const int lane = threadIdx.x % kWarpSize;
-  const ChunkWinners* row = winners + static_cast<int64_t>(req) * num_chunks;
-  Indexed best = empty_race();
-  Indexed fallback = empty_race();
-  for (int32_t chunk = lane; chunk < num_chunks; chunk += kWarpSize) {
-    best = ArgmaxOp{}(best, row[chunk].winner);
-    fallback = ArgmaxOp{}(fallback, row[chunk].fallback);
+/* ratio_i of the block rule: 1 for i = 0. */
+__device__ __forceinline__ float joint_ratio(const Window& window, int32_t row) {
+  float ratio = 1.f;
+  for (int32_t i = 1; i <= row; ++i) {
+    const float joint = ratio * window.target_probs[i];
+    const float draft = window.draft_probs[i];
+    ratio = joint >= draft ? (joint > 0.f ? 1.f : 0.f) : joint / draft;
   }
-  best = warp_reduce(best, ArgmaxOp{});
-  fallback = warp_reduce(fallback, ArgmaxOp{});
-  if (lane == 0) next_tokens[req] = best.index != kNoRunner ? best.index : fallback.index;
+  return ratio;
+}
+
+/* S_i of row i < num_drafts from its few candidates, by a warp. */
+__device__ __forceinline__ float candidate_mass(const VerifyInputs& in,
+                                                const RequestView& view,
+                                                const Window& window,
+                                                int32_t row,
+                                                float ratio) {
+  const RowLaw& target_law = window.target_laws[row];
+  const RowLaw& law = window.draft_laws[row + 1];
+  const int64_t index = static_cast<int64_t>(view.req) * in.draft_len + row;
+  const int32_t num_candidates = law.bad != 0 ? 1 : in.num_candidates;
+  float outside = 0.f, left = 0.f; /* p of the candidates, what they leave of ratio * p */
+  for (int32_t i = threadIdx.x % kWarpSize; i < num_candidates; i += kWarpSize) {
+    int32_t token = window.tokens[row + 1];
+    float draft_prob = 1.f;
+    if (law.bad == 0) {
+      token = in.candidate_tokens[index * in.num_candidates + i];
+      draft_prob = probability(law, in.candidate_logits[index * in.num_candidates + i]);
+    }
+    if (!in_vocab(in, token)) continue;
+    const float prob = probability(target_law, shaped_logit(in, target_row(view, row), token));
+    outside += prob;
+    left += fmaxf(ratio * prob - draft_prob, 0.f);
+  }
+  outside = 1.f - warp_reduce(outside, SumOp{});
+  return ratio * fmaxf(outside, 0.f) + warp_reduce(left, SumOp{});
+}
+
+/* The block rule on a chain. `masses` of a dense law are there already. All threads take part. */
+__device__ __forceinline__ Stop decide_block_rule(const VerifyInputs& in,
+                                                  const RequestView& view,
+                                                  Window& window) {
+  Stop stop = {0, 0, false, -1, 0, 1.f, false};
+  for (int32_t row = 0; row <= view.num_drafts; ++row) {
+    stop.bad |= window.target_laws[row].bad != 0;
+  }
+  if (stop.bad) return stop;
+  if (in.draft.data == nullptr) {
+    for (int32_t row = 1 + threadIdx.x / kWarpSize; row < view.num_drafts;
+         row += AcceptPolicy::kNumWarps) {
+      const float mass = candidate_mass(in, view, window, row, joint_ratio(window, row));
+      if (threadIdx.x % kWarpSize == 0) window.masses[row] = mass;
+    }
+    __syncthreads();
+  }
+  for (int32_t row = view.num_drafts; row > 0; --row) {
+    const double ratio = joint_ratio(window, row);
+    double accept = ratio;
+    if (row < view.num_drafts && ratio < 1.0) {
+      const double mass = window.masses[row];
+      accept = mass / (mass + (1.0 - ratio));
+    }
+    if (accept_uniform(in, view, window, row - 1, 0) < accept) {
+      stop.row = row;
+      break;
+    }
+  }
+  stop.share = joint_ratio(window, stop.row);
+  stop.kept = stop.row == 64 ? ~0ull : (1ull << stop.row) - 1;
+  if (stop.row == view.num_drafts) {
+    stop.share = 1.f;
+  } else {
+    reject(window, stop.row + 1, 0);
+    stop.num_rejections = 1;
+    stop.rejected = true;
+  }
+  return stop;
+}
+
+/* The rows that this CTA works out for its request; true for the CTA that has them all then. */
+__device__ __forceinline__ bool share_rows(const VerifyInputs& in,
+                                           const AcceptWork& work,
+                                           const RequestView& view,
+                                           Window& window,
+                                           RaceShared& race) {
+  __shared__ bool is_last;
+  uint32_t* results = work.row_results + static_cast<int64_t>(view.req) * (in.draft_len + 1);
+  const bool coupled = view.rule == DSPARK_RULE_COUPLED;
+  const int32_t num_rows = coupled ? view.num_drafts + 1 : view.num_drafts;
+  const int32_t member = static_cast<int32_t>(blockIdx.x) % work.ctas_per_req;
+  for (int32_t row = coupled ? member : member + 1; row < num_rows; row += work.ctas_per_req) {
+    uint32_t result;
+    if (coupled) {
+      const DrawKey key = draw_key(in, view, window, row, DSPARK_PURPOSE_BONUS);
+      const WeightSource source = weight_source(in, work, view, window, row, 0, 1.f);
+      result = static_cast<uint32_t>(race_row(in, source, key, race));
+    } else {
+      reject(window, row + 1, 0);
+      const float ratio = joint_ratio(window, row);
+      const WeightSource source = weight_source(in, work, view, window, row, 1, ratio);
+      result = __float_as_uint(row_mass(in, source, race));
+    }
+    if (threadIdx.x == 0) results[row] = result;
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const auto num_ctas = static_cast<uint32_t>(work.ctas_per_req);
+    is_last = atomicAdd(&work.tickets[view.req], 1u) + 1 == num_ctas;
+  }
+  __syncthreads();
+  if (!is_last) return false;
+  __threadfence();
+  /* From L2: other SMs wrote them. */
+  for (int32_t row = threadIdx.x; row < num_rows; row += AcceptPolicy::kNumThreads) {
+    if (coupled) {
+      window.targets[row] = static_cast<int32_t>(__ldcg(results + row));
+    } else {
+      window.masses[row] = __uint_as_float(__ldcg(results + row));
+    }
+  }
+  __syncthreads();
+  return true;
+}
+
+/* Cuts the accepted run at its first stop token. */
+__device__ __forceinline__ void cut_at_stop_token(const VerifyInputs& in,
+                                                  const RequestView& view,
+                                                  const Window& window,
+                                                  Stop* stop) {
+  if (in.stop_indptr == nullptr || stop->bad) return;
+  for (int32_t row = 1; row <= view.num_drafts; ++row) {
+    if ((stop->kept >> (row - 1) & 1) == 0) continue;
+    for (int32_t i = in.stop_indptr[view.req]; i < in.stop_indptr[view.req + 1]; ++i) {
+      if (in.stop_tokens[i] != window.tokens[row]) continue;
+      stop->kept &= (1ull << (row - 1)) - 1;
+      stop->row = window.parents[row];
+      stop->next = window.tokens[row];
+      return;
+    }
+  }
+}
+
+/* Phase 3. All threads take part. */
+__device__ __forceinline__ int32_t draw_next(const VerifyInputs& in,
+                                             const AcceptWork& work,
+                                             const RequestView& view,
+                                             const Window& window,
+                                             const Stop& stop,
+                                             RaceShared& race) {
+  const bool residual = stop.rejected;
+  const DrawKey key = draw_key(in, view, window, stop.row,
+                               residual ? DSPARK_PURPOSE_RESIDUAL : DSPARK_PURPOSE_BONUS);
+  int32_t next =
+      race_row(in, weight_source(in, work, view, window, stop.row, stop.num_rejections, stop.share),
+               key, race);
+  if (next == kNoRunner && residual) {
+    next = race_row(in, weight_source(in, work, view, window, stop.row, 0, 1.f), key, race);
+  }
+  return next == kNoRunner ? window.target_laws[stop.row].argmax : next;
+}
+
+__device__ __forceinline__ void write_outputs(const VerifyInputs& in,
+                                              const AcceptWork& work,
+                                              const RequestView& view,
+                                              const Window& window,
+                                              const Stop& stop,
+                                              const AcceptOutputs& out) {
+  const bool settled = view.num_drafts >= 0 && !stop.bad;
+  const uint64_t kept = settled ? stop.kept : 0;
+  if (out.accept_flags != nullptr) {
+    for (int32_t k = threadIdx.x; k < in.draft_len; k += AcceptPolicy::kNumThreads) {
+      out.accept_flags[static_cast<int64_t>(view.req) * in.draft_len + k] = kept >> k & 1;
+    }
+  }
+  if (threadIdx.x != 0) return;
+  out.num_accepted[view.req] = __popcll(kept);
+  out.next_tokens[view.req] = settled ? stop.next : -1;
+  out.status[view.req] = view.num_drafts >= 0 && stop.bad ? 1 : 0;
+  if (work.committed == nullptr) return;
+  CommittedToken* committed = work.committed + static_cast<int64_t>(view.req) * (in.draft_len + 1);
+  int32_t count = 0;
+  for (int32_t row = 1; row <= view.num_drafts; ++row) {
+    if ((kept >> (row - 1) & 1) != 0)
+      committed[count++] = {window.parents[row], window.tokens[row]};
+  }
+  if (settled) committed[count++] = {stop.row, stop.next};
+  while (count <= in.draft_len) committed[count++] = {-1, -1};
+}
+
+/* Grid: requests x ctas_per_req, flat. */
+__global__ void __launch_bounds__(AcceptPolicy::kNumThreads, 1)
+    accept_kernel(VerifyInputs in, AcceptWork work, AcceptOutputs out) {
+  __shared__ Window window;
+  __shared__ RaceShared race;
+  RequestView view;
+  view.req = static_cast<int32_t>(blockIdx.x) / work.ctas_per_req;
+  view.first_row = in.qo_indptr[view.req];
+  view.num_drafts = verify_len(in, view.req);
+  const int32_t rule = in.rules == nullptr ? DSPARK_RULE_TOKEN : in.rules[view.req];
+  view.rule = in.temperature[view.req] > 0.f ? rule : -1;
+  const bool dense_block = rule == DSPARK_RULE_BLOCK && in.draft.data != nullptr;
+  const bool shared =
+      view.num_drafts >= 0 && view.rule >= 0 && (rule == DSPARK_RULE_COUPLED || dense_block);
+  if (!shared && blockIdx.x % work.ctas_per_req != 0) return; /* whole CTA, as all returns here */
+
+  Stop stop = {0, 0, false, -1, 0, 1.f, false};
+  if (view.num_drafts >= 0) {
+    load_window(in, work, view, window);
+    if (shared && !share_rows(in, work, view, window, race)) return;
+    switch (view.rule) {
+      case DSPARK_RULE_TOKEN:
+        stop = decide_token_rule(in, work, view, window, race);
+        break;
+      case DSPARK_RULE_BLOCK:
+        stop = decide_block_rule(in, view, window);
+        break;
+      default:
+        stop = follow(view, window);
+    }
+    cut_at_stop_token(in, view, window, &stop);
+    if (!stop.bad && stop.next < 0) {
+      stop.next = draw_next(in, work, view, window, stop, race);
+    }
+  }
+  write_outputs(in, work, view, window, stop, out);
 }
 
 }  // namespace dspark

@@ -133,6 +133,7 @@ class DraftCandidates {
     args.anchor_positions = p_.anchor_positions;
     args.temperature = p_.temperature;
     args.seeds = p_.seeds;
+    args.rules = p_.rules;
     args.draft_tokens = p_.draft_tokens;
     args.candidate_tokens = p_.candidate_tokens;
     args.candidate_logits = p_.candidate_logits;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use dspark::ops::Rule;
 use dspark::schedule::Policy;
 
 /// DSpark speculative decoding: generate, compare with the baselines, look after the set-up.
@@ -205,6 +206,29 @@ pub struct SamplingArgs {
         allow_negative_numbers = true
     )]
     pub seed: u64,
+    /// How drafts are accepted at temperature > 0; none changes the target's law. token: each by its own; block: by the
+    /// longest prefix that passes, a little longer; coupled: the text of plain decoding with the same seed, token by token.
+    #[arg(long, default_value = "token", value_name = "RULE")]
+    pub rule: Rule,
+    /// Divide the positive logits of all tokens so far by P and multiply the others; 1 is off.
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    pub repetition_penalty: f32,
+    /// Take P from the logits of all generated tokens; 0 is off.
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "P",
+        allow_negative_numbers = true
+    )]
+    pub presence_penalty: f32,
+    /// Take P from the logits of all generated tokens for each time they came; 0 is off.
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "P",
+        allow_negative_numbers = true
+    )]
+    pub frequency_penalty: f32,
     /// Stop before this text; may be given several times.
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,

@@ -182,6 +182,10 @@ impl Texts {
             top_p: args.top_p,
             min_p: args.min_p,
             seed: args.seed.wrapping_add(index as u64),
+            rule: args.rule,
+            repetition_penalty: args.repetition_penalty,
+            presence_penalty: args.presence_penalty,
+            frequency_penalty: args.frequency_penalty,
         };
         Request {
             stop_tokens: if args.ignore_eos {

@@ -45,6 +45,7 @@ impl Cuda {
         let anchors = arguments.push(requests.anchors.iter().copied());
         let positions = arguments.push(requests.anchor_positions.iter().copied());
         let temperature = arguments.push_f32(requests.sampling.iter().map(|s| s.temperature));
+        let rules = arguments.push(requests.sampling.iter().map(|s| s.rule as u32));
         let words = arguments.upload(&mut self.arguments)?;
         let (seeds, anchors) = (seeds.of(words), anchors.of(words));
         let (positions, temperature) = (positions.of(words), temperature.of(words));
@@ -84,6 +85,7 @@ impl Cuda {
             workspace: null_mut(),
             workspace_bytes: 0,
             stride_logits_row: logits.stride(),
+            rules: rules.of(words),
             mask: null(),
         };
         // SAFETY: reads the sizes of `params` and writes one host integer.

@@ -22,7 +22,7 @@ mod verify;
 use half::bf16;
 
 use super::{
-    Accepted, AttentionSpec, DraftHead, DraftLaw, Drafted, HostTensor, KvGeometry, KvSink, Ops,
+    AcceptBatch, Accepted, AttentionSpec, DraftHead, Drafted, HostTensor, KvGeometry, KvSink, Ops,
     RopeSpec, RowMap, SamplingParams,
 };
 use crate::device::{Device, Gemm, Growing};
@@ -327,23 +327,7 @@ impl Ops for Cuda {
         self.run_head(head, logits, hidden, &requests)
     }
 
-    fn accept(
-        &mut self,
-        target: &Self::Logits,
-        qo_indptr: &[i32],
-        draft_tokens: &[u32],
-        draft_len: usize,
-        law: DraftLaw<'_, Self>,
-        anchor_positions: &[u32],
-        sampling: &[SamplingParams],
-    ) -> Result<Accepted> {
-        let requests = verify::Requests {
-            qo_indptr,
-            draft_tokens,
-            draft_len,
-            anchor_positions,
-            sampling,
-        };
-        self.accept_drafts(target, &law, &requests)
+    fn accept(&mut self, batch: &AcceptBatch<'_, Self>) -> Result<Accepted> {
+        self.accept_drafts(batch)
     }
 }

@@ -2,19 +2,239 @@
 
 use std::ptr::{null, null_mut};
 
-use super::arguments::Arguments;
+use super::arguments::{Arguments, Offset};
 use super::{Cuda, DeviceMatrix, check, expect, int, struct_size};
+use crate::device::Buffer;
 use crate::error::{Error, Result};
-use crate::ops::{Accepted, DraftLaw, Matrix, SamplingParams};
+use crate::ops::{
+    AcceptBatch, Accepted, DraftLaw, Matrix, Rule, SamplingParams, TokenEdit, TokenEdits,
+    TokenLogprobs,
+};
 use crate::sys;
 
-/// The requests of a call, one entry each.
-pub(super) struct Requests<'a> {
-    pub qo_indptr: &'a [i32],
-    pub draft_tokens: &'a [u32],
-    pub draft_len: usize,
-    pub anchor_positions: &'a [u32],
-    pub sampling: &'a [SamplingParams],
+/// The arrays of a call that may be left out; those left out are NULL.
+#[derive(Default)]
+struct Optional(Option<Offset>);
+
+impl Optional {
+    fn of<T>(&self, words: &Buffer<u32>) -> *const T {
+        self.0.map_or(null(), |offset| offset.of(words))
+    }
+}
+
+/// Where the arrays of a call lie in its upload.
+struct Uploaded {
+    seeds: Offset,
+    qo_indptr: Offset,
+    draft_tokens: Offset,
+    positions: Offset,
+    temperature: Offset,
+    top_k: Optional,
+    top_p: Optional,
+    min_p: Optional,
+    rules: Optional,
+    repetition: Optional,
+    presence: Optional,
+    frequency: Optional,
+    parents: Optional,
+    candidate_tokens: Optional,
+    candidate_logits: Optional,
+    mask: Optional,
+    edit_indptr: Optional,
+    edit_tokens: Optional,
+    edit_counts: Optional,
+    edit_biases: Optional,
+    stop_indptr: Optional,
+    stop_tokens: Optional,
+}
+
+impl Uploaded {
+    /// Packs a checked batch; what every request leaves off is not uploaded, and costs the kernels nothing.
+    fn pack(batch: &AcceptBatch<'_, Cuda>, arguments: &mut Arguments) -> Self {
+        let (sampling, extras) = (batch.sampling, &batch.extras);
+        let mut floats = |off: f32, value: fn(&SamplingParams) -> f32| {
+            let on = sampling.iter().any(|s| value(s) != off);
+            Optional(on.then(|| arguments.push_f32(sampling.iter().map(value))))
+        };
+        let top_p = floats(1.0, |s| s.top_p);
+        let min_p = floats(0.0, |s| s.min_p);
+        let repetition = floats(1.0, |s| s.repetition_penalty);
+        let presence = floats(0.0, |s| s.presence_penalty);
+        let frequency = floats(0.0, |s| s.frequency_penalty);
+        let mut words = |on: bool, value: fn(&SamplingParams) -> u32| {
+            Optional(on.then(|| arguments.push(sampling.iter().map(value))))
+        };
+        let top_k = words(sampling.iter().any(|s| s.top_k > 0), |s| {
+            s.top_k.min(i32::MAX as u32)
+        });
+        let sampled = |s: &SamplingParams| s.temperature > 0.0 && s.rule != Rule::Token;
+        let rules = words(sampling.iter().any(sampled), |s| s.rule as u32);
+        let mut optional = |values: Option<&[u32]>| {
+            Optional(values.map(|values| arguments.push(values.iter().copied())))
+        };
+        let parents = optional(extras.parents);
+        let mask = optional(extras.mask);
+        let sparse = match batch.law {
+            DraftLaw::Sparse(sparse) => Some(sparse),
+            DraftLaw::PointMass | DraftLaw::Logits(_) => None,
+        };
+        let candidate_tokens = optional(sparse.map(|sparse| &sparse.tokens[..]));
+        let stops = extras.stop_tokens.unwrap_or_default();
+        let has_stops = stops.iter().any(|stops| !stops.is_empty());
+        let stop_indptr = prefix_sums(stops.iter().map(|stops| stops.len()));
+        let stop_indptr = optional(has_stops.then_some(&stop_indptr[..]));
+        let stop_tokens = optional(has_stops.then_some(&stops.concat()[..]));
+        let edits = extras.edits.unwrap_or_default();
+        let lens = edits.iter().map(|edits| edits.as_slice().len());
+        let all: Vec<TokenEdit> = edits
+            .iter()
+            .flat_map(TokenEdits::as_slice)
+            .copied()
+            .collect();
+        let has_edits = !all.is_empty();
+        let column = |value: fn(&TokenEdit) -> u32| -> Vec<u32> { all.iter().map(value).collect() };
+        let edit_indptr = optional(has_edits.then_some(&prefix_sums(lens)[..]));
+        let edit_tokens = optional(has_edits.then_some(&column(|edit| edit.token)[..]));
+        let counts = column(|edit| edit.count.map_or(-1, |count| count as i32) as u32);
+        let edit_counts = optional(has_edits.then_some(&counts[..]));
+        let edit_biases = optional(has_edits.then_some(&column(|edit| edit.bias.to_bits())[..]));
+        Self {
+            seeds: arguments.push_u64(sampling.iter().map(|s| s.seed)),
+            qo_indptr: arguments.push(batch.qo_indptr.iter().map(|&v| v as u32)),
+            draft_tokens: arguments.push(batch.draft_tokens.iter().copied()),
+            positions: arguments.push(batch.anchor_positions.iter().copied()),
+            temperature: arguments.push_f32(sampling.iter().map(|s| s.temperature)),
+            candidate_logits: Optional(
+                sparse.map(|sparse| arguments.push_f32(sparse.logits.iter().copied())),
+            ),
+            top_k,
+            top_p,
+            min_p,
+            rules,
+            repetition,
+            presence,
+            frequency,
+            parents,
+            candidate_tokens,
+            mask,
+            edit_indptr,
+            edit_tokens,
+            edit_counts,
+            edit_biases,
+            stop_indptr,
+            stop_tokens,
+        }
+    }
+}
+
+/// Where the answers of a call lie in its results, in words.
+struct Answers {
+    num_reqs: usize,
+    draft_len: usize,
+    /// The likeliest tokens reported at each place; `None`: no log-probabilities.
+    num_top: Option<usize>,
+}
+
+impl Answers {
+    const STATUS: usize = 0;
+
+    fn num_accepted(&self) -> usize {
+        self.num_reqs
+    }
+
+    fn next_tokens(&self) -> usize {
+        2 * self.num_reqs
+    }
+
+    fn flags(&self) -> usize {
+        3 * self.num_reqs
+    }
+
+    fn logprobs(&self) -> usize {
+        self.flags() + self.num_reqs * self.draft_len
+    }
+
+    fn places(&self) -> usize {
+        self.num_reqs * (self.draft_len + 1)
+    }
+
+    fn top_tokens(&self) -> usize {
+        self.logprobs() + self.places()
+    }
+
+    fn top_logprobs(&self) -> usize {
+        self.top_tokens() + self.places() * self.num_top.unwrap_or(0)
+    }
+
+    fn len(&self) -> usize {
+        match self.num_top {
+            None => self.logprobs(),
+            Some(num_top) => self.top_logprobs() + self.places() * num_top,
+        }
+    }
+
+    fn read(&self, words: &[u32]) -> Result<Accepted> {
+        let status = &words[Self::STATUS..][..self.num_reqs];
+        if let Some(request) = status.iter().position(|&status| status != 0) {
+            return Err(Error::BadLogits {
+                request,
+                found: "NaN, +inf or only -inf".into(),
+            });
+        }
+        let num_accepted = words[self.num_accepted()..][..self.num_reqs].to_vec();
+        let logprobs = match self.num_top {
+            None => Vec::new(),
+            Some(num_top) => (0..self.num_reqs)
+                .map(|r| self.logprobs_of(words, r, num_accepted[r] as usize, num_top))
+                .collect(),
+        };
+        Ok(Accepted {
+            next_tokens: words[self.next_tokens()..][..self.num_reqs].to_vec(),
+            flags: words[self.flags()..self.logprobs()]
+                .iter()
+                .map(|&flag| flag != 0)
+                .collect(),
+            num_accepted,
+            logprobs,
+        })
+    }
+
+    fn logprobs_of(
+        &self,
+        words: &[u32],
+        r: usize,
+        num_accepted: usize,
+        num_top: usize,
+    ) -> Vec<TokenLogprobs> {
+        if words[self.next_tokens() + r] == u32::MAX {
+            return Vec::new();
+        }
+        (0..=num_accepted)
+            .map(|i| {
+                let place = r * (self.draft_len + 1) + i;
+                let tokens = &words[self.top_tokens() + place * num_top..][..num_top];
+                let logprobs = &words[self.top_logprobs() + place * num_top..][..num_top];
+                TokenLogprobs {
+                    logprob: f32::from_bits(words[self.logprobs() + place]),
+                    top: tokens
+                        .iter()
+                        .zip(logprobs)
+                        .filter(|&(&token, _)| token != u32::MAX)
+                        .map(|(&token, &bits)| (token, f32::from_bits(bits)))
+                        .collect(),
+                }
+            })
+            .collect()
+    }
+}
+
+/// `[0, a, a + b, ..]`.
+fn prefix_sums(lens: impl Iterator<Item = usize>) -> Vec<u32> {
+    let mut sums = vec![0];
+    for len in lens {
+        sums.push(sums[sums.len() - 1] + len as u32);
+    }
+    sums
 }
 
 /// What [`Cuda::commit`] leaves, one entry (or row) for each request.
@@ -32,66 +252,89 @@ pub struct Committed {
 
 impl Cuda {
     /// The method of the trait; see there.
-    pub(super) fn accept_drafts(
-        &mut self,
-        target: &DeviceMatrix<f32>,
-        law: &DraftLaw<'_, Self>,
-        requests: &Requests<'_>,
-    ) -> Result<Accepted> {
-        check_requests(requests, target)?;
-        let num_reqs = requests.sampling.len();
-        let draft_logits = match law {
-            DraftLaw::PointMass => None,
-            DraftLaw::Logits(logits) => Some(*logits),
-        };
-        if let Some(logits) = draft_logits {
-            expect(
-                "draft_logits.rows",
-                num_reqs * requests.draft_len,
-                logits.rows(),
-            )?;
-            expect("draft_logits.cols", target.cols(), logits.cols())?;
+    pub(super) fn accept_drafts(&mut self, batch: &AcceptBatch<'_, Self>) -> Result<Accepted> {
+        let target = batch.target;
+        batch.check(target.rows(), target.cols())?;
+        let num_drafts = batch.draft_tokens.len();
+        let (mut draft_logits, mut num_candidates) = (None, 0);
+        match &batch.law {
+            DraftLaw::PointMass => {}
+            DraftLaw::Logits(logits) => {
+                expect("draft_logits.rows", num_drafts, logits.rows())?;
+                expect("draft_logits.cols", target.cols(), logits.cols())?;
+                draft_logits = Some(*logits);
+            }
+            DraftLaw::Sparse(sparse) => {
+                sparse.check(num_drafts, target.cols())?;
+                num_candidates = sparse.num_candidates;
+            }
         }
-        if num_reqs == 0 {
+        let answers = Answers {
+            num_reqs: batch.num_reqs(),
+            draft_len: batch.draft_len,
+            num_top: batch.extras.logprobs,
+        };
+        if answers.num_reqs == 0 {
             return Ok(Accepted::default());
         }
 
         let mut arguments = Arguments::default();
-        let sampling = requests.sampling;
-        let seeds = arguments.push_u64(sampling.iter().map(|s| s.seed));
-        let qo_indptr = arguments.push(requests.qo_indptr.iter().map(|&v| v as u32));
-        let draft_tokens = arguments.push(requests.draft_tokens.iter().copied());
-        let positions = arguments.push(requests.anchor_positions.iter().copied());
-        let temperature = arguments.push_f32(sampling.iter().map(|s| s.temperature));
-        let top_k = arguments.push(sampling.iter().map(|s| s.top_k.min(i32::MAX as u32)));
-        let top_p = arguments.push_f32(sampling.iter().map(|s| s.top_p));
-        let min_p = arguments.push_f32(sampling.iter().map(|s| s.min_p));
+        let uploaded = Uploaded::pack(batch, &mut arguments);
         let words = arguments.upload(&mut self.arguments)?;
-        let results = self.results.at_least(3 * num_reqs)?;
+        let results = self.results.at_least(answers.len())?;
+        let wants_logprobs = answers.num_top.is_some();
         let mut params = sys::dspark_accept_params {
             struct_size: struct_size::<sys::dspark_accept_params>(),
+            target_dtype: sys::DSPARK_DTYPE_F32,
+            draft_dtype: sys::DSPARK_DTYPE_F32,
             num_rows: int("target.rows", target.rows())?,
-            num_reqs: int("requests", num_reqs)?,
-            draft_len: int("draft_len", requests.draft_len)?,
+            num_reqs: int("requests", answers.num_reqs)?,
+            draft_len: int("draft_len", batch.draft_len)?,
             vocab_size: int("vocab_size", target.cols())?,
-            target_logits: target.ptr(0, 0),
-            draft_logits: draft_logits.map_or(null(), |logits| logits.ptr(0, 0)),
-            draft_tokens: draft_tokens.of(words),
-            qo_indptr: qo_indptr.of(words),
-            anchor_positions: positions.of(words),
-            temperature: temperature.of(words),
-            top_k: top_k.of(words),
-            top_p: top_p.of(words),
-            min_p: min_p.of(words),
-            seeds: seeds.of(words),
-            num_accepted: results.mut_ptr(0).cast(),
-            next_tokens: results.mut_ptr(num_reqs).cast(),
-            status: results.mut_ptr(2 * num_reqs).cast(),
+            num_candidates: int("num_candidates", num_candidates)?,
+            num_top_logprobs: int("logprobs", answers.num_top.unwrap_or(0))?,
+            target_logits: target.ptr(0, 0).cast(),
+            draft_logits: draft_logits.map_or(null(), |logits| logits.ptr(0, 0).cast()),
+            draft_log_normalizers: null(),
+            candidate_tokens: uploaded.candidate_tokens.of(words),
+            candidate_logits: uploaded.candidate_logits.of(words),
+            draft_tokens: uploaded.draft_tokens.of(words),
+            parents: uploaded.parents.of(words),
+            qo_indptr: uploaded.qo_indptr.of(words),
+            anchor_positions: uploaded.positions.of(words),
+            temperature: uploaded.temperature.of(words),
+            top_k: uploaded.top_k.of(words),
+            top_p: uploaded.top_p.of(words),
+            min_p: uploaded.min_p.of(words),
+            rules: uploaded.rules.of(words),
+            seeds: uploaded.seeds.of(words),
+            repetition_penalty: uploaded.repetition.of(words),
+            presence_penalty: uploaded.presence.of(words),
+            frequency_penalty: uploaded.frequency.of(words),
+            edit_indptr: uploaded.edit_indptr.of(words),
+            edit_tokens: uploaded.edit_tokens.of(words),
+            edit_counts: uploaded.edit_counts.of(words),
+            edit_biases: uploaded.edit_biases.of(words),
+            mask: uploaded.mask.of(words),
+            stop_indptr: uploaded.stop_indptr.of(words),
+            stop_tokens: uploaded.stop_tokens.of(words),
+            num_accepted: results.mut_ptr(answers.num_accepted()).cast(),
+            next_tokens: results.mut_ptr(answers.next_tokens()).cast(),
+            status: results.mut_ptr(Answers::STATUS).cast(),
+            accept_flags: results.mut_ptr(answers.flags()).cast(),
+            logprobs: null_mut(),
+            top_tokens: null_mut(),
+            top_logprobs: null_mut(),
             workspace: null_mut(),
             workspace_bytes: 0,
             stride_target_row: target.stride(),
             stride_draft_row: draft_logits.map_or(0, DeviceMatrix::stride),
         };
+        if wants_logprobs {
+            params.logprobs = results.mut_ptr(answers.logprobs()).cast();
+            params.top_tokens = results.mut_ptr(answers.top_tokens()).cast();
+            params.top_logprobs = results.mut_ptr(answers.top_logprobs()).cast();
+        }
         // SAFETY: reads the sizes of `params` and writes one host integer.
         check("accept_workspace_size", unsafe {
             sys::launch::dspark_accept_workspace_size_cu(
@@ -102,24 +345,12 @@ impl Cuda {
         params.workspace = self.workspace(params.workspace_bytes)?;
         self.device.bind()?;
         // SAFETY: the logits are live device matrices of the shapes checked above; the per-request arrays were uploaded
-        // on this stream; qo_indptr stays within target's rows and drafts below the vocabulary; the results have room
-        // for three words a request.
+        // on this stream; qo_indptr stays within target's rows, parents before their rows, and drafts, edits and
+        // candidates below the vocabulary; the results have room for what `answers` lays out.
         check("accept", unsafe {
             sys::launch::dspark_accept_cu(&raw const params, self.stream())
         })?;
-        let mut num_accepted = self.download_results(3 * num_reqs)?;
-        let status = num_accepted.split_off(2 * num_reqs);
-        let next_tokens = num_accepted.split_off(num_reqs);
-        if let Some(request) = status.iter().position(|&status| status != 0) {
-            return Err(Error::BadLogits {
-                request,
-                found: "NaN, +inf or only -inf".into(),
-            });
-        }
-        Ok(Accepted {
-            num_accepted,
-            next_tokens,
-        })
+        answers.read(&self.download_results(answers.len())?)
     }
 
     /// The kernel behind a commit on the device: `[x_1 .. x_n, next]` for each request, with its length and anchor moved on.
@@ -188,55 +419,4 @@ impl Cuda {
             tokens: ints(&out[3 * num_reqs..]),
         })
     }
-}
-
-fn check_requests(requests: &Requests<'_>, target: &DeviceMatrix<f32>) -> Result<()> {
-    let num_reqs = requests.sampling.len();
-    let draft_len = requests.draft_len;
-    expect(
-        "anchor_positions",
-        num_reqs,
-        requests.anchor_positions.len(),
-    )?;
-    expect("qo_indptr", num_reqs + 1, requests.qo_indptr.len())?;
-    expect(
-        "draft_tokens",
-        num_reqs * draft_len,
-        requests.draft_tokens.len(),
-    )?;
-    for sampling in requests.sampling {
-        sampling.validate()?;
-    }
-    if requests.qo_indptr[0] != 0 {
-        return Err(Error::argument(
-            "qo_indptr",
-            "a leading 0",
-            requests.qo_indptr[0],
-        ));
-    }
-    for pair in requests.qo_indptr.windows(2) {
-        let rows = i64::from(pair[1]) - i64::from(pair[0]);
-        if !(0..=draft_len as i64 + 1).contains(&rows) {
-            let expected = format!("0 to {} rows a request", draft_len + 1);
-            return Err(Error::argument("qo_indptr", expected, rows));
-        }
-    }
-    expect(
-        "target.rows",
-        requests.qo_indptr[num_reqs] as usize,
-        target.rows(),
-    )?;
-    let vocab_size = target.cols();
-    if let Some(token) = requests
-        .draft_tokens
-        .iter()
-        .find(|&&token| token as usize >= vocab_size)
-    {
-        return Err(Error::argument(
-            "draft_tokens",
-            format!("below {vocab_size}"),
-            token,
-        ));
-    }
-    Ok(())
 }

@@ -1,7 +1,7 @@
 //! The draft head against the formula, and the exact law of drafting and acceptance, enumerated.
 
 use super::*;
-use crate::ops::Purpose;
+use crate::ops::{AcceptExtras, Purpose};
 use crate::reference::choices::{Enumerator, enumerate};
 
 const VOCAB: usize = 5;
@@ -184,17 +184,16 @@ fn a_draft_row_that_is_no_law_yields_token_zero_and_keeps_acceptance_lossless() 
         let law = enumerate(|choices| {
             let mut ops = enumerated(choices);
             let target = mat(&mut ops, VOCAB, &target);
-            let accepted = ops
-                .accept(
-                    &target,
-                    &[0, 2],
-                    &[0],
-                    1,
-                    DraftLaw::Logits(&logits),
-                    &[0],
-                    &sampling,
-                )
-                .unwrap();
+            let accepted = accept(
+                &mut ops,
+                &target,
+                &[0, 2],
+                (&[0], 1),
+                DraftLaw::Logits(&logits),
+                &[0],
+                &sampling,
+            )
+            .unwrap();
             if accepted.num_accepted[0] == 1 {
                 0
             } else {
@@ -213,7 +212,29 @@ fn a_draft_row_that_is_no_law_yields_token_zero_and_keeps_acceptance_lossless() 
     }
 }
 
-fn sampling(temperature: f32) -> SamplingParams {
+/// A batch without extras.
+fn accept(
+    ops: &mut Reference,
+    target: &F32Matrix,
+    qo_indptr: &[i32],
+    (draft_tokens, draft_len): (&[u32], usize),
+    law: DraftLaw<'_, Reference>,
+    anchor_positions: &[u32],
+    sampling: &[SamplingParams],
+) -> Result<Accepted> {
+    ops.accept(&AcceptBatch {
+        target,
+        qo_indptr,
+        draft_tokens,
+        draft_len,
+        law,
+        anchor_positions,
+        sampling,
+        extras: AcceptExtras::default(),
+    })
+}
+
+pub(super) fn sampling(temperature: f32) -> SamplingParams {
     SamplingParams {
         temperature,
         ..SamplingParams::default()
@@ -286,17 +307,16 @@ fn round_error(kind: HeadKind, params: SamplingParams, point_mass: bool, slip: S
             DraftLaw::Logits(&logits)
         };
         let indptr = [0, 1 + DRAFT_LEN as i32];
-        let accepted = ops
-            .accept(
-                &target,
-                &indptr,
-                &drafted.tokens,
-                DRAFT_LEN,
-                draft_law,
-                &[0],
-                &[params],
-            )
-            .unwrap();
+        let accepted = accept(
+            &mut ops,
+            &target,
+            &indptr,
+            (&drafted.tokens, DRAFT_LEN),
+            draft_law,
+            &[0],
+            &[params],
+        )
+        .unwrap();
         let mut committed = drafted.tokens[..accepted.num_accepted[0] as usize].to_vec();
         committed.push(accepted.next_tokens[0]);
         committed
@@ -352,7 +372,7 @@ fn a_round_has_exactly_the_targets_law() {
                     top_k,
                     top_p,
                     min_p,
-                    seed: 0,
+                    ..SamplingParams::default()
                 };
                 for point_mass in [false, true] {
                     let error = round_error(kind, params, point_mass, Slip::None);
@@ -383,17 +403,16 @@ fn greedy_acceptance_is_exact_in_a_ragged_batch() {
         .collect();
     let target = mat(&mut ops, VOCAB, &rows);
     let drafts = [1, 2, 9, 9, 3, 9, 9, 9];
-    let accepted = ops
-        .accept(
-            &target,
-            &[0, 3, 3, 5, 6],
-            &drafts,
-            2,
-            DraftLaw::PointMass,
-            &[0; 4],
-            &[sampling(0.0); 4],
-        )
-        .unwrap();
+    let accepted = accept(
+        &mut ops,
+        &target,
+        &[0, 3, 3, 5, 6],
+        (&drafts, 2),
+        DraftLaw::PointMass,
+        &[0; 4],
+        &[sampling(0.0); 4],
+    )
+    .unwrap();
     assert_eq!(accepted.num_accepted, [2, 0, 0, 0]);
     assert_eq!(accepted.next_tokens, [3, NO_TOKEN, 4, 1]);
 }
@@ -417,7 +436,7 @@ fn the_token_rule_uses_the_uniforms_of_the_contract() {
     };
     let race = |weights: &[f64], position, purpose| {
         let arrival = |v: usize| {
-            -(-uniform(word(v as u32 / 4, position, purpose)[v % 4])).ln_1p() / weights[v]
+            philox::token_exponential(params.seed, position, purpose as u32, v) / weights[v]
         };
         (0..VOCAB)
             .min_by(|&a, &b| arrival(a).total_cmp(&arrival(b)))
@@ -426,17 +445,16 @@ fn the_token_rule_uses_the_uniforms_of_the_contract() {
     let mut kept = 0;
     for anchor in 0..200 {
         let token = anchor % VOCAB as u32;
-        let accepted = ops
-            .accept(
-                &target,
-                &[0, 2],
-                &[token],
-                1,
-                DraftLaw::Logits(&draft),
-                &[anchor],
-                &[params],
-            )
-            .unwrap();
+        let accepted = accept(
+            &mut ops,
+            &target,
+            &[0, 2],
+            (&[token], 1),
+            DraftLaw::Logits(&draft),
+            &[anchor],
+            &[params],
+        )
+        .unwrap();
         let x = token as usize;
         let keep = uniform(word(0, anchor + 1, Purpose::Accept)[0]) * q[x] < p[x];
         let next = if keep {
@@ -447,7 +465,7 @@ fn the_token_rule_uses_the_uniforms_of_the_contract() {
             )
         } else {
             race(
-                &law::residual(&p, &q).unwrap(),
+                &law::residual(1.0, &p, &q).unwrap(),
                 anchor + 1,
                 Purpose::Residual,
             )
@@ -469,11 +487,11 @@ fn bad_logits_name_the_request_and_arguments_are_checked() {
     let target = mat(&mut ops, VOCAB, &rows);
     for temperature in [0.0, 1.0] {
         let params = [sampling(temperature); 3];
-        let result = ops.accept(
+        let result = accept(
+            &mut ops,
             &target,
             &[0, 1, 2, 3],
-            &[],
-            0,
+            (&[], 0),
             DraftLaw::PointMass,
             &[0; 3],
             &params,
@@ -484,20 +502,28 @@ fn bad_logits_name_the_request_and_arguments_are_checked() {
     }
     let params = [sampling(0.0)];
     let law = || DraftLaw::PointMass;
-    let found = ops.accept(&target, &[0, 3], &[1], 1, law(), &[0], &params);
+    let found = accept(&mut ops, &target, &[0, 3], (&[1], 1), law(), &[0], &params);
     assert_argument(found, "rows of request 0");
-    let found = ops.accept(
+    let found = accept(
+        &mut ops,
         &target,
         &[0, 3],
-        &[1, VOCAB as u32],
-        2,
+        (&[1, VOCAB as u32], 2),
         law(),
         &[0],
         &params,
     );
     assert_argument(found, "draft token");
-    let found = ops.accept(&target, &[0, 2], &[1], 1, law(), &[0], &params);
+    let found = accept(&mut ops, &target, &[0, 2], (&[1], 1), law(), &[0], &params);
     assert_argument(found, "target logits");
-    let found = ops.accept(&target, &[0, 3], &[1, 1], 2, law(), &[0], &[sampling(-1.0)]);
+    let found = accept(
+        &mut ops,
+        &target,
+        &[0, 3],
+        (&[1, 1], 2),
+        law(),
+        &[0],
+        &[sampling(-1.0)],
+    );
     assert_argument(found, "temperature");
 }
