@@ -111,13 +111,23 @@ impl Head {
 
     /// Runs the requests in `which`.
     fn run<O: Ops>(&self, ops: &mut O, which: std::ops::Range<usize>) -> HeadResult {
+        self.run_on(ops, which, &self.base_logits())
+    }
+
+    /// The same on other base logits (of all requests).
+    fn run_on<O: Ops>(
+        &self,
+        ops: &mut O,
+        which: std::ops::Range<usize>,
+        base: &[f32],
+    ) -> HeadResult {
         let head = self.weights(ops);
         let rows = which.start * self.draft_len..which.end * self.draft_len;
         let hidden =
             Rng::new(self.seed + 3).normals(self.num_reqs * self.draft_len * self.hidden_size, 1.0);
         let hidden = &hidden[rows.start * self.hidden_size..rows.end * self.hidden_size];
         let hidden = mat(ops, self.hidden_size, hidden);
-        let base = &self.base_logits()[rows.start * self.vocab_size..rows.end * self.vocab_size];
+        let base = &base[rows.start * self.vocab_size..rows.end * self.vocab_size];
         let mut logits = logits(ops, self.vocab_size, base);
         let (anchors, positions) = self.anchors();
         let drafted = ops
@@ -220,6 +230,21 @@ fn heads() -> Vec<Head> {
         head(HeadKind::Gated, 1, 3, 100, 65, 33, Some(true)),
         head(HeadKind::Rnn, 3, 7, 1031, 576, 64, Some(true)),
         head(HeadKind::Rnn, 17, 5, 258, 40, 256, Some(false)),
+        // Tensor cores: vocabularies that end inside a tile, every way of sharing a CTA's warps, one and several groups
+        // of requests.
+        head(HeadKind::Vanilla, 1, 7, 49_152, 64, 256, None),
+        head(HeadKind::Vanilla, 2, 7, 1028, 64, 256, Some(true)),
+        head(HeadKind::Vanilla, 8, 3, 4100, 64, 128, None),
+        head(HeadKind::Vanilla, 17, 3, 1028, 64, 192, None),
+        head(HeadKind::Vanilla, 64, 2, 132, 64, 64, None),
+        head(HeadKind::Vanilla, 65, 2, 132, 64, 64, None),
+        head(HeadKind::Vanilla, 130, 2, 260, 64, 64, None),
+        head(HeadKind::Vanilla, 3, 2, 4, 64, 64, None),
+        head(HeadKind::Gated, 3, 7, 1028, 576, 256, Some(true)),
+        head(HeadKind::Gated, 70, 2, 132, 64, 64, None),
+        head(HeadKind::Rnn, 9, 5, 1028, 40, 128, Some(true)),
+        // Aligned rows of a rank that they do not take.
+        head(HeadKind::Vanilla, 7, 2, 260, 64, 48, None),
     ]
 }
 
@@ -256,6 +281,27 @@ fn a_request_drafts_the_same_alone_and_in_company() {
                 "{:?} request {r}",
                 case.kind
             );
+        }
+    }
+}
+
+#[test]
+fn a_row_without_a_law_drafts_token_zero() {
+    let Some(mut cuda) = gpu() else { return };
+    for case in heads() {
+        let mut base = case.base_logits();
+        let rows: Vec<usize> = (0..case.num_reqs)
+            .map(|r| r * case.draft_len + r % case.draft_len)
+            .collect();
+        for (&row, value) in rows
+            .iter()
+            .zip([f32::NEG_INFINITY, f32::NAN].iter().cycle())
+        {
+            base[row * case.vocab_size..][..case.vocab_size].fill(*value);
+        }
+        let got = case.run_on(&mut cuda, 0..case.num_reqs, &base);
+        for row in rows {
+            assert_eq!(got.drafted.tokens[row], 0, "{:?} row {row}", case.kind);
         }
     }
 }

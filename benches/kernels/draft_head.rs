@@ -117,6 +117,7 @@ impl DraftHead {
             workspace_bytes: self.workspace.len(),
             stride_logits_row: self.vocab_size as i64,
             rules: std::ptr::null(),
+            mask: std::ptr::null(),
         }
     }
 }

@@ -5,6 +5,7 @@
 
 mod acceptance;
 mod attention;
+mod candidates;
 mod draft_head;
 mod lab;
 mod layers;
@@ -24,7 +25,7 @@ use report::Report;
 /// Times dspark's kernels on one GPU.
 #[derive(Parser)]
 struct Options {
-    /// Families to run (attention, draft_head, acceptance, layers, linear); all when none is named.
+    /// Families to run (attention, draft_head, candidates, acceptance, layers, linear); all when none is named.
     families: Vec<String>,
     /// Only the cases whose name contains this text.
     #[arg(long)]
@@ -48,9 +49,10 @@ struct Options {
 
 type Family = fn(&mut Lab) -> anyhow::Result<()>;
 
-const FAMILIES: [(&str, Family); 5] = [
+const FAMILIES: [(&str, Family); 6] = [
     ("attention", attention::run),
     ("draft_head", draft_head::run),
+    ("candidates", candidates::run),
     ("acceptance", acceptance::run),
     ("layers", layers::run),
     ("linear", linear::run),

@@ -15,12 +15,19 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-/* Copies 16 bytes past L1, or writes 16 zero bytes without reading `source` when !valid. */
-__device__ __forceinline__ void copy_async_16(uint32_t shared, const void* source, bool valid) {
-  const int source_bytes = valid ? 16 : 0;
+/* Writes 16 bytes, the first source_bytes (0 .. 16) from `source`, past L1, the others zero; nothing
+ * behind them is read. */
+__device__ __forceinline__ void copy_async_up_to_16(uint32_t shared,
+                                                    const void* source,
+                                                    int source_bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared),
                "l"(__cvta_generic_to_global(source)), "r"(source_bytes)
                : "memory");
+}
+
+/* Copies 16 bytes past L1, or writes 16 zero bytes without reading `source` when !valid. */
+__device__ __forceinline__ void copy_async_16(uint32_t shared, const void* source, bool valid) {
+  copy_async_up_to_16(shared, source, valid ? 16 : 0);
 }
 
 __device__ __forceinline__ void copy_async_commit() {

@@ -165,21 +165,46 @@ inline dspark_status check_cuda(const char* what, cudaError_t error) {
               cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
-/* Enqueues `kernel` on `stream`; the grid must not be empty. */
+/* Lets `kernel` take `shared_bytes` of dynamic shared memory. Its static shared memory counts against
+ * the 48 KB that need no opting in too. */
+template <typename... Params>
+dspark_status opt_in_shared(const char* name, void (*kernel)(Params...), size_t shared_bytes) {
+  if (shared_bytes == 0) return DSPARK_OK;
+  return check_cuda(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                               static_cast<int>(shared_bytes)));
+}
+
+/* Where and how a kernel runs. */
+struct LaunchShape {
+  dim3 grid; /* not empty */
+  dim3 cta;
+  size_t shared_bytes = 0;
+  bool cooperative = false; /* all CTAs resident at once, or the launch fails */
+};
+
+/* Enqueues `kernel` on `stream`. */
 template <typename... Params, typename... Args>
-dspark_status launch_with(const char* name,
-                          void (*kernel)(Params...),
-                          cudaLaunchConfig_t config,
-                          Args&&... args) {
-  /* A kernel's static shared memory counts against the 48 KB that need no opting in too. */
-  if (config.dynamicSmemBytes > 0) {
-    DSPARK_TRY(check_cuda(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                     static_cast<int>(config.dynamicSmemBytes))));
-  }
+dspark_status launch(const char* name,
+                     void (*kernel)(Params...),
+                     const LaunchShape& shape,
+                     dspark_stream stream,
+                     Args&&... args) {
+  DSPARK_TRY(opt_in_shared(name, kernel, shape.shared_bytes));
+  cudaLaunchAttribute cooperative = {};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.cta;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = shape.cooperative ? 1 : 0;
   return check_cuda(name, cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
 }
 
+/* The plain form. */
 template <typename... Params, typename... Args>
 dspark_status launch(const char* name,
                      void (*kernel)(Params...),
@@ -188,12 +213,8 @@ dspark_status launch(const char* name,
                      size_t shared_bytes,
                      dspark_stream stream,
                      Args&&... args) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = cta;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  return launch_with(name, kernel, config, std::forward<Args>(args)...);
+  return launch(name, kernel, LaunchShape{grid, cta, shared_bytes}, stream,
+                std::forward<Args>(args)...);
 }
 
 /* As launch, overlapping the end of the kernel before it on `stream`: `kernel` says
@@ -219,7 +240,28 @@ dspark_status launch_dependent(const char* name,
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = attributes.ptxVersion >= kFirstPtxWithDependents ? 1 : 0;
-  return launch_with(name, kernel, config, std::forward<Args>(args)...);
+  return check_cuda(name, cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+}
+
+/* An attribute of the current device. */
+inline dspark_status device_attribute(cudaDeviceAttr attribute, int* value) {
+  int device = 0;
+  DSPARK_TRY(check_cuda("cudaGetDevice", cudaGetDevice(&device)));
+  return check_cuda("cudaDeviceGetAttribute", cudaDeviceGetAttribute(value, attribute, device));
+}
+
+/* CTAs of `kernel` that the current device runs at once, whatever else it does. */
+template <typename... Params>
+dspark_status resident_ctas(
+    const char* name, void (*kernel)(Params...), int threads, size_t shared_bytes, int* count) {
+  DSPARK_TRY(opt_in_shared(name, kernel, shared_bytes));
+  int per_sm = 0;
+  int num_sms = 0;
+  DSPARK_TRY(check_cuda(
+      name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, shared_bytes)));
+  DSPARK_TRY(device_attribute(cudaDevAttrMultiProcessorCount, &num_sms));
+  *count = per_sm * num_sms;
+  return DSPARK_OK;
 }
 
 template <typename T>

@@ -361,25 +361,37 @@ typedef int32_t dspark_head_kind;
 
 /*
  * Computes      for k = 1..draft_len, left to right, x_0 = anchor: the Markov bias B_k of the head
- * (gated and rnn use h_k), l_k = U_k + B_k, written over U_k; x_k sampled from softmax(l_k /
- *               temperature) by Gumbel-max, or argmax l_k (lowest index wins) at temperature 0;
- *               confidence_k = sigmoid(w . [h_k ; W1[x_{k-1}]] + b), or of h_k alone.
- *               The draft law handed on is exactly softmax(logits / temperature) of what is
- * written. Shapes        logits [num_reqs * draft_len, vocab_size] in: U, out: l; hidden [num_reqs
- * * draft_len, hidden_size]; markov_w1, markov_w2 [vocab_size, markov_rank]; gated: proj_weight
- *               [markov_rank, hidden_size + markov_rank] over [h ; w1], proj_bias [markov_rank];
- * rnn: proj_weight [3 * markov_rank, 2 * markov_rank + hidden_size] over [s ; w1 ; h], proj_bias [3
- * * markov_rank] = [g ; c ; o]; confidence_weight [hidden_size (+ markov_rank)]; draft_tokens,
- * confidence [num_reqs, draft_len]. Dtypes        logits f32; hidden and weights `dtype` (BF16,
- * F16); biases `dtype`; confidence f32; tokens int32. Products and sums f32. Layout        logits
- * row stride given; everything else contiguous. Alignment     element alignment of pointers; 16
- * bytes gives the fast path. markov_rank <= 1024. Aliasing      none allowed. Workspace
- * dspark_draft_head_workspace_size bytes, 256-byte aligned; contents do not matter. Determinism
- * bitwise, independent of the batch. Noise as above, position anchor_positions[r] + k of x_k,
- *               purpose DRAFT, or BONUS where rules[r] is COUPLED.
- * Stream/graph  capture-safe. A row of NaN or all -inf yields token 0 for that step.
+ *               (gated and rnn use h_k), l_k = U_k + B_k, written over U_k; x_k sampled from
+ *               softmax(l_k / temperature) by Gumbel-max, or argmax l_k (lowest index wins) at
+ *               temperature 0; confidence_k = sigmoid(w . [h_k ; W1[x_{k-1}]] + b), or of h_k
+ *               alone. l_k(v) = -inf where mask forbids v. The draft law handed on is exactly
+ *               softmax(logits / temperature) of what is written.
+ * Shapes        logits [num_reqs * draft_len, vocab_size] in: U, out: l; hidden [num_reqs *
+ *               draft_len, hidden_size]; markov_w1, markov_w2 [vocab_size, markov_rank]; gated:
+ *               proj_weight [markov_rank, hidden_size + markov_rank] over [h ; w1], proj_bias
+ *               [markov_rank]; rnn: proj_weight [3 * markov_rank, 2 * markov_rank + hidden_size]
+ *               over [s ; w1 ; h], proj_bias [3 * markov_rank] = [g ; c ; o]; confidence_weight
+ *               [hidden_size (+ markov_rank)]; draft_tokens, confidence [num_reqs, draft_len]; mask
+ *               [num_reqs * draft_len, ceil(vocab_size / 32)], bit v % 32 of word v / 32 set where
+ *               token v is allowed.
+ * Dtypes        logits f32; hidden and weights `dtype` (BF16, F16); biases `dtype`; confidence f32;
+ *               tokens int32. Sums f32. Latents of gated and rnn enter the product with W2 as two
+ *               16-bit parts (16 bits of mantissa with BF16, 22 with F16) on the fast path, as f32
+ *               off it.
+ * Layout        logits row stride given; everything else contiguous.
+ * Alignment     element alignment of pointers. The fast path (tensor cores; a vanilla head runs all
+ *               steps in one cooperative launch) wants logits, markov_w1 and markov_w2 at 16 bytes,
+ *               stride_logits_row a multiple of 4 and markov_rank 64, 128, 192 or 256. markov_rank
+ *               <= 1024.
+ * Aliasing      none allowed.
+ * Workspace     dspark_draft_head_workspace_size bytes, 256-byte aligned; contents do not matter.
+ * Determinism   bitwise, independent of the batch: which path runs depends on alignment, rank and
+ *               device alone. Noise as above, position anchor_positions[r] + k of x_k, purpose DRAFT,
+ *               or BONUS where rules[r] is COUPLED.
+ * Stream/graph  capture-safe. A row of NaN or all -inf (also: all forbidden) yields token 0 for that
+ *               step.
  * Errors        null pointers, unknown head, sizes < 0, markov_rank out of range, workspace too
- * small.
+ *               small.
  */
 typedef struct dspark_draft_head_params {
   uint32_t struct_size;
@@ -409,6 +421,7 @@ typedef struct dspark_draft_head_params {
   size_t workspace_bytes;
   int64_t stride_logits_row;
   const int32_t* rules; /* [num_reqs] DSPARK_RULE_*; may be NULL: none is coupled */
+  const int32_t* mask;  /* may be NULL: everything is allowed */
 } dspark_draft_head_params;
 #define DSPARK_DRAFT_HEAD_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_head_params)
 /* Host. Reads only sizes. */
@@ -416,6 +429,76 @@ dspark_status DSPARK_FN(dspark_draft_head_workspace_size)(const dspark_draft_hea
                                                           size_t* bytes);
 dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* params,
                                            dspark_stream stream);
+
+/*
+ * Computes      the head over a candidate set, with q truncated to it (lossless: the pairs are the
+ *               law sampled from). For k = 1..draft_len, left to right, x_0 = anchor: C_k = the
+ *               num_top largest of U_k (ties: lowest index), joined with the tokens of
+ *               bigram_tokens[x_{k-1}]; l_k(v) = U_k(v) + B_k(v) on C_k; x_k sampled from
+ *               softmax(l_k / temperature) over C_k with the noise of dspark_draft_head, or argmax
+ *               l_k (lowest index wins) at temperature 0; confidence_k as there.
+ * Shapes        as dspark_draft_head; bigram_tokens [vocab_size, num_bigram], each token at most
+ *               once per row, negative: none; candidate_tokens, candidate_logits [num_reqs *
+ *               draft_len, num_top + num_bigram]: first the top, by falling U, then the bigrams.
+ *               A pair that is missing (a logit of U that is NaN or -inf, a token that mask
+ *               forbids or that is already among the top) is (-1, -inf). The top is found among
+ *               what is allowed.
+ * Dtypes        logits `logits_dtype` (F32, BF16); hidden, weights and biases `dtype` (BF16, F16);
+ *               candidate_logits f32; tokens int32. Latents, products and sums f32.
+ * Layout        logits row stride given; everything else contiguous.
+ * Alignment     element alignment of pointers; 16 bytes, stride_logits_row a multiple of 4 and
+ *               markov_rank of 8 give the fast path. num_top 1 .. 256 and at most 12288 /
+ *               ceil(vocab_size / 8192); num_bigram 0 .. 256; markov_rank <= 1024.
+ * Aliasing      none allowed. The logits are not written.
+ * Workspace     dspark_draft_candidates_workspace_size bytes, 256-byte aligned; contents do not
+ *               matter.
+ * Determinism   bitwise, independent of the batch.
+ * Stream/graph  capture-safe. A step without candidates yields token 0 and no pair.
+ * Errors        null pointers, unknown head, sizes < 0 or out of range, num_bigram with
+ *               DSPARK_HEAD_NONE, workspace too small.
+ */
+typedef struct dspark_draft_candidates_params {
+  uint32_t struct_size;
+  dspark_dtype dtype;
+  dspark_dtype logits_dtype;
+  dspark_head_kind head;
+  int32_t num_reqs;
+  int32_t draft_len;
+  int32_t vocab_size;
+  int32_t hidden_size;
+  int32_t markov_rank;
+  int32_t num_top;
+  int32_t num_bigram;
+  int32_t confidence_with_markov; /* 0 or 1 */
+  float confidence_bias;
+  const void* logits;
+  const void* hidden;            /* may be NULL for HEAD_NONE and HEAD_VANILLA without confidence */
+  const void* markov_w1;         /* NULL for HEAD_NONE */
+  const void* markov_w2;         /* NULL for HEAD_NONE */
+  const void* proj_weight;       /* gated, rnn */
+  const void* proj_bias;         /* gated, rnn */
+  const void* confidence_weight; /* may be NULL: no confidence is computed */
+  const int32_t* bigram_tokens;  /* may be NULL when num_bigram is 0 */
+  const int32_t* anchors;        /* [num_reqs]; may be NULL for HEAD_NONE */
+  const int32_t* anchor_positions; /* [num_reqs] */
+  const float* temperature;        /* [num_reqs] */
+  const uint64_t* seeds;           /* [num_reqs] */
+  int32_t* draft_tokens;
+  float* confidence; /* may be NULL when confidence_weight is NULL */
+  int32_t* candidate_tokens;
+  float* candidate_logits;
+  void* workspace;
+  size_t workspace_bytes;
+  int64_t stride_logits_row;
+  const int32_t* rules; /* [num_reqs] DSPARK_RULE_*; may be NULL: none is coupled */
+  const int32_t* mask;  /* may be NULL: everything is allowed */
+} dspark_draft_candidates_params;
+#define DSPARK_DRAFT_CANDIDATES_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_candidates_params)
+/* Host. Reads only sizes. */
+dspark_status DSPARK_FN(dspark_draft_candidates_workspace_size)(
+    const dspark_draft_candidates_params* params, size_t* bytes);
+dspark_status DSPARK_FN(dspark_draft_candidates)(const dspark_draft_candidates_params* params,
+                                                 dspark_stream stream);
 
 /* ------------------------------------------------------------------------------------------------
  * schedule

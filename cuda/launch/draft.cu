@@ -1,18 +1,46 @@
 /* Launchers of the draft family: the semi-autoregressive head. */
-#include <initializer_list>
+#include <algorithm>
 
-#include "common/host.cuh"
-#include "kernels/draft/latent.cuh"
 #include "kernels/draft/sample.cuh"
+#include "kernels/draft/tiled_steps.cuh"
+#include "launch/draft/candidates.cuh"
+#include "launch/draft/projections.cuh"
 
 namespace dspark {
 namespace {
 
-constexpr int32_t kMaxMarkovRank = 1024;
 constexpr size_t kWorkspaceAlignment = 256;
+
+/* Up to 64 requests read W2 once; a vanilla head up to 128, split latents not. */
+using TiledVanilla = TiledPolicy<1, 1>;
+using TiledVanillaWide = TiledPolicy<2, 1>;
+using TiledSplit = TiledPolicy<1, 2>;
+constexpr int32_t kMinTiledReqs = TiledVanilla::kMaxReqs; /* of a full group */
+
+/* Tokens of a tile: with few requests all warps share them and need more. */
+constexpr int32_t tiled_tile_tokens(int32_t reqs_per_cta) {
+  return reqs_per_cta <= TiledVanilla::kMTileReqs ? 64 : 32;
+}
+
+/* The most that any batch may ask for: a device that has less takes the other path for every batch,
+ * so that results do not depend on the batch. */
+constexpr size_t kMaxTiledSharedBytes = 112 * 1024;
+
+template <typename Policy>
+constexpr size_t tiled_shared_bytes(int32_t rank, int32_t reqs_per_cta) {
+  return static_cast<size_t>(Policy::kStages) *
+         tiled_stage_bytes<Policy>(rank, tiled_tile_tokens(reqs_per_cta), reqs_per_cta);
+}
+static_assert(kZone % tiled_tile_tokens(1) == 0 && kZone % tiled_tile_tokens(64) == 0);
+static_assert(tiled_shared_bytes<TiledVanilla>(TiledVanilla::kMaxRank, 16) <= kMaxTiledSharedBytes);
+static_assert(tiled_shared_bytes<TiledVanillaWide>(TiledVanilla::kMaxRank, 128) <=
+              kMaxTiledSharedBytes);
 
 /* Offsets in bytes; what a head does not need has no size. */
 struct DraftLayout {
+  size_t race_keys; /* RaceKey [draft_len, num_reqs] */
+  size_t arrivals;  /* uint32 [draft_len, groups of at least kMinTiledReqs requests] */
+  size_t races_end; /* of both, which start at zero */
   size_t latent;    /* f32 [num_reqs, markov_rank]: gated, rnn */
   size_t states[2]; /* f32 [num_reqs, markov_rank]: rnn */
   size_t winners;   /* Indexed [rows, num_tiles], rows of one launch */
@@ -21,10 +49,6 @@ struct DraftLayout {
 
 int64_t num_sample_tiles(const dspark_draft_head_params& p) {
   return ceil_div<int64_t>(p.vocab_size, kSampleTileRows);
-}
-
-bool has_latent_kernel(dspark_head_kind head) {
-  return head == DSPARK_HEAD_GATED || head == DSPARK_HEAD_RNN;
 }
 
 DraftLayout draft_layout(const dspark_draft_head_params& p) {
@@ -36,6 +60,12 @@ DraftLayout draft_layout(const dspark_draft_head_params& p) {
     return offset;
   };
   const size_t num_reqs = p.num_reqs;
+  const size_t num_races = p.head == DSPARK_HEAD_NONE ? 0 : num_reqs * p.draft_len;
+  const size_t num_arrivals =
+      p.head == DSPARK_HEAD_NONE ? 0 : ceil_div<size_t>(num_reqs, kMinTiledReqs) * p.draft_len;
+  layout.race_keys = carve(num_races * sizeof(RaceKey));
+  layout.arrivals = carve(num_arrivals * sizeof(uint32_t));
+  layout.races_end = at;
   const size_t latent_bytes =
       has_latent_kernel(p.head) ? num_reqs * p.markov_rank * sizeof(float) : 0;
   const size_t state_bytes = p.head == DSPARK_HEAD_RNN ? latent_bytes : 0;
@@ -49,16 +79,7 @@ DraftLayout draft_layout(const dspark_draft_head_params& p) {
 }
 
 dspark_status check_draft_sizes(const dspark_draft_head_params& p) {
-  DSPARK_CHECK_ARG(p.head >= DSPARK_HEAD_NONE && p.head <= DSPARK_HEAD_RNN,
-                   DSPARK_ERROR_INVALID_ARGUMENT,
-                   "head: expected DSPARK_HEAD_NONE (0) .. DSPARK_HEAD_RNN (3), got %d", p.head);
-  DSPARK_TRY(check_range("num_reqs", p.num_reqs, 0));
-  DSPARK_TRY(check_range("draft_len", p.draft_len, 0));
-  DSPARK_TRY(check_range("vocab_size", p.vocab_size, 1));
-  DSPARK_TRY(check_range("hidden_size", p.hidden_size, 0));
-  const int32_t min_rank = p.head == DSPARK_HEAD_NONE ? 0 : 1;
-  DSPARK_TRY(check_range("markov_rank", p.markov_rank, min_rank, kMaxMarkovRank));
-  DSPARK_TRY(check_range("confidence_with_markov", p.confidence_with_markov, 0, 1));
+  DSPARK_TRY(check_head_sizes(p));
   /* One CTA per tile and row is the largest grid. */
   const int64_t num_rows = static_cast<int64_t>(p.num_reqs) * p.draft_len;
   DSPARK_CHECK_ARG(num_rows <= INT32_MAX / num_sample_tiles(p), DSPARK_ERROR_UNSUPPORTED_SHAPE,
@@ -68,66 +89,19 @@ dspark_status check_draft_sizes(const dspark_draft_head_params& p) {
   return DSPARK_OK;
 }
 
-dspark_status check_draft_pointers(const dspark_draft_head_params& p) {
-  constexpr size_t kWeightAlignment = sizeof(__nv_bfloat16);
-  DSPARK_TRY(check_pointer("logits", p.logits, sizeof(float)));
-  DSPARK_TRY(check_pointer("anchor_positions", p.anchor_positions, sizeof(int32_t)));
-  DSPARK_TRY(check_pointer("temperature", p.temperature, sizeof(float)));
-  DSPARK_TRY(check_pointer("seeds", p.seeds, sizeof(uint64_t)));
-  DSPARK_TRY(check_pointer("draft_tokens", p.draft_tokens, sizeof(int32_t)));
-  if (p.head != DSPARK_HEAD_NONE) {
-    DSPARK_TRY(check_pointer("anchors", p.anchors, sizeof(int32_t)));
-    DSPARK_TRY(check_pointer("markov_w1", p.markov_w1, kWeightAlignment));
-    DSPARK_TRY(check_pointer("markov_w2", p.markov_w2, kWeightAlignment));
-  }
-  if (has_latent_kernel(p.head)) {
-    DSPARK_TRY(check_pointer("proj_weight", p.proj_weight, kWeightAlignment));
-    DSPARK_TRY(check_pointer("proj_bias", p.proj_bias, kWeightAlignment));
-  }
-  const bool has_confidence = p.confidence_weight != nullptr;
-  if (has_confidence) {
-    DSPARK_TRY(check_aligned("confidence_weight", p.confidence_weight, kWeightAlignment));
-    DSPARK_TRY(check_pointer("confidence", p.confidence, sizeof(float)));
-    DSPARK_CHECK_ARG(p.head != DSPARK_HEAD_NONE || p.confidence_with_markov == 0,
-                     DSPARK_ERROR_INVALID_ARGUMENT,
-                     "confidence_with_markov: expected 0 with DSPARK_HEAD_NONE, got 1");
-  }
-  if (has_confidence || has_latent_kernel(p.head)) {
-    DSPARK_TRY(check_pointer("hidden", p.hidden, kWeightAlignment));
-    DSPARK_TRY(check_range("hidden_size", p.hidden_size, 1));
-  }
-  return DSPARK_OK;
-}
-
-bool aligned_16(std::initializer_list<const void*> pointers) {
-  for (const void* pointer : pointers) {
-    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
-  }
-  return true;
-}
-
 /* The launches of one call, on weights of type T. */
 template <typename T>
 class DraftHead {
  public:
   DraftHead(const dspark_draft_head_params& params, dspark_stream stream)
-      : p_(params), stream_(stream), layout_(draft_layout(params)) {
-    in_.hidden = static_cast<const T*>(p_.hidden);
-    in_.markov_w1 = static_cast<const T*>(p_.markov_w1);
-    in_.anchors = p_.anchors;
-    in_.draft_tokens = p_.draft_tokens;
-    in_.num_reqs = p_.num_reqs;
-    in_.draft_len = p_.draft_len;
-    in_.vocab_size = p_.vocab_size;
-    in_.hidden_size = p_.hidden_size;
-    in_.markov_rank = p_.markov_rank;
-
+      : p_(params), stream_(stream), layout_(draft_layout(params)), in_(head_inputs<T>(params)) {
     sample_.logits = p_.logits;
     sample_.anchor_positions = p_.anchor_positions;
     sample_.temperature = p_.temperature;
     sample_.seeds = p_.seeds;
     sample_.rules = p_.rules;
     sample_.winners = at<Indexed>(layout_.winners);
+    sample_.mask = grammar_mask(p_);
     sample_.stride_logits_row = p_.stride_logits_row;
     sample_.vocab_size = p_.vocab_size;
     sample_.draft_len = p_.draft_len;
@@ -136,21 +110,95 @@ class DraftHead {
   }
 
   dspark_status run() const {
+    bool tiled = false;
+    DSPARK_TRY(fits_tiled(&tiled));
     if (p_.head == DSPARK_HEAD_NONE) {
       DSPARK_TRY(sample_all_steps());
+    } else if (tiled) {
+      DSPARK_TRY(run_tiled());
     } else {
       for (int32_t step = 0; step < p_.draft_len; ++step) {
         if (has_latent_kernel(p_.head)) DSPARK_TRY(compute_latent(step));
         DSPARK_TRY(sample_step(step));
       }
     }
-    return p_.confidence_weight == nullptr ? DSPARK_OK : compute_confidence();
+    return compute_confidence<T>(p_, stream_);
   }
 
  private:
   template <typename U>
   U* at(size_t offset) const {
     return reinterpret_cast<U*>(static_cast<char*>(p_.workspace) + offset);
+  }
+
+  /* Whether the tensor core form takes this head on this device: never a matter of the batch. */
+  dspark_status fits_tiled(bool* fits) const {
+    *fits = p_.head != DSPARK_HEAD_NONE && p_.markov_rank % TiledVanilla::kRankMultiple == 0 &&
+            p_.markov_rank <= TiledVanilla::kMaxRank && sample_.aligned_rows &&
+            aligned_16({p_.markov_w1, p_.markov_w2});
+    if (!*fits) return DSPARK_OK;
+    int shared_bytes = 0;
+    DSPARK_TRY(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_bytes));
+    *fits = static_cast<size_t>(shared_bytes) >= kMaxTiledSharedBytes;
+    return DSPARK_OK;
+  }
+
+  dspark_status run_tiled() const {
+    DSPARK_TRY(check_cuda("cudaMemsetAsync",
+                          cudaMemsetAsync(at<char>(layout_.race_keys), 0,
+                                          layout_.races_end - layout_.race_keys, stream_)));
+    if (has_latent_kernel(p_.head)) return run_tiled_with<TiledSplit>();
+    return p_.num_reqs > TiledVanilla::kMaxReqs ? run_tiled_with<TiledVanillaWide>()
+                                                : run_tiled_with<TiledVanilla>();
+  }
+
+  template <typename Policy>
+  dspark_status run_tiled_with() const {
+    constexpr const char* kName = "tiled_steps_kernel";
+    const auto kernel = tiled_steps_kernel<T, Policy>;
+    TiledArgs<T> args = tiled_args<Policy>();
+    LaunchShape shape;
+    shape.cta = dim3(Policy::kNumThreads);
+    shape.shared_bytes = tiled_shared_bytes<Policy>(p_.markov_rank, args.reqs_per_cta);
+    int max_ctas = 0;
+    DSPARK_TRY(resident_ctas(kName, kernel, Policy::kNumThreads, shape.shared_bytes, &max_ctas));
+    args.num_slots = std::min(std::max(max_ctas / args.num_groups, 1), args.num_tiles);
+    shape.grid = dim3(args.num_slots * args.num_groups);
+
+    int cooperative = 0;
+    DSPARK_TRY(device_attribute(cudaDevAttrCooperativeLaunch, &cooperative));
+    const bool one_launch = !has_latent_kernel(p_.head) && cooperative != 0 &&
+                            args.num_slots * args.num_groups <= max_ctas;
+    args.num_steps = one_launch ? p_.draft_len : 1;
+    shape.cooperative = args.num_steps > 1;
+    for (args.first_step = 0; args.first_step < p_.draft_len; args.first_step += args.num_steps) {
+      if (has_latent_kernel(p_.head)) DSPARK_TRY(compute_latent(args.first_step));
+      DSPARK_TRY(launch(kName, kernel, shape, stream_, args));
+    }
+    return DSPARK_OK;
+  }
+
+  template <typename Policy>
+  TiledArgs<T> tiled_args() const {
+    TiledArgs<T> args = {};
+    args.in = in_;
+    args.markov_w2 = static_cast<const T*>(p_.markov_w2);
+    args.latent = at<float>(layout_.latent);
+    args.logits = p_.logits;
+    args.anchor_positions = p_.anchor_positions;
+    args.temperature = p_.temperature;
+    args.seeds = p_.seeds;
+    args.rules = p_.rules;
+    args.draft_tokens = p_.draft_tokens;
+    args.race_keys = at<RaceKey>(layout_.race_keys);
+    args.arrivals = at<uint32_t>(layout_.arrivals);
+    args.mask = grammar_mask(p_);
+    args.stride_logits_row = p_.stride_logits_row;
+    args.reqs_per_cta = std::min(p_.num_reqs, Policy::kMaxReqs);
+    args.num_groups = ceil_div(p_.num_reqs, args.reqs_per_cta);
+    args.tile_tokens = tiled_tile_tokens(args.reqs_per_cta);
+    args.num_tiles = ceil_div(p_.vocab_size, args.tile_tokens);
+    return args;
   }
 
   dspark_status sample_all_steps() const {
@@ -165,23 +213,9 @@ class DraftHead {
   }
 
   dspark_status compute_latent(int32_t step) const {
-    LatentArgs<T> args;
-    args.in = in_;
-    args.proj_weight = static_cast<const T*>(p_.proj_weight);
-    args.proj_bias = static_cast<const T*>(p_.proj_bias);
-    args.state_before = step == 0 ? nullptr : at<float>(layout_.states[(step + 1) % 2]);
-    args.state_after = at<float>(layout_.states[step % 2]);
-    args.latent = at<float>(layout_.latent);
-    args.step = step;
-    const bool vec = p_.markov_rank % 8 == 0 && p_.hidden_size % 8 == 0 &&
-                     aligned_16({p_.hidden, p_.markov_w1, p_.proj_weight});
-    const bool rnn = p_.head == DSPARK_HEAD_RNN;
-    const auto kernel =
-        rnn ? (vec ? latent_kernel<T, true, true> : latent_kernel<T, true, false>)
-            : (vec ? latent_kernel<T, false, true> : latent_kernel<T, false, false>);
-    const dim3 grid(ceil_div(p_.markov_rank, LatentPolicy::kWarpsPerCta),
-                    ceil_div(p_.num_reqs, LatentPolicy::kReqsPerCta));
-    return launch("latent_kernel", kernel, grid, dim3(LatentPolicy::kNumThreads), 0, stream_, args);
+    const LatentBuffers buffers = {at<float>(layout_.latent),
+                                   {at<float>(layout_.states[0]), at<float>(layout_.states[1])}};
+    return dspark::compute_latent<T>(p_, buffers, step, stream_);
   }
 
   dspark_status sample_step(int32_t step) const {
@@ -212,25 +246,6 @@ class DraftHead {
                   0, stream_, sample_.winners, sample_.num_tiles, tokens, stride_token);
   }
 
-  dspark_status compute_confidence() const {
-    ConfidenceArgs<T> args;
-    args.in = in_;
-    args.weight = static_cast<const T*>(p_.confidence_weight);
-    args.confidence = p_.confidence;
-    args.bias = p_.confidence_bias;
-    args.with_markov = p_.confidence_with_markov != 0;
-    const bool markov_vec =
-        !args.with_markov || (p_.markov_rank % 8 == 0 && aligned_16({p_.markov_w1}));
-    const bool vec =
-        p_.hidden_size % 8 == 0 && aligned_16({p_.hidden, p_.confidence_weight}) && markov_vec;
-    const int64_t num_rows = static_cast<int64_t>(p_.num_reqs) * p_.draft_len;
-    const auto num_ctas =
-        static_cast<uint32_t>(ceil_div<int64_t>(num_rows, LatentPolicy::kWarpsPerCta));
-    return launch("confidence_kernel",
-                  vec ? confidence_kernel<T, true> : confidence_kernel<T, false>, dim3(num_ctas),
-                  dim3(LatentPolicy::kNumThreads), 0, stream_, args);
-  }
-
   const dspark_draft_head_params& p_;
   dspark_stream stream_;
   DraftLayout layout_;
@@ -245,7 +260,7 @@ using namespace dspark;
 
 extern "C" dspark_status DSPARK_FN(dspark_draft_head_workspace_size)(
     const dspark_draft_head_params* params, size_t* bytes) {
-  DSPARK_CHECK_PARAMS(params, rules);
+  DSPARK_CHECK_PARAMS(params, mask);
   DSPARK_TRY(check_draft_sizes(*params));
   DSPARK_CHECK_ARG(bytes != nullptr, DSPARK_ERROR_NULL_POINTER,
                    "bytes: expected a host pointer, got NULL");
@@ -255,13 +270,44 @@ extern "C" dspark_status DSPARK_FN(dspark_draft_head_workspace_size)(
 
 extern "C" dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* params,
                                                       dspark_stream stream) {
-  DSPARK_CHECK_PARAMS(params, rules);
+  DSPARK_CHECK_PARAMS(params, mask);
   const dspark_draft_head_params& p = *params;
   DSPARK_TRY(check_half_dtype(p.dtype));
   DSPARK_TRY(check_draft_sizes(p));
   if (p.num_reqs == 0 || p.draft_len == 0) return DSPARK_OK;
-  DSPARK_TRY(check_draft_pointers(p));
+  DSPARK_TRY(check_pointer("logits", p.logits, sizeof(float)));
+  DSPARK_TRY(check_head_pointers(p));
   DSPARK_TRY(check_workspace(p.workspace, p.workspace_bytes, draft_layout(p).bytes));
   return dispatch_half_dtype(
       p.dtype, [&](auto tag) { return DraftHead<typename decltype(tag)::type>(p, stream).run(); });
+}
+
+extern "C" dspark_status DSPARK_FN(dspark_draft_candidates_workspace_size)(
+    const dspark_draft_candidates_params* params, size_t* bytes) {
+  DSPARK_CHECK_PARAMS(params, mask);
+  DSPARK_TRY(check_candidates_sizes(*params));
+  DSPARK_CHECK_ARG(bytes != nullptr, DSPARK_ERROR_NULL_POINTER,
+                   "bytes: expected a host pointer, got NULL");
+  *bytes = candidates_layout(*params).bytes;
+  return DSPARK_OK;
+}
+
+extern "C" dspark_status DSPARK_FN(dspark_draft_candidates)(
+    const dspark_draft_candidates_params* params, dspark_stream stream) {
+  DSPARK_CHECK_PARAMS(params, mask);
+  const dspark_draft_candidates_params& p = *params;
+  DSPARK_TRY(check_half_dtype(p.dtype));
+  DSPARK_CHECK_ARG(p.logits_dtype == DSPARK_DTYPE_F32 || p.logits_dtype == DSPARK_DTYPE_BF16,
+                   DSPARK_ERROR_UNSUPPORTED_DTYPE,
+                   "logits_dtype: expected DSPARK_DTYPE_F32 (0) or DSPARK_DTYPE_BF16 (1), got %d",
+                   p.logits_dtype);
+  DSPARK_TRY(check_candidates_sizes(p));
+  if (p.num_reqs == 0 || p.draft_len == 0) return DSPARK_OK;
+  DSPARK_TRY(check_candidates_pointers(p));
+  DSPARK_TRY(check_workspace(p.workspace, p.workspace_bytes, candidates_layout(p).bytes));
+  return dispatch_half_dtype(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return p.logits_dtype == DSPARK_DTYPE_F32 ? DraftCandidates<T, float>(p, stream).run()
+                                              : DraftCandidates<T, __nv_bfloat16>(p, stream).run();
+  });
 }

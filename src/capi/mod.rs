@@ -51,6 +51,10 @@ export! {
     dspark_draft_head_workspace_size => dspark_draft_head_workspace_size_cu(params: *const sys::dspark_draft_head_params, bytes: *mut usize) -> sys::dspark_status;
     /// The semi-autoregressive head.
     dspark_draft_head => dspark_draft_head_cu(params: *const sys::dspark_draft_head_params, stream: sys::dspark_stream) -> sys::dspark_status;
+    /// Workspace of the head over a candidate set.
+    dspark_draft_candidates_workspace_size => dspark_draft_candidates_workspace_size_cu(params: *const sys::dspark_draft_candidates_params, bytes: *mut usize) -> sys::dspark_status;
+    /// The head over a candidate set.
+    dspark_draft_candidates => dspark_draft_candidates_cu(params: *const sys::dspark_draft_candidates_params, stream: sys::dspark_stream) -> sys::dspark_status;
     /// Survival of drafts.
     dspark_survival => dspark_survival_cu(params: *const sys::dspark_survival_params, stream: sys::dspark_stream) -> sys::dspark_status;
     /// How many drafts of each request are verified.

@@ -52,6 +52,9 @@ static void check_null_params(void) {
   CHECK_REFUSED(dspark_draft_head_workspace_size(NULL, &bytes), DSPARK_ERROR_NULL_POINTER,
                 "params");
   CHECK_REFUSED(dspark_draft_head(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
+  CHECK_REFUSED(dspark_draft_candidates_workspace_size(NULL, &bytes), DSPARK_ERROR_NULL_POINTER,
+                "params");
+  CHECK_REFUSED(dspark_draft_candidates(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
   CHECK_REFUSED(dspark_survival(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
   CHECK_REFUSED(dspark_schedule(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
   CHECK_REFUSED(dspark_accept_workspace_size(NULL, &bytes), DSPARK_ERROR_NULL_POINTER, "params");
@@ -149,6 +152,7 @@ static void check_layers(void) {
 
 static void check_laws(void) {
   dspark_draft_head_params head = DSPARK_DRAFT_HEAD_PARAMS_INIT;
+  dspark_draft_candidates_params candidates = DSPARK_DRAFT_CANDIDATES_PARAMS_INIT;
   dspark_survival_params survival = DSPARK_SURVIVAL_PARAMS_INIT;
   dspark_schedule_params schedule = DSPARK_SCHEDULE_PARAMS_INIT;
   dspark_accept_params accept = DSPARK_ACCEPT_PARAMS_INIT;
@@ -169,6 +173,18 @@ static void check_laws(void) {
   head.markov_rank = 64;
   CHECK(dspark_draft_head_workspace_size(&head, &bytes) == DSPARK_OK && bytes > 0);
   CHECK_REFUSED(dspark_draft_head(&head, NULL), DSPARK_ERROR_NULL_POINTER, "logits");
+
+  candidates.vocab_size = 151936;
+  candidates.markov_rank = 64;
+  candidates.head = DSPARK_HEAD_VANILLA;
+  candidates.num_top = 257;
+  CHECK_REFUSED(dspark_draft_candidates_workspace_size(&candidates, &bytes),
+                DSPARK_ERROR_INVALID_ARGUMENT, "num_top");
+  candidates.num_top = 64;
+  candidates.dtype = DSPARK_DTYPE_BF16;
+  candidates.logits_dtype = DSPARK_DTYPE_F16;
+  CHECK_REFUSED(dspark_draft_candidates(&candidates, NULL), DSPARK_ERROR_UNSUPPORTED_DTYPE,
+                "logits_dtype");
 
   survival.num_reqs = 1;
   survival.draft_len = 1;

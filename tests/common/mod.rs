@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // every test binary uses its own part
 
+pub mod raw;
+
 use dspark::ops::cuda::Cuda;
 use dspark::ops::{
     AttentionSpec, Dtype, HostTensor, KvGeometry, KvSink, Matrix, Ops, RopeSpec, RowMap,

@@ -1,7 +1,8 @@
 /*
- * One step of the draft head over the vocabulary: add the Markov bias, sample.
+ * One step of the draft head over the vocabulary: add the Markov bias, sample. The form for ranks and
+ * alignments that tiled_steps.cuh does not take, and for heads without bias.
  *
- *   l_k(v) = U_k(v) + W2[v] . latent       written over U_k, f32
+ *   l_k(v) = U_k(v) + W2[v] . latent       written over U_k, f32; -inf where the grammar forbids v
  *   x_k    = argmax over v of l_k(v) - T log E_v   (the race of common/philox.cuh; T = 0: argmax)
  *
  * Mapping: a CTA takes kTileRows tokens for up to kNumReqs requests, so that a batch reads W2 once
@@ -26,6 +27,7 @@
 #include "common/logit_row.cuh"
 #include "common/philox.cuh"
 #include "dspark.h"
+#include "kernels/draft/grammar.cuh"
 #include "kernels/draft/latent.cuh"
 
 namespace dspark {
@@ -54,6 +56,7 @@ struct SampleInputs {
   const uint64_t* seeds;
   const int32_t* rules; /* nullptr: none is coupled */
   Indexed* winners;     /* [rows, num_tiles] */
+  GrammarMask mask;
   int64_t stride_logits_row;
   int32_t vocab_size;
   int32_t draft_len;
@@ -195,7 +198,8 @@ __device__ __forceinline__ void compute_biases(const BiasArgs<T>& args,
 template <typename Policy>
 __device__ __forceinline__ Indexed race_biased_tile(
     const SampleInputs& in, int32_t req, int32_t step, int32_t first_token, const float* biases) {
-  float* row = in.logits + (static_cast<int64_t>(req) * in.draft_len + step) * in.stride_logits_row;
+  const int64_t row_index = static_cast<int64_t>(req) * in.draft_len + step;
+  float* row = in.logits + row_index * in.stride_logits_row;
   const TileNoise noise = tile_noise(in, req, step, first_token);
   Indexed best = empty_race();
   for (int i = threadIdx.x % kWarpSize; i < Policy::kQuadsPerTile; i += kWarpSize) {
@@ -204,6 +208,7 @@ __device__ __forceinline__ Indexed race_biased_tile(
     float4 l = load_quad(row, quad, in.vocab_size, in.aligned_rows, -INFINITY);
     const float4 bias = reinterpret_cast<const float4*>(biases)[i];
     l = make_float4(l.x + bias.x, l.y + bias.y, l.z + bias.z, l.w + bias.w);
+    l = only_allowed(l, allowed_in_quad(in.mask, row_index, quad));
     store_quad(row, quad, in.vocab_size, in.aligned_rows, l);
     race_quad(best, l, noise, quad);
   }
@@ -248,13 +253,17 @@ __global__ void __launch_bounds__(Policy::kNumThreads)
   const int32_t tile = static_cast<int32_t>(row_tile % in.num_tiles);
   const int32_t req = static_cast<int32_t>(row / in.draft_len);
   const int32_t step = static_cast<int32_t>(row % in.draft_len);
-  const float* logits = in.logits + row * in.stride_logits_row;
+  float* logits = in.logits + row * in.stride_logits_row;
   const TileNoise noise = tile_noise(in, req, step, tile * Policy::kTileRows);
   Indexed best = empty_race();
   for (int i = threadIdx.x % kWarpSize; i < Policy::kQuadsPerTile; i += kWarpSize) {
     const int32_t quad = tile * Policy::kQuadsPerTile + i;
     if (static_cast<int64_t>(quad) * kQuad >= in.vocab_size) break;
-    const float4 l = load_quad(logits, quad, in.vocab_size, in.aligned_rows, -INFINITY);
+    float4 l = load_quad(logits, quad, in.vocab_size, in.aligned_rows, -INFINITY);
+    if (in.mask.words != nullptr) {
+      l = only_allowed(l, allowed_in_quad(in.mask, row, quad));
+      store_quad(logits, quad, in.vocab_size, in.aligned_rows, l);
+    }
     race_quad(best, l, noise, quad);
   }
   best = warp_reduce(best, ArgmaxOp{});

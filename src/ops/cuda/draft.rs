@@ -86,6 +86,7 @@ impl Cuda {
             workspace_bytes: 0,
             stride_logits_row: logits.stride(),
             rules: rules.of(words),
+            mask: null(),
         };
         // SAFETY: reads the sizes of `params` and writes one host integer.
         check("draft_head_workspace_size", unsafe {

@@ -1,0 +1,29 @@
+/*
+ * How CTAs of one launch wait for each other: counters in global memory that start at zero.
+ *
+ * arrive() makes all that the calling CTA wrote before it visible to whoever sees the count; only
+ * one thread of the CTA calls it, after a __syncthreads(). A CTA may wait for others only in a
+ * cooperative launch, which keeps all of them resident.
+ */
+#pragma once
+
+#include <cstdint>
+
+namespace dspark {
+
+/* Adds one to the counter and returns what it was. */
+__device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
+  __threadfence();
+  const uint32_t before = atomicAdd(counter, 1u);
+  __threadfence();
+  return before;
+}
+
+/* Returns once `count` CTAs have arrived. */
+__device__ __forceinline__ void wait_for_arrivals(const uint32_t* counter, uint32_t count) {
+  while (*static_cast<const volatile uint32_t*>(counter) < count) {
+  }
+  __threadfence();
+}
+
+}  // namespace dspark

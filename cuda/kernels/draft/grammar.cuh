@@ -1,0 +1,38 @@
+/*
+ * Tokens that a grammar allows: a bit per (row, token), 1 = allowed, token v in bit v % 32 of word
+ * v / 32 of its row. A forbidden token's logit is -inf, in the law handed on as in the draw.
+ */
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/logit_row.cuh"
+
+namespace dspark {
+
+struct GrammarMask {
+  const int32_t* words; /* [rows, words_per_row]; nullptr: everything is allowed */
+  int32_t words_per_row;
+};
+
+/* Bit i: whether token 4 * quad + i of the row is allowed. */
+__device__ __forceinline__ uint32_t allowed_in_quad(const GrammarMask& mask,
+                                                    int64_t row,
+                                                    int32_t quad) {
+  if (mask.words == nullptr) return 0xfu;
+  constexpr int kQuadsPerWord = 32 / kQuad;
+  const auto word =
+      static_cast<uint32_t>(mask.words[row * mask.words_per_row + quad / kQuadsPerWord]);
+  return word >> quad % kQuadsPerWord * kQuad & 0xfu;
+}
+
+__device__ __forceinline__ float4 only_allowed(float4 logits, uint32_t allowed) {
+  if ((allowed & 1u) == 0) logits.x = -INFINITY;
+  if ((allowed & 2u) == 0) logits.y = -INFINITY;
+  if ((allowed & 4u) == 0) logits.z = -INFINITY;
+  if ((allowed & 8u) == 0) logits.w = -INFINITY;
+  return logits;
+}
+
+}  // namespace dspark

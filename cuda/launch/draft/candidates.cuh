@@ -1,0 +1,158 @@
+/* Host side of the candidate form of the draft head. */
+#pragma once
+
+#include "kernels/draft/walk.cuh"
+#include "launch/draft/projections.cuh"
+
+namespace dspark {
+
+/* Offsets in bytes; what a head does not need has no size. */
+struct CandidatesLayout {
+  size_t chunk_keys; /* RaceKey [rows, chunks, num_top] */
+  size_t keys;       /* RaceKey [rows, num_top] */
+  size_t latent;     /* f32 [num_reqs, markov_rank]: gated, rnn */
+  size_t states[2];  /* the same: rnn */
+  size_t bytes;
+};
+
+constexpr int32_t kMaxBigrams = 256;
+/* Of merge_top_kernel: what every device since sm_80 gives a CTA. */
+constexpr size_t kMaxMergeBytes = 96 * 1024;
+
+inline int32_t num_top_chunks(const dspark_draft_candidates_params& p) {
+  return ceil_div(p.vocab_size, TopPolicy::kChunk);
+}
+
+inline size_t merge_bytes(const dspark_draft_candidates_params& p) {
+  return sizeof(RaceKey) * num_top_chunks(p) * p.num_top;
+}
+
+inline CandidatesLayout candidates_layout(const dspark_draft_candidates_params& p) {
+  constexpr size_t kWorkspaceAlignment = 256;
+  CandidatesLayout layout = {};
+  const auto carve = [&layout](size_t bytes) {
+    const size_t offset = layout.bytes;
+    layout.bytes += round_up(bytes, kWorkspaceAlignment);
+    return offset;
+  };
+  const size_t num_rows = static_cast<size_t>(p.num_reqs) * p.draft_len;
+  const size_t latent_bytes =
+      has_latent_kernel(p.head) ? sizeof(float) * p.num_reqs * p.markov_rank : 0;
+  const size_t state_bytes = p.head == DSPARK_HEAD_RNN ? latent_bytes : 0;
+  layout.chunk_keys = carve(num_rows * merge_bytes(p));
+  layout.keys = carve(num_rows * p.num_top * sizeof(RaceKey));
+  layout.latent = carve(latent_bytes);
+  layout.states[0] = carve(state_bytes);
+  layout.states[1] = carve(state_bytes);
+  return layout;
+}
+
+inline dspark_status check_candidates_sizes(const dspark_draft_candidates_params& p) {
+  DSPARK_TRY(check_head_sizes(p));
+  DSPARK_TRY(check_range("num_top", p.num_top, 1, TopPolicy::kMaxTop));
+  DSPARK_TRY(check_range("num_bigram", p.num_bigram, 0, kMaxBigrams));
+  DSPARK_CHECK_ARG(merge_bytes(p) <= kMaxMergeBytes, DSPARK_ERROR_UNSUPPORTED_SHAPE,
+                   "num_top: expected at most %lld with a vocabulary of %d, got %d",
+                   static_cast<long long>(kMaxMergeBytes / sizeof(RaceKey) / num_top_chunks(p)),
+                   p.vocab_size, p.num_top);
+  const int64_t num_rows = static_cast<int64_t>(p.num_reqs) * p.draft_len;
+  DSPARK_CHECK_ARG(num_rows <= INT32_MAX / num_top_chunks(p), DSPARK_ERROR_UNSUPPORTED_SHAPE,
+                   "num_reqs * draft_len: expected at most %d rows of %d tokens, got %lld",
+                   INT32_MAX / num_top_chunks(p), p.vocab_size, static_cast<long long>(num_rows));
+  return DSPARK_OK;
+}
+
+inline dspark_status check_candidates_pointers(const dspark_draft_candidates_params& p) {
+  const size_t logit_size = p.logits_dtype == DSPARK_DTYPE_F32 ? sizeof(float) : 2;
+  DSPARK_TRY(check_pointer("logits", p.logits, logit_size));
+  DSPARK_TRY(check_head_pointers(p));
+  DSPARK_TRY(check_pointer("candidate_tokens", p.candidate_tokens, sizeof(int32_t)));
+  DSPARK_TRY(check_pointer("candidate_logits", p.candidate_logits, sizeof(float)));
+  if (p.num_bigram == 0) return DSPARK_OK;
+  DSPARK_CHECK_ARG(p.head != DSPARK_HEAD_NONE, DSPARK_ERROR_INVALID_ARGUMENT,
+                   "num_bigram: expected 0 with DSPARK_HEAD_NONE, got %d", p.num_bigram);
+  return check_pointer("bigram_tokens", p.bigram_tokens, sizeof(int32_t));
+}
+
+/* The launches of one call: weights of type T, base logits of type U. */
+template <typename T, typename U>
+class DraftCandidates {
+ public:
+  DraftCandidates(const dspark_draft_candidates_params& params, dspark_stream stream)
+      : p_(params), stream_(stream), layout_(candidates_layout(params)) {}
+
+  dspark_status run() const {
+    DSPARK_TRY(find_top());
+    if (has_latent_kernel(p_.head)) {
+      const LatentBuffers buffers = {at<float>(layout_.latent),
+                                     {at<float>(layout_.states[0]), at<float>(layout_.states[1])}};
+      for (int32_t step = 0; step < p_.draft_len; ++step) {
+        DSPARK_TRY(compute_latent<T>(p_, buffers, step, stream_));
+        DSPARK_TRY(walk(step, 1, buffers.latent));
+      }
+    } else {
+      DSPARK_TRY(walk(0, p_.draft_len, nullptr));
+    }
+    return compute_confidence<T>(p_, stream_);
+  }
+
+ private:
+  template <typename V>
+  V* at(size_t offset) const {
+    return reinterpret_cast<V*>(static_cast<char*>(p_.workspace) + offset);
+  }
+
+  dspark_status find_top() const {
+    TopArgs<U> args;
+    args.logits = static_cast<const U*>(p_.logits);
+    args.chunk_keys = at<RaceKey>(layout_.chunk_keys);
+    args.keys = at<RaceKey>(layout_.keys);
+    args.mask = grammar_mask(p_);
+    args.stride_row = p_.stride_logits_row;
+    args.vocab_size = p_.vocab_size;
+    args.num_chunks = num_top_chunks(p_);
+    args.num_top = p_.num_top;
+    args.aligned_rows =
+        aligned_to(kQuad * sizeof(U), {p_.logits}) && p_.stride_logits_row % kQuad == 0;
+    const uint32_t num_rows = static_cast<uint32_t>(p_.num_reqs) * p_.draft_len;
+    const dim3 cta(TopPolicy::kNumThreads);
+    DSPARK_TRY(launch("chunk_top_kernel", chunk_top_kernel<U>, dim3(num_rows * args.num_chunks),
+                      cta, sizeof(RaceKey) * TopPolicy::kChunk, stream_, args));
+    return launch("merge_top_kernel", merge_top_kernel<U>, dim3(num_rows), cta, merge_bytes(p_),
+                  stream_, args);
+  }
+
+  dspark_status walk(int32_t first_step, int32_t num_steps, const float* latent) const {
+    WalkArgs<T, U> args;
+    args.in = head_inputs<T>(p_);
+    args.markov_w2 = p_.head == DSPARK_HEAD_NONE ? nullptr : static_cast<const T*>(p_.markov_w2);
+    args.latent = latent;
+    args.logits = static_cast<const U*>(p_.logits);
+    args.top = at<RaceKey>(layout_.keys);
+    args.bigrams = p_.bigram_tokens;
+    args.anchor_positions = p_.anchor_positions;
+    args.temperature = p_.temperature;
+    args.seeds = p_.seeds;
+    args.rules = p_.rules;
+    args.draft_tokens = p_.draft_tokens;
+    args.candidate_tokens = p_.candidate_tokens;
+    args.candidate_logits = p_.candidate_logits;
+    args.mask = grammar_mask(p_);
+    args.stride_logits_row = p_.stride_logits_row;
+    args.num_top = p_.num_top;
+    args.num_bigram = p_.num_bigram;
+    args.first_step = first_step;
+    args.num_steps = num_steps;
+    const bool vec = p_.markov_rank % 8 == 0 && aligned_16({p_.markov_w2});
+    const size_t shared_bytes = sizeof(float) * round_up(p_.markov_rank, 8) +
+                                (sizeof(float) + sizeof(int32_t)) * (p_.num_top + p_.num_bigram);
+    return launch("walk_kernel", vec ? walk_kernel<T, U, true> : walk_kernel<T, U, false>,
+                  dim3(p_.num_reqs), dim3(WalkPolicy::kNumThreads), shared_bytes, stream_, args);
+  }
+
+  const dspark_draft_candidates_params& p_;
+  dspark_stream stream_;
+  CandidatesLayout layout_;
+};
+
+}  // namespace dspark

@@ -1,0 +1,144 @@
+//! A grammar's mask over the draft head does what base logits of -inf do, bit for bit.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use common::Rng;
+use common::raw::{check, device, download, rounded, upload};
+use dspark::device::Device;
+use dspark::sys;
+
+struct Case {
+    head: sys::dspark_head_kind,
+    num_reqs: usize,
+    vocab_size: usize,
+    rank: usize,
+}
+
+const DRAFT_LEN: usize = 3;
+
+impl Case {
+    fn num_rows(&self) -> usize {
+        self.num_reqs * DRAFT_LEN
+    }
+
+    fn base(&self) -> Vec<f32> {
+        Rng::new(1).normals(self.num_rows() * self.vocab_size, 2.0)
+    }
+
+    /// Words at random; the second row forbids everything, the third all but the last token.
+    fn mask(&self) -> Vec<i32> {
+        let words = self.vocab_size.div_ceil(32);
+        let mut rng = Rng::new(2);
+        let mut mask: Vec<i32> = (0..self.num_rows() * words)
+            .map(|_| rng.next() as i32)
+            .collect();
+        mask[words..3 * words].fill(0);
+        let last = self.vocab_size - 1;
+        mask[2 * words + last / 32] = 1 << (last % 32);
+        mask
+    }
+
+    /// Draft tokens and the logits left behind.
+    fn run(&self, device: &Device, base: &[f32], mask: Option<&[i32]>) -> (Vec<i32>, Vec<f32>) {
+        let &Self {
+            num_reqs,
+            vocab_size,
+            rank,
+            ..
+        } = self;
+        let mut rng = Rng::new(3);
+        let mut logits = upload(device, base);
+        let mask = mask.map(|mask| upload(device, mask));
+        let w1 = upload(device, &rounded(&rng.normals(vocab_size * rank, 1.0)));
+        let w2 = upload(device, &rounded(&rng.normals(vocab_size * rank, 0.1)));
+        let anchors = upload(device, &vec![1; num_reqs]);
+        let positions = upload(device, &vec![50; num_reqs]);
+        let temperature: Vec<f32> = (0..num_reqs).map(|r| [0.7, 0.0][r % 2]).collect();
+        let temperature = upload(device, &temperature);
+        let seeds = upload(device, &(0..num_reqs as u64).collect::<Vec<_>>());
+        let mut tokens = upload(device, &vec![-7; self.num_rows()]);
+        let mut params = sys::dspark_draft_head_params {
+            struct_size: size_of::<sys::dspark_draft_head_params>() as u32,
+            dtype: sys::DSPARK_DTYPE_BF16,
+            head: self.head,
+            num_reqs: num_reqs as i32,
+            draft_len: DRAFT_LEN as i32,
+            vocab_size: vocab_size as i32,
+            hidden_size: 0,
+            markov_rank: rank as i32,
+            confidence_with_markov: 0,
+            confidence_bias: 0.0,
+            logits: logits.mut_ptr(0),
+            hidden: std::ptr::null(),
+            markov_w1: w1.ptr(0).cast(),
+            markov_w2: w2.ptr(0).cast(),
+            proj_weight: std::ptr::null(),
+            proj_bias: std::ptr::null(),
+            confidence_weight: std::ptr::null(),
+            anchors: anchors.ptr(0),
+            anchor_positions: positions.ptr(0),
+            temperature: temperature.ptr(0),
+            seeds: seeds.ptr(0),
+            draft_tokens: tokens.mut_ptr(0),
+            confidence: std::ptr::null_mut(),
+            workspace: std::ptr::null_mut(),
+            workspace_bytes: 0,
+            stride_logits_row: vocab_size as i64,
+            rules: std::ptr::null(),
+            mask: mask.as_ref().map_or(std::ptr::null(), |mask| mask.ptr(0)),
+        };
+        // SAFETY: reads the sizes of `params` and writes one host integer.
+        check(unsafe {
+            sys::launch::dspark_draft_head_workspace_size_cu(
+                &raw const params,
+                &raw mut params.workspace_bytes,
+            )
+        });
+        let mut workspace = upload(device, &vec![0xFF_u8; params.workspace_bytes]);
+        params.workspace = workspace.mut_ptr(0).cast();
+        device.bind().unwrap();
+        // SAFETY: every pointer is a live buffer of the shape the params say.
+        check(unsafe {
+            let stream = device.raw_stream().cast();
+            sys::launch::dspark_draft_head_cu(&raw const params, stream)
+        });
+        (download(&tokens), download(&logits))
+    }
+}
+
+#[test]
+fn a_mask_is_base_logits_of_minus_infinity() {
+    let Some(device) = device() else { return };
+    let case = |head, num_reqs, vocab_size, rank| Case {
+        head,
+        num_reqs,
+        vocab_size,
+        rank,
+    };
+    for case in [
+        case(sys::DSPARK_HEAD_NONE, 3, 1031, 0),
+        case(sys::DSPARK_HEAD_VANILLA, 3, 1031, 64),
+        case(sys::DSPARK_HEAD_VANILLA, 3, 1028, 64),
+        case(sys::DSPARK_HEAD_VANILLA, 33, 260, 256),
+        case(sys::DSPARK_HEAD_VANILLA, 70, 132, 64),
+    ] {
+        let label = format!("vocab {} reqs {}", case.vocab_size, case.num_reqs);
+        let (base, mask) = (case.base(), case.mask());
+        let words = case.vocab_size.div_ceil(32);
+        let mut forbidden = base.clone();
+        for (i, value) in forbidden.iter_mut().enumerate() {
+            let (row, token) = (i / case.vocab_size, i % case.vocab_size);
+            if mask[row * words + token / 32] >> (token % 32) & 1 == 0 {
+                *value = f32::NEG_INFINITY;
+            }
+        }
+        let got = case.run(&device, &base, Some(&mask));
+        let want = case.run(&device, &forbidden, None);
+        assert!(got == want, "{label}");
+        assert_eq!(got.0[1], 0, "{label}: everything forbidden");
+        assert_eq!(got.0[2] as usize, case.vocab_size - 1, "{label}");
+        let free = case.run(&device, &base, None);
+        assert!(got.0 != free.0, "{label}: the mask changed nothing");
+    }
+}
