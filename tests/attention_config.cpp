@@ -1,6 +1,7 @@
 // The attention configuration without a GPU: prints nothing but "ok".
 #include "kernels/attention/config.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 
@@ -94,7 +95,8 @@ void check_chunks() {
       const Chunks chunks = Chunks::cut(tiles, max_chunks);
       CHECK(chunks.count >= 1 && chunks.count <= max_chunks);
       CHECK(chunks.begin(0) == 0 && chunks.begin(chunks.count) == tiles);
-      const int64_t longest = (tiles + max_chunks - 1) / max_chunks;
+      const int64_t even = (tiles + max_chunks - 1) / max_chunks;
+      const int64_t longest = std::max<int64_t>(even, kMinTilesPerChunk);
       for (int64_t c = 0; c < chunks.count; ++c) {
         const int64_t length = chunks.begin(c + 1) - chunks.begin(c);
         CHECK(length >= 1 && length <= longest);

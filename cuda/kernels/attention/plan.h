@@ -36,6 +36,8 @@ namespace dspark {
  * tiles that make a split worth merging. */
 constexpr int kMaxSplits = 16;
 constexpr int kMinTilesPerSplit = 4;
+/* Below this a chunk costs more in merging than its CTA saves. */
+constexpr int kMinTilesPerChunk = 4;
 
 DSPARK_HOST_DEVICE constexpr int num_key_tiles(int keys) {
   /* Not (keys + 63) / 64: keys may be close to INT32_MAX. */
@@ -77,7 +79,8 @@ struct Chunks {
   /* As few chunks as the longest of max_chunks equal ones allows: merging costs, idle CTAs do not. */
   static DSPARK_HOST_DEVICE Chunks cut(int64_t tiles, int max_chunks) {
     if (tiles == 0) return {0, 0};
-    const int64_t longest = (tiles + max_chunks - 1) / max_chunks;
+    const int64_t even = (tiles + max_chunks - 1) / max_chunks;
+    const int64_t longest = even > kMinTilesPerChunk ? even : kMinTilesPerChunk;
     return {tiles, (tiles + longest - 1) / longest};
   }
   /* First tile of a chunk; of chunk `count`, the end of the line. */
