@@ -245,7 +245,7 @@ fn the_shipped_temperatures_calibrate_the_recorded_rounds() {
     for fit in sts::report(&rounds, &temperatures()) {
         println!("{fit:?}");
         // Position 1 misses the 2 % that the others keep: it is biased in a way that no temperature mends. On these
-        // few rounds perfect predictions of it would show an error of 1.5 % or so.
+        // few rounds perfect predictions of it would show an error of 2 to 3 %.
         let most = if fit.position == 1 { 0.035 } else { 0.02 };
         assert!(fit.after.ece <= most, "{fit:?}");
         assert!(fit.after.brier <= fit.before.brier + 1e-3, "{fit:?}");
