@@ -264,6 +264,41 @@ fn seeds_decide() {
 }
 
 #[test]
+fn logprobs_come_after_the_answer() {
+    let (target, draft) = (target("qwen3_bf16"), drafter("qwen3_vanilla"));
+    let [ids, greedy] = golden("qwen3_bf16", 1);
+    let trace = TempFile::new("");
+    for more in [&[][..], &["--draft", &draft]] {
+        let args = ["generate", "--target", &target, "--prompt-ids", &ids];
+        let rest = ["--max-new-tokens", "6", "--trace", trace.path()];
+        let run = |n: &str| stdout(&[&args[..], &rest, more, &["--logprobs", n]].concat());
+        let printed = run("2");
+        let lines: Vec<&str> = printed.lines().collect();
+        let tokens: Vec<&str> = greedy.split(',').take(6).collect();
+        assert_eq!((lines[0], lines.len()), (&*tokens.join(","), 7));
+        for (line, token) in lines[1..].iter().zip(&tokens) {
+            // Greedy: the token is the likeliest one.
+            let [logprob, rest] = line.trim_start().split("  ").collect::<Vec<_>>()[..2]
+                .try_into()
+                .unwrap();
+            assert!(
+                logprob.parse::<f32>().unwrap() <= 0.0 && rest == *token,
+                "{line}"
+            );
+            assert!(line.contains(&format!("| {token} {logprob}, ")), "{line}");
+        }
+        let trace: Value =
+            serde_json::from_str(&std::fs::read_to_string(trace.path()).unwrap()).unwrap();
+        let request = &trace["requests"][0];
+        assert_eq!(request["logprobs"].as_array().unwrap().len(), 6);
+        assert_eq!(
+            run("0").lines().nth(1).unwrap().split("  ").count(),
+            lines[1].split("  ").count() - 1
+        );
+    }
+}
+
+#[test]
 fn statistics_go_to_standard_error() {
     let (target, draft) = (target("qwen3_bf16"), drafter("qwen3_vanilla"));
     let args = [

@@ -40,6 +40,8 @@ fn numbers_out_of_their_domain() {
         ("--top-p", "1.01", ["top_p", "1.01"]),
         ("--min-p", "1", ["min_p", "1"]),
         ("--min-p", "nan", ["min_p", "NaN"]),
+        ("--logprobs", "21", ["logprobs", "at most 20"]),
+        ("--logprobs", "-1", ["--logprobs", "-1"]),
         ("--top-k", "-1", ["--top-k", "-1"]),
         ("--seed", "-1", ["--seed", "-1"]),
         ("--seed", "99999999999999999999", ["--seed", "too large"]),

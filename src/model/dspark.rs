@@ -13,7 +13,10 @@ use super::drafter_config::{DSparkConfig, DrafterConfig};
 use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Visibility};
 use super::{Drafter, Features, ProposeBatch};
 use crate::error::{Error, Result};
-use crate::ops::{ConfidenceHead, DraftHead, DraftLaw, Drafted, HeadKind, Matrix, Ops, RowMap};
+use crate::ops::grammar::mask_words;
+use crate::ops::{
+    ConfidenceHead, DraftBatch, DraftHead, DraftLaw, Drafted, HeadKind, Matrix, Ops, RowMap,
+};
 
 /// How a block is laid out. Anything but the default is wrong for a sound checkpoint: the variations are the slips that
 /// checkpoints and their converters are known for (see [`super::selfcheck`]).
@@ -185,8 +188,9 @@ impl<O: Ops> DSparkDrafter<O> {
         ops.gather_rows(&self.stack.normed, &predicting, &mut self.selected)
     }
 
-    /// Walks the head with the lagging Markov rows of [`Layout::markov_lag`], one step at a time.
-    fn draft_lagging(
+    /// Walks the head one step at a time, each under the masks that the drafts before it leave; with the Markov rows of
+    /// [`Layout::markov_lag`] where they lag.
+    fn draft_stepwise(
         &mut self,
         ops: &mut O,
         batch: &ProposeBatch<'_>,
@@ -196,30 +200,42 @@ impl<O: Ops> DSparkDrafter<O> {
         let num_reqs = batch.anchors.len();
         let mut hidden = ops.mat(num_reqs, self.selected.cols())?;
         let mut logits = ops.logits(num_reqs, self.logits.cols())?;
+        self.logits.set_rows(num_reqs * draft_len)?;
+        let lag = if self.layout.markov_lag { 2 } else { 1 };
         let mut steps: Vec<Drafted> = Vec::with_capacity(draft_len);
         for k in 0..draft_len {
             let rows: Vec<u32> = (0..num_reqs).map(|r| (r * draft_len + k) as u32).collect();
             ops.gather_rows(&self.selected, &rows, &mut hidden)?;
             ops.linear_logits(&hidden, &self.vocabulary.lm_head, &mut logits)?;
-            let lagging = match k {
-                0 | 1 => batch.anchors,
-                _ => &steps[k - 2].tokens,
-            };
             let positions: Vec<u32> = positions.iter().map(|p| p + k as u32).collect();
-            let head = &self.head;
-            let step = ops.draft_head(
-                head,
-                &mut logits,
-                &hidden,
-                lagging,
-                &positions,
-                batch.sampling,
-                1,
-            )?;
+            let mask = batch.masks_after(&steps, self.logits.cols());
+            let step = DraftBatch {
+                anchors: match k.checked_sub(lag) {
+                    Some(before) => &steps[before].tokens,
+                    None => batch.anchors,
+                },
+                anchor_positions: &positions,
+                sampling: batch.sampling,
+                draft_len: 1,
+                mask: mask.as_deref(),
+            };
+            let step = ops.draft_head(&self.head, &mut logits, &hidden, &step)?;
             ops.copy_logits(&logits, &mut self.logits, k, draft_len)?;
             steps.push(step);
         }
         Ok(interleave(&steps, num_reqs))
+    }
+
+    /// The masks of a walk in one go: the first step's are known, and the later ones' are left open.
+    fn first_masks(&self, batch: &ProposeBatch<'_>, draft_len: usize) -> Option<Vec<u32>> {
+        let first = batch.masks_after(&[], self.logits.cols())?;
+        let words = mask_words(self.logits.cols());
+        let mut masks = vec![u32::MAX; first.len() * draft_len];
+        let rows = masks.chunks_exact_mut(words * draft_len);
+        for (row, first) in rows.zip(first.chunks_exact(words)) {
+            row[..words].copy_from_slice(first);
+        }
+        Some(masks)
     }
 }
 
@@ -272,20 +288,23 @@ impl<O: Ops> Drafter<O> for DSparkDrafter<O> {
         check_proposal(batch, draft_len, self.max_draft_len, self.max_num_reqs)?;
         self.run_blocks(ops, batch, draft_len)?;
         let positions = anchor_positions(batch.map);
+        // The state of an rnn head lives within one walk.
+        let constrained = batch.constraints.iter().any(Option::is_some);
+        let stepwise = constrained && self.head.kind != HeadKind::Rnn;
+        if stepwise || self.layout.markov_lag {
+            return self.draft_stepwise(ops, batch, &positions, draft_len);
+        }
         let lm_head = &self.vocabulary.lm_head;
         ops.linear_logits(&self.selected, lm_head, &mut self.logits)?;
-        if self.layout.markov_lag {
-            return self.draft_lagging(ops, batch, &positions, draft_len);
-        }
-        ops.draft_head(
-            &self.head,
-            &mut self.logits,
-            &self.selected,
-            batch.anchors,
-            &positions,
-            batch.sampling,
+        let mask = self.first_masks(batch, draft_len);
+        let walk = DraftBatch {
+            anchors: batch.anchors,
+            anchor_positions: &positions,
+            sampling: batch.sampling,
             draft_len,
-        )
+            mask: mask.as_deref(),
+        };
+        ops.draft_head(&self.head, &mut self.logits, &self.selected, &walk)
     }
 
     fn law(&self) -> DraftLaw<'_, O> {
@@ -315,7 +334,8 @@ pub(super) fn check_proposal(
         ("map.requests", batch.map.num_reqs()),
         ("map.rows", batch.map.num_rows()),
     ];
-    for (field, count) in counts {
+    let constraints = Some(("constraints", batch.constraints.len())).filter(|(_, n)| *n > 0);
+    for (field, count) in counts.into_iter().chain(constraints) {
         if count != num_reqs {
             let expected = format!("one per anchor ({num_reqs})");
             return Err(Error::argument(field, expected, count));

@@ -32,7 +32,8 @@ pub use pair::{Pair, load_drafter};
 pub use stack::Limits;
 
 use crate::error::Result;
-use crate::ops::{DraftLaw, Drafted, Ops, RowMap, SamplingParams};
+use crate::ops::grammar::row_masks;
+use crate::ops::{Constraint, DraftLaw, Drafted, Ops, RowMap, SamplingParams};
 
 /// What a target pass leaves for the drafter, one row for each row of the pass.
 pub struct Features<'a, O: Ops> {
@@ -74,6 +75,24 @@ pub struct ProposeBatch<'a> {
     pub map: &'a RowMap,
     /// Sampling parameters.
     pub sampling: &'a [SamplingParams],
+    /// What the requests may generate: drafts that are not allowed are not worth making. Empty where no request has a
+    /// grammar.
+    pub constraints: &'a [Option<Constraint<'a>>],
+}
+
+impl ProposeBatch<'_> {
+    /// The masks of the next step after `steps`, which hold one draft of every request each; `None` where no request has
+    /// a grammar.
+    fn masks_after(&self, steps: &[Drafted], vocab_size: usize) -> Option<Vec<u32>> {
+        let drafts = |r: usize| {
+            steps
+                .iter()
+                .map(|step| step.tokens[r])
+                .collect::<Vec<u32>>()
+        };
+        let drafts: Vec<Vec<u32>> = (0..self.anchors.len()).map(drafts).collect();
+        row_masks(self.constraints, |r| &drafts[r], vocab_size)
+    }
 }
 
 /// A drafter with its own paged cache.

@@ -56,7 +56,7 @@ pub struct Accepted {
 }
 
 /// How likely a committed token was under the target's law (at temperature 0: under that of temperature 1).
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct TokenLogprobs {
     /// Natural logarithm of its probability.
     pub logprob: f32,
@@ -179,7 +179,11 @@ impl AcceptExtras<'_> {
             expect_tokens("edited token", tokens, vocab_size)?;
         }
         if let Some(mask) = self.mask {
-            expect("mask", num_rows * vocab_size.div_ceil(32), mask.len())?;
+            expect(
+                "mask",
+                num_rows * super::grammar::mask_words(vocab_size),
+                mask.len(),
+            )?;
         }
         if let Some(stops) = self.stop_tokens {
             expect("stop_tokens", num_reqs, stops.len())?;
@@ -194,14 +198,14 @@ impl AcceptExtras<'_> {
     }
 }
 
-fn expect(field: &str, expected: usize, found: usize) -> Result<()> {
+pub(super) fn expect(field: &str, expected: usize, found: usize) -> Result<()> {
     if expected == found {
         return Ok(());
     }
     Err(Error::argument(field, format!("{expected} entries"), found))
 }
 
-fn expect_tokens<'t>(
+pub(super) fn expect_tokens<'t>(
     field: &str,
     mut tokens: impl Iterator<Item = &'t u32>,
     vocab_size: usize,

@@ -11,6 +11,7 @@
 mod accept;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod grammar;
 mod mapped_file;
 mod rows;
 mod sampling;
@@ -19,6 +20,7 @@ mod tensor;
 pub use accept::{
     AcceptBatch, AcceptExtras, Accepted, DraftLaw, MAX_TOP_LOGPROBS, SparseLaw, TokenLogprobs,
 };
+pub use grammar::{Constraint, Grammar};
 pub use mapped_file::MappedFile;
 pub use rows::{MAX_TREE_ROWS, RowMap};
 pub use sampling::{Purpose, Rule, SamplingParams, TokenEdit, TokenEdits};
@@ -123,6 +125,42 @@ pub struct ConfidenceHead<O: Ops> {
     pub bias: f32,
     /// Whether `W1[x_{k-1}]` is part of the input.
     pub with_markov: bool,
+}
+
+/// The requests of a walk of the head, one entry each.
+#[derive(Clone, Copy, Debug)]
+pub struct DraftBatch<'a> {
+    /// Last committed tokens.
+    pub anchors: &'a [u32],
+    /// Their positions.
+    pub anchor_positions: &'a [u32],
+    /// How the requests sample.
+    pub sampling: &'a [SamplingParams],
+    /// Steps.
+    pub draft_len: usize,
+    /// `[num_reqs * draft_len, ceil(vocab / 32)]`: bit `v % 32` of word `v / 32` set allows token v; `None` allows all.
+    pub mask: Option<&'a [u32]>,
+}
+
+impl DraftBatch<'_> {
+    /// Checks everything against a vocabulary.
+    ///
+    /// # Errors
+    /// Names the argument that does not fit.
+    pub(crate) fn check(&self, vocab_size: usize) -> Result<()> {
+        let num_reqs = self.anchors.len();
+        let expect = accept::expect;
+        expect("anchor_positions", num_reqs, self.anchor_positions.len())?;
+        expect("sampling", num_reqs, self.sampling.len())?;
+        self.sampling
+            .iter()
+            .try_for_each(SamplingParams::validate)?;
+        if let Some(mask) = self.mask {
+            let words = num_reqs * self.draft_len * grammar::mask_words(vocab_size);
+            expect("mask", words, mask.len())?;
+        }
+        accept::expect_tokens("anchor", self.anchors.iter(), vocab_size)
+    }
 }
 
 /// What the head drafted, on the host.
@@ -291,20 +329,17 @@ pub trait Ops: Sized {
 
     // Laws.
 
-    /// Runs the semi-autoregressive head over `draft_len` steps. `logits [num_reqs * draft_len, vocab]` holds the base
-    /// logits and is overwritten with `l = U + B`; the draft law is exactly `softmax(l / temperature)` of what is
-    /// written. `hidden [num_reqs * draft_len, d]`. Draft k of request r (k from 1) is the token at position
-    /// `anchor_positions[r] + k`, sampled with [`Rule::draft_purpose`]; argmax (lowest index wins) at temperature 0.
-    #[allow(clippy::too_many_arguments)] // one operand each; the C ABI has the params struct
+    /// Runs the semi-autoregressive head over the steps of `batch`. `logits [num_reqs * draft_len, vocab]` holds the base
+    /// logits and is overwritten with `l = U + B`, -inf where the mask forbids; the draft law is exactly
+    /// `softmax(l / temperature)` of what is written. `hidden [num_reqs * draft_len, d]`. Draft k of request r (k from 1)
+    /// is the token at position `anchor_positions[r] + k`, sampled with [`Rule::draft_purpose`]; argmax (lowest index
+    /// wins) at temperature 0. A row that is no law yields token 0.
     fn draft_head(
         &mut self,
         head: &DraftHead<Self>,
         logits: &mut Self::Logits,
         hidden: &Self::Mat,
-        anchors: &[u32],
-        anchor_positions: &[u32],
-        sampling: &[SamplingParams],
-        draft_len: usize,
+        batch: &DraftBatch<'_>,
     ) -> Result<Drafted>;
 
     /// The largest probability of `softmax(logits[i] / temperature[i])` for every row; at temperature 0 that of

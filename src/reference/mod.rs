@@ -40,8 +40,8 @@ use tensor::{expect_cols, expect_shape};
 
 use crate::error::{Error, Result};
 use crate::ops::{
-    AcceptBatch, Accepted, AttentionSpec, DraftHead, Drafted, HostTensor, KvGeometry, KvSink,
-    Matrix, Ops, RopeSpec, RowMap, SamplingParams,
+    AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
+    KvSink, Matrix, Ops, RopeSpec, RowMap,
 };
 
 /// The backend. See the module's documentation for what its results depend on.
@@ -311,19 +311,13 @@ impl Ops for Reference {
         head: &DraftHead<Self>,
         logits: &mut F32Matrix,
         hidden: &F32Matrix,
-        anchors: &[u32],
-        anchor_positions: &[u32],
-        sampling: &[SamplingParams],
-        draft_len: usize,
+        batch: &DraftBatch<'_>,
     ) -> Result<Drafted> {
         DraftPass {
             head,
             logits,
             hidden,
-            anchors,
-            anchor_positions,
-            sampling,
-            draft_len,
+            batch: *batch,
         }
         .run(&self.pool, &mut *self.choices)
     }

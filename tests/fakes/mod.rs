@@ -16,8 +16,10 @@ use std::collections::HashMap;
 
 use dspark::Result;
 use dspark::model::{Drafter, Features, ProposeBatch, Target};
+use dspark::ops::grammar::row_masks;
 use dspark::ops::{
-    ConfidenceHead, DraftHead, DraftLaw, Drafted, Dtype, HeadKind, HostTensor, Ops, RowMap,
+    ConfidenceHead, DraftBatch, DraftHead, DraftLaw, Drafted, Dtype, HeadKind, HostTensor, Ops,
+    RowMap,
 };
 use dspark::reference::Reference;
 
@@ -339,15 +341,22 @@ impl Drafter<Reference> for FakeDrafter {
         ops.write_logits(&base, &mut self.logits)?;
         ops.write_mat(&hidden, &mut self.hidden)?;
         let positions: Vec<u32> = batch.map.positions.iter().map(|&p| p as u32).collect();
-        let drafted = ops.draft_head(
-            &self.head,
-            &mut self.logits,
-            &self.hidden,
-            batch.anchors,
-            &positions,
-            batch.sampling,
+        // The masks of the first drafts are known before the walk, those of the others are left open.
+        let first = row_masks(batch.constraints, |_| &[], self.sizes.vocab_size);
+        let mask: Option<Vec<u32>> = first.map(|first| {
+            let rows = first.chunks(first.len() / batch.anchors.len());
+            let open = |row: &[u32]| vec![u32::MAX; row.len() * (draft_len - 1)];
+            rows.flat_map(|row| [row.to_vec(), open(row)].concat())
+                .collect()
+        });
+        let walk = DraftBatch {
+            anchors: batch.anchors,
+            anchor_positions: &positions,
+            sampling: batch.sampling,
             draft_len,
-        )?;
+            mask: mask.as_deref(),
+        };
+        let drafted = ops.draft_head(&self.head, &mut self.logits, &self.hidden, &walk)?;
         let mut law = ops.read_logits(&self.logits)?;
         if self.spec.shift_law {
             law.rotate_left(self.sizes.vocab_size);

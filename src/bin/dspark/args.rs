@@ -45,6 +45,7 @@ Examples:
   dspark generate --target Qwen3-4B --mode none --temperature 0.7 --top-p 0.9 --seed 7 --prompt Hi
   dspark generate --target DIR --draft DIR --prompts questions.jsonl --max-num-reqs 16 --stats
   dspark generate --target DIR --draft DIR --prompt-ids 1,2,3 --schedule threshold:0.5 --trace t.json
+  dspark generate --target DIR --draft DIR --prompt Hi --logprobs 3
 
 A prompts file has one JSON object a line: {\"turns\": [\"user message\", ...]} (the first turn is used),
 {\"prompt\": \"text\"} or {\"prompt_ids\": [1, 2, 3]}.";
@@ -402,6 +403,9 @@ pub struct GenerateArgs {
     pub sampling: SamplingArgs,
     #[command(flatten)]
     pub drafting: DraftArgs,
+    /// Print after each answer how likely its tokens were and the N likeliest beside each; at most 20, 0 for none.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub logprobs: Option<usize>,
     /// Write every round as JSON.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,

@@ -7,16 +7,8 @@ use half::bf16;
 use super::arguments::Arguments;
 use super::{Cuda, DeviceMatrix, Norm, check, expect, int, struct_size};
 use crate::error::{Error, Result};
-use crate::ops::{DraftHead, Drafted, HeadKind, Matrix, SamplingParams};
+use crate::ops::{DraftBatch, DraftHead, Drafted, HeadKind, Matrix};
 use crate::sys;
-
-/// The requests of a call, one entry each.
-pub(super) struct Requests<'a> {
-    pub anchors: &'a [u32],
-    pub anchor_positions: &'a [u32],
-    pub sampling: &'a [SamplingParams],
-    pub draft_len: usize,
-}
 
 impl Cuda {
     /// The method of the trait; see there.
@@ -25,12 +17,12 @@ impl Cuda {
         head: &DraftHead<Self>,
         logits: &mut DeviceMatrix<f32>,
         hidden: &DeviceMatrix<bf16>,
-        requests: &Requests<'_>,
+        requests: &DraftBatch<'_>,
     ) -> Result<Drafted> {
         let num_reqs = requests.anchors.len();
         let num_rows = num_reqs * requests.draft_len;
         check_head(head, logits.cols(), hidden.cols())?;
-        check_requests(requests, logits.cols())?;
+        requests.check(logits.cols())?;
         expect("logits.rows", num_rows, logits.rows())?;
         expect("hidden.rows", num_rows, hidden.rows())?;
         if num_rows == 0 {
@@ -46,6 +38,9 @@ impl Cuda {
         let positions = arguments.push(requests.anchor_positions.iter().copied());
         let temperature = arguments.push_f32(requests.sampling.iter().map(|s| s.temperature));
         let rules = arguments.push(requests.sampling.iter().map(|s| s.rule as u32));
+        let mask = requests
+            .mask
+            .map(|mask| arguments.push(mask.iter().copied()));
         let words = arguments.upload(&mut self.arguments)?;
         let (seeds, anchors) = (seeds.of(words), anchors.of(words));
         let (positions, temperature) = (positions.of(words), temperature.of(words));
@@ -86,7 +81,7 @@ impl Cuda {
             workspace_bytes: 0,
             stride_logits_row: logits.stride(),
             rules: rules.of(words),
-            mask: null(),
+            mask: mask.map_or(null(), |mask| mask.of(words)),
         };
         // SAFETY: reads the sizes of `params` and writes one host integer.
         check("draft_head_workspace_size", unsafe {
@@ -99,7 +94,7 @@ impl Cuda {
         self.device.bind()?;
         // SAFETY: every operand is a live device matrix of the shape checked above; the per-request arrays hold
         // num_reqs entries uploaded on this stream; tokens and confidences have room for num_rows words each; anchors
-        // are below the vocabulary.
+        // are below the vocabulary, and the mask has the words of num_rows rows.
         check("draft_head", unsafe {
             sys::launch::dspark_draft_head_cu(&raw const params, self.stream())
         })?;
@@ -164,27 +159,4 @@ fn check_weight(field: &str, weight: Option<&DeviceMatrix<bf16>>, shape: [usize;
     }
     let found = found.map_or("none".into(), |found| format!("{found:?}"));
     Err(Error::argument(field, format!("{shape:?}"), found))
-}
-
-fn check_requests(requests: &Requests<'_>, vocab_size: usize) -> Result<()> {
-    let num_reqs = requests.anchors.len();
-    expect(
-        "anchor_positions",
-        num_reqs,
-        requests.anchor_positions.len(),
-    )?;
-    expect("sampling", num_reqs, requests.sampling.len())?;
-    for sampling in requests.sampling {
-        sampling.validate()?;
-    }
-    for &anchor in requests.anchors {
-        if anchor as usize >= vocab_size {
-            return Err(Error::argument(
-                "anchors",
-                format!("below {vocab_size}"),
-                anchor,
-            ));
-        }
-    }
-    Ok(())
 }

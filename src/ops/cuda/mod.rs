@@ -22,8 +22,8 @@ mod verify;
 use half::bf16;
 
 use super::{
-    AcceptBatch, Accepted, AttentionSpec, DraftHead, Drafted, HostTensor, KvGeometry, KvSink, Ops,
-    RopeSpec, RowMap, SamplingParams,
+    AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
+    KvSink, Ops, RopeSpec, RowMap,
 };
 use crate::device::{Device, Gemm, Growing};
 use crate::error::{Error, Result};
@@ -324,18 +324,9 @@ impl Ops for Cuda {
         head: &DraftHead<Self>,
         logits: &mut Self::Logits,
         hidden: &Self::Mat,
-        anchors: &[u32],
-        anchor_positions: &[u32],
-        sampling: &[SamplingParams],
-        draft_len: usize,
+        batch: &DraftBatch<'_>,
     ) -> Result<Drafted> {
-        let requests = draft::Requests {
-            anchors,
-            anchor_positions,
-            sampling,
-            draft_len,
-        };
-        self.run_head(head, logits, hidden, &requests)
+        self.run_head(head, logits, hidden, batch)
     }
 
     fn accept(&mut self, batch: &AcceptBatch<'_, Self>) -> Result<Accepted> {
