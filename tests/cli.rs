@@ -360,6 +360,66 @@ fn compare_shows_every_mode() {
     }
 }
 
+/// Every way to decode gives the text of plain decoding under the coupled rule and at temperature 0; other rules do not,
+/// and that is seen.
+#[test]
+fn invariance_holds_where_it_must() {
+    let target = target("qwen3_bf16");
+    let drafts = [("dspark", "qwen3_vanilla"), ("mtp", "qwen3_mtp")]
+        .map(|(mode, name)| format!("{mode}={}", drafter(name)));
+    let lines = (0..12).map(|i| format!("{{\"prompt_ids\": [{}, {}]}}\n", i + 1, 7 * i));
+    let prompts = TempFile::new(&lines.collect::<String>());
+    let mut args = vec![
+        "invariance",
+        "--target",
+        &target,
+        "--prompts",
+        prompts.path(),
+    ];
+    args.extend(drafts.iter().flat_map(|draft| ["--draft", draft]));
+    args.extend([
+        "--max-new-tokens",
+        "16",
+        "--max-num-reqs",
+        "5",
+        "--draft-lens",
+        "2",
+    ]);
+    args.extend(["--schedules", "threshold:0.5,delayed,global"]);
+    for more in [
+        &["--temperature", "0.7", "--rule", "coupled"][..],
+        &[
+            "--temperature",
+            "1.2",
+            "--top-p",
+            "0.9",
+            "--rule",
+            "coupled",
+            "--presence-penalty",
+            "0.4",
+        ],
+        &["--temperature", "0"],
+    ] {
+        let run = dspark(&[&args[..], more].concat());
+        assert_eq!(run.status, Some(0), "{run:?}");
+        let rows: Vec<&str> = run.stdout.lines().skip(1).collect();
+        // none, dspark and mtp at both sizes, another length of each, three schedules.
+        assert_eq!(rows.len(), 11, "{}", run.stdout);
+        for row in rows {
+            let figures = row.split(" at once").nth(1).unwrap().split_whitespace();
+            let counts: Vec<&str> = figures.take(5).collect();
+            assert_eq!(counts, ["12", "0", "0", "0.0000", "0.0000"], "{row}");
+        }
+    }
+    args.truncate(args.len() - 2);
+    let run = dspark(&[&args[..], &["--temperature", "0.7", "--rule", "token"]].concat());
+    assert_eq!(run.status, Some(1), "{run:?}");
+    assert!(
+        run.stderr.contains("differ by more than rounding"),
+        "{run:?}"
+    );
+}
+
 #[test]
 fn doctor_looks_at_a_pair() {
     let report = stdout(&["doctor"]);
@@ -407,7 +467,7 @@ fn a_gpu_generates_too() {
 
 #[test]
 fn help_has_examples() {
-    for name in ["generate", "compare", "doctor"] {
+    for name in ["generate", "compare", "invariance", "doctor"] {
         let help = stdout(&[name, "--help"]);
         let example = format!("  dspark {name}");
         assert!(

@@ -293,7 +293,9 @@ impl<O: Ops> Engine<O> {
             let room = self.step.target().max_position() - prompt_ids.len();
             let mut sequence = Sequence::new(slot, pages, waiting.request.sampling);
             sequence.logit_bias = std::mem::take(&mut waiting.request.logit_bias);
-            sequence.stop_tokens = waiting.request.stop_tokens.clone();
+            sequence
+                .stop_tokens
+                .clone_from(&waiting.request.stop_tokens);
             sequence.grammar = waiting.request.grammar.take();
             sequence.logprobs = waiting.request.logprobs;
             sequence.calibrates = !sequence.sampling.has_penalties()

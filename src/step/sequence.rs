@@ -66,9 +66,9 @@ impl Sequence {
         let Some(num_top) = self.logprobs else {
             return Vec::new();
         };
-        logprobs
-            .iter_mut()
-            .for_each(|token| token.top.truncate(num_top));
+        for token in &mut logprobs {
+            token.top.truncate(num_top);
+        }
         logprobs
     }
 

@@ -26,6 +26,9 @@ pub enum Command {
     /// Run the same prompts with no drafter and with each given one, and show them side by side.
     #[command(after_help = COMPARE_EXAMPLES)]
     Compare(CompareArgs),
+    /// Check that the text depends on seed and target alone: every way to decode against plain decoding.
+    #[command(after_help = INVARIANCE_EXAMPLES)]
+    Invariance(InvarianceArgs),
     /// Say what was built, which devices there are, and whether a target and a drafter fit.
     #[command(after_help = DOCTOR_EXAMPLES)]
     Doctor(DoctorArgs),
@@ -55,6 +58,13 @@ Examples:
   dspark compare --target DIR --draft dspark=DIR --draft mtp=DIR --prompt 'Why is the sky blue?'
   dspark compare --target DIR --draft dspark=DIR --draft mtp=DIR --prompts gsm8k.jsonl --limit 40 \\
       --max-num-reqs 16 --temperature 1";
+
+const INVARIANCE_EXAMPLES: &str = "\
+Examples:
+  dspark invariance --target DIR --draft dspark=DIR --draft mtp=DIR --prompts questions.jsonl --limit 200 \\
+      --temperature 0.7 --rule coupled --draft-lens 1,3 --schedules threshold:0.5,delayed --max-num-reqs 200
+
+Exit status 1 means that outputs differ by more than rounding explains.";
 
 const DOCTOR_EXAMPLES: &str = "\
 Examples:
@@ -433,6 +443,31 @@ pub struct CompareArgs {
     /// Print the figures as JSON instead of a table.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct InvarianceArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// A drafter and its mode, as MODE=DIR; may be given several times.
+    #[arg(long, value_name = "MODE=DIR", required = true, value_parser = parse_mode_dir)]
+    pub draft: Vec<(Mode, PathBuf)>,
+    #[command(flatten)]
+    pub prompts: PromptArgs,
+    /// Use the first N prompts of the file.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub limit: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Numbers of requests decoded together, beside --max-num-reqs; the first is what the others are compared with.
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1")]
+    pub batches: Vec<usize>,
+    /// Draft lengths, beside the drafter's longest (1 for mtp).
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    pub draft_lens: Vec<usize>,
+    /// Schedules beside fixed.
+    #[arg(long, value_name = "RULE,..", value_delimiter = ',')]
+    pub schedules: Vec<Policy>,
 }
 
 #[derive(Clone, Debug, Args)]

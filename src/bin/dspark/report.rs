@@ -169,6 +169,7 @@ mod tests {
             verify_len,
             num_accepted,
             committed: vec![0; num_accepted + 1],
+            logprobs: Vec::new(),
         };
         let rounds = vec![
             round(2, 2, [0.9, 0.6]),
@@ -182,6 +183,7 @@ mod tests {
         let completion = Completion {
             prompt_ids: vec![1],
             tokens: vec![0; 7],
+            logprobs: Vec::new(),
             text: String::new(),
             reason: FinishReason::MaxNewTokens,
             rounds,

@@ -231,9 +231,9 @@ impl Texts {
         prompts.iter().enumerate().map(request).collect()
     }
 
-    /// The request of prompt number `index`.
-    fn request(&self, prompt_ids: Vec<u32>, index: usize, args: &SamplingArgs) -> Request {
-        let sampling = SamplingParams {
+    /// How the request of prompt number `index` samples.
+    pub fn sampling(index: usize, args: &SamplingArgs) -> SamplingParams {
+        SamplingParams {
             temperature: args.temperature,
             top_k: args.top_k,
             top_p: args.top_p,
@@ -243,7 +243,11 @@ impl Texts {
             repetition_penalty: args.repetition_penalty,
             presence_penalty: args.presence_penalty,
             frequency_penalty: args.frequency_penalty,
-        };
+        }
+    }
+
+    /// The request of prompt number `index`.
+    fn request(&self, prompt_ids: Vec<u32>, index: usize, args: &SamplingArgs) -> Request {
         Request {
             stop_tokens: if args.ignore_eos {
                 Vec::new()
@@ -252,7 +256,7 @@ impl Texts {
             },
             stop_strings: args.stop.clone(),
             text: self.tokenizer.as_ref().map(|t| Box::new(t.stream()) as _),
-            ..Request::new(prompt_ids, sampling, args.max_new_tokens)
+            ..Request::new(prompt_ids, Self::sampling(index, args), args.max_new_tokens)
         }
     }
 }
