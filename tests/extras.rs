@@ -1,6 +1,8 @@
 //! What acceptance can do beyond sampling, through the whole engine: grammars, log-probabilities and stop tokens, with and
 //! without drafts.
 
+#[cfg(feature = "cuda")]
+mod common;
 mod end_to_end_support;
 mod fakes;
 mod model_support;
@@ -10,9 +12,10 @@ use std::rc::Rc;
 
 use dspark::engine::{Completion, EngineConfig, FinishReason, Request};
 use dspark::ops::grammar::mask_allows;
-use dspark::ops::{Rule, SamplingParams, TokenLogprobs};
+use dspark::ops::{Ops, Rule, SamplingParams, TokenLogprobs};
+use dspark::reference::law;
 use dspark::schedule::Policy;
-use end_to_end_support::{Ask, BATCHES, Batch, Models, Setting, golden_prompts};
+use end_to_end_support::{Ask, BATCHES, Batch, Models, Setting, golden_prompts, next_logits};
 use fakes::{
     DraftSpec, LogitsOf, Outcome, Sizes, agreeing_draft, engine, engine_config, exact_law,
     is_argument, random_logits, reference,
@@ -35,13 +38,13 @@ fn thirds(committed: &[u32], drafts: &[u32], mask: &mut [u32]) {
     }
 }
 
-fn law() -> LogitsOf {
+fn target_law() -> LogitsOf {
     random_logits(VOCAB_SIZE, 3, 3.0)
 }
 
 /// The target's law under [`thirds`], for the request of [`prompt`].
 fn law_in_thirds(i: usize) -> LogitsOf {
-    let (law, prompt_len) = (law(), prompt(i).len());
+    let (law, prompt_len) = (target_law(), prompt(i).len());
     Rc::new(move |history| {
         let mut mask = [0; 2];
         thirds(&history[prompt_len..], &[], &mut mask);
@@ -73,7 +76,7 @@ fn drafts() -> [Option<DraftSpec>; 3] {
     [
         None,
         Some(DraftSpec::random(VOCAB_SIZE, 9, 3)),
-        Some(agreeing_draft(&law(), VOCAB_SIZE, 3)),
+        Some(agreeing_draft(&target_law(), VOCAB_SIZE, 3)),
     ]
 }
 
@@ -88,7 +91,7 @@ fn run(
         max_num_reqs: 5,
         ..engine_config(&sizes, policy)
     };
-    let mut engine = engine(reference(), sizes, &law(), draft, config).unwrap();
+    let mut engine = engine(reference(), sizes, &target_law(), draft, config).unwrap();
     for i in 0..NUM_REQUESTS {
         let mut request = Request::new(prompt(i), SamplingParams::default(), NUM_TOKENS);
         change(i, &mut request);
@@ -121,7 +124,7 @@ fn greedy_output_under_a_grammar_is_the_one_by_hand() {
                     let wanted = fakes::greedy(&law, &prompt(i), WHOLE);
                     (wanted, FinishReason::GrammarComplete)
                 } else {
-                    let wanted = fakes::greedy(&law(), &prompt(i), NUM_TOKENS);
+                    let wanted = fakes::greedy(&target_law(), &prompt(i), NUM_TOKENS);
                     (wanted, FinishReason::MaxNewTokens)
                 };
                 assert_eq!(
@@ -189,14 +192,14 @@ fn the_maximum_and_stop_tokens_end_an_output_before_its_grammar_does() {
 /// Nothing is drafted or verified past the token that ends an output, and it counts as an accepted draft.
 #[test]
 fn a_drafted_stop_token_ends_the_run() {
-    let draft = agreeing_draft(&law(), VOCAB_SIZE, 3);
+    let draft = agreeing_draft(&target_law(), VOCAB_SIZE, 3);
     for at in 1..8 {
-        let stop = |i: usize| fakes::greedy(&law(), &prompt(i), NUM_TOKENS)[at];
+        let stop = |i: usize| fakes::greedy(&target_law(), &prompt(i), NUM_TOKENS)[at];
         let done = run(Some(&draft), Policy::Fixed, |i, request| {
             request.stop_tokens = vec![stop(i)];
         });
         for (i, done) in done.iter().enumerate() {
-            let wanted = fakes::greedy(&law(), &prompt(i), NUM_TOKENS);
+            let wanted = fakes::greedy(&target_law(), &prompt(i), NUM_TOKENS);
             let end = wanted.iter().position(|&token| token == stop(i)).unwrap() + 1;
             assert_eq!(done.tokens, wanted[..end]);
             let committed: usize = done.rounds.iter().map(|round| round.committed.len()).sum();
@@ -259,7 +262,11 @@ fn logprobs_are_those_of_the_law_that_was_drawn_from() {
                 continue;
             };
             assert_eq!(done.logprobs.len(), done.tokens.len());
-            let law = if i % 5 == 1 { law_in_thirds(i) } else { law() };
+            let law = if i % 5 == 1 {
+                law_in_thirds(i)
+            } else {
+                target_law()
+            };
             // At temperature 0 the law of temperature 1, without filters.
             let params = match sampling(i) {
                 params if params.temperature > 0.0 => params,
@@ -288,7 +295,7 @@ fn logprobs_are_those_of_the_law_that_was_drawn_from() {
 fn what_cannot_be_had_is_refused_by_name() {
     let sizes = Sizes::new(VOCAB_SIZE);
     let config = engine_config(&sizes, Policy::Fixed);
-    let mut engine = engine(reference(), sizes, &law(), None, config).unwrap();
+    let mut engine = engine(reference(), sizes, &target_law(), None, config).unwrap();
     let request = || Request::new(vec![1], SamplingParams::default(), 4);
     let nothing = |_: &[u32], _: &[u32], _: &mut [u32]| ();
     // Bits past the vocabulary are no tokens.
@@ -366,6 +373,77 @@ fn drafters_draft_what_the_grammar_allows() {
             );
         }
     }
+}
+
+/// A grammar over a real vocabulary, sampled and greedy, with every drafter; log-probabilities against a plain pass over
+/// the same text, up to `tolerance`.
+fn check_models<O: Ops + 'static>(open: &dyn Fn() -> O, tolerance: f32) {
+    for drafter in ["qwen3_vanilla", "qwen3_rnn", "qwen3_mtp"] {
+        let models = Models::of_drafter(drafter);
+        let prompts = golden_prompts(models.target).into_iter().enumerate();
+        let ask = |(i, (prompt, _)): (usize, (Vec<u32>, _))| {
+            Ask::sampled(prompt, 24, [0.0, 0.8][i % 2], i as u64)
+        };
+        let asks: Vec<Ask> = prompts.map(ask).collect();
+        let setting = Setting {
+            models,
+            draft_len: 3,
+            policy: Policy::Fixed,
+            batch: Batch::Together,
+        };
+        let done = setting.run_with(open(), &asks, |i, request| {
+            request.logprobs = Some(5);
+            if i != 1 {
+                request.grammar = Some(Box::new(thirds));
+            }
+        });
+        for (i, (done, ask)) in done.iter().zip(&asks).enumerate() {
+            let in_thirds = |(at, &token): (usize, &u32)| token as usize % 3 == at % 3;
+            let obeys = done.tokens.iter().enumerate().all(in_thirds);
+            assert_eq!(
+                (obeys, done.tokens.len() == WHOLE),
+                (i != 1, i != 1),
+                "{drafter} {i}"
+            );
+            for at in [0, 1, done.tokens.len() - 1] {
+                let text = [&ask.prompt, &done.tokens[..at]].concat();
+                let mut logits = next_logits(open(), models.target, &text);
+                let mut mask = vec![0; logits.len().div_ceil(32)];
+                thirds(&done.tokens[..at], &[], &mut mask);
+                for (v, logit) in (0..).zip(&mut logits) {
+                    if i != 1 && !mask_allows(&mask, v) {
+                        *logit = f32::NEG_INFINITY;
+                    }
+                }
+                let temperature = match ask.sampling.temperature {
+                    0.0 => 1.0,
+                    temperature => temperature,
+                };
+                let law = law::softmax(&logits, temperature);
+                let (token, found) = (done.tokens[at], &done.logprobs[at]);
+                for &(v, logprob) in found.top.iter().chain([&(token, found.logprob)]) {
+                    let wanted = law[v as usize].ln() as f32;
+                    let close = (logprob - wanted).abs() <= tolerance;
+                    assert!(close, "{drafter} {i} {at}: {logprob} for {wanted}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn models_obey_and_say_how_sure_they_were() {
+    check_models(&reference, 1e-4);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn models_obey_and_say_how_sure_they_were_on_cuda() {
+    let Some(gpu) = common::gpu() else { return };
+    let device = gpu.device().clone();
+    let open = || dspark::ops::cuda::Cuda::new(device.clone()).unwrap();
+    // The passes have other shapes, and logits of up to 16 are rounded to a sixteenth.
+    check_models(&open, 0.3);
 }
 
 /// The committed tokens that a grammar is asked about only ever grow.

@@ -2,7 +2,7 @@
 //!
 //! The mental model: a pass works on *rows*, the flattened tokens of all requests. A [`RowMap`] says which rows belong
 //! to which request, where their keys and values live (pages) and at what position they stand. Activations are
-//! matrices `[rows, cols]` in the backend's own type ([`Ops::Mat`]), logits are always f32 ([`Ops::Logits`]).
+//! matrices `[rows, cols]` in the backend's own type ([`Ops::Mat`]), logits are f32 or of that type ([`Ops::Logits`]).
 //! Buffers are made once with a largest row count and used with the current one ([`Matrix::set_rows`]).
 //!
 //! Two backends: `crate::reference::Reference` (plain Rust; oracle of every test and the backend without a GPU) and
@@ -41,6 +41,15 @@ pub trait Matrix {
     /// # Errors
     /// `rows > max_rows`.
     fn set_rows(&mut self, rows: usize) -> Result<()>;
+}
+
+/// Refuses more rows than a matrix can hold.
+pub(crate) fn expect_room(rows: usize, max_rows: usize) -> Result<()> {
+    if rows <= max_rows {
+        return Ok(());
+    }
+    let expected = format!("at most {max_rows}");
+    Err(crate::Error::argument("rows", expected, rows))
 }
 
 /// Heads and scaling of one attention layer.
@@ -191,7 +200,7 @@ pub enum KvSink<'a, O: Ops> {
 pub trait Ops: Sized {
     /// Activation matrix in the backend's activation type (reference f32, CUDA bf16).
     type Mat: Matrix;
-    /// f32 matrix `[rows, vocab]`.
+    /// Matrix `[rows, vocab]`: f32, or of the activation type ([`Ops::target_logits`]).
     type Logits: Matrix;
     /// Weight matrix `[out, in]`, kept as stored where the backend can.
     type Weight: Matrix;
@@ -219,8 +228,13 @@ pub trait Ops: Sized {
     fn rope(&mut self, spec: &RopeSpec) -> Result<Self::Rope>;
     /// An activation buffer; `rows()` starts at 0.
     fn mat(&mut self, max_rows: usize, cols: usize) -> Result<Self::Mat>;
-    /// A logits buffer; `rows()` starts at 0.
+    /// A logits buffer in f32; `rows()` starts at 0.
     fn logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits>;
+    /// A logits buffer of a target: nothing is added to what [`Ops::linear_logits`] leaves there, so that it may be of the
+    /// activation type where that saves memory traffic.
+    fn target_logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits> {
+        self.logits(max_rows, vocab_size)
+    }
     /// An empty cache.
     fn kv_cache(&mut self, geometry: &KvGeometry) -> Result<Self::KvCache>;
     /// An empty row map holder, to be filled by [`Ops::set_row_map`].
@@ -280,7 +294,7 @@ pub trait Ops: Sized {
     ) -> Result<()>;
     /// `out = x W^T`.
     fn linear(&mut self, x: &Self::Mat, weight: &Self::Weight, out: &mut Self::Mat) -> Result<()>;
-    /// `out = x W^T` in f32.
+    /// `out = x W^T`, summed in f32 and rounded to what `out` holds.
     fn linear_logits(
         &mut self,
         x: &Self::Mat,

@@ -1,7 +1,7 @@
 //! Matrices and the paged cache of the reference backend, and the shape checks.
 
 use crate::error::{Error, Result};
-use crate::ops::{AttentionSpec, HostTensor, KvGeometry, Matrix, RowMap};
+use crate::ops::{AttentionSpec, HostTensor, KvGeometry, Matrix, RowMap, expect_room};
 
 /// A row-major f32 matrix: activations and logits alike.
 #[derive(Clone, Debug)]
@@ -68,10 +68,7 @@ impl Matrix for F32Matrix {
         self.max_rows
     }
     fn set_rows(&mut self, rows: usize) -> Result<()> {
-        if rows > self.max_rows {
-            let expected = format!("at most {}", self.max_rows);
-            return Err(Error::argument("rows", expected, rows));
-        }
+        expect_room(rows, self.max_rows)?;
         self.rows = rows;
         Ok(())
     }

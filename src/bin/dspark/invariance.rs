@@ -13,7 +13,7 @@ use std::num::NonZeroUsize;
 use anyhow::Result;
 use dspark::engine::Completion;
 use dspark::model::DrafterConfig;
-use dspark::ops::{MAX_TOP_LOGPROBS, Ops, Purpose, SamplingParams, TokenLogprobs};
+use dspark::ops::{MAX_TOP_LOGPROBS, Ops, Purpose, SamplingParams};
 use dspark::reference::philox::token_exponential;
 use dspark::schedule::Policy;
 
@@ -243,6 +243,7 @@ fn noise(token: u32, position: u32, params: &SamplingParams) -> f64 {
 mod tests {
     use super::*;
     use dspark::engine::{FinishReason, RequestStats};
+    use dspark::ops::TokenLogprobs;
 
     fn completion(tokens: &[u32], logprobs: &[f32], top: &[(u32, f32)]) -> Completion {
         let logprobs = logprobs.iter().map(|&logprob| TokenLogprobs {

@@ -5,7 +5,7 @@ use std::ptr::{null, null_mut};
 use half::bf16;
 
 use super::arguments::Arguments;
-use super::{Cuda, DeviceMatrix, Norm, check, expect, int, struct_size};
+use super::{Cuda, DeviceMatrix, Logits, Norm, check, expect, int, struct_size};
 use crate::error::{Error, Result};
 use crate::ops::{DraftBatch, DraftHead, Drafted, HeadKind, Matrix};
 use crate::sys;
@@ -15,10 +15,11 @@ impl Cuda {
     pub(super) fn run_head(
         &mut self,
         head: &DraftHead<Self>,
-        logits: &mut DeviceMatrix<f32>,
+        logits: &mut Logits,
         hidden: &DeviceMatrix<bf16>,
         requests: &DraftBatch<'_>,
     ) -> Result<Drafted> {
+        let logits = logits.writable()?;
         let num_reqs = requests.anchors.len();
         let num_rows = num_reqs * requests.draft_len;
         check_head(head, logits.cols(), hidden.cols())?;

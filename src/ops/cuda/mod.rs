@@ -1,6 +1,7 @@
 //! The CUDA backend: [`Ops`] over the launchers of the C ABI and cuBLASLt.
 //!
-//! Activations, weights and caches are bf16 (f32 and f16 checkpoints are rounded at load), logits f32. Everything goes
+//! Activations, weights and caches are bf16 (f32 and f16 checkpoints are rounded at load), and so are the target's logits;
+//! a drafter's are f32. Everything goes
 //! to the device's one stream in the order of the calls; only [`Ops::draft_head`], [`Ops::accept`] and the `read_*`
 //! functions wait. What a call needs from the host (ids, lengths, sampling parameters) is packed into one upload
 //! through a buffer that is reused: stream order keeps a later upload behind the kernels that read the earlier one.
@@ -12,6 +13,7 @@ mod attention;
 mod cache;
 mod draft;
 mod gemm;
+mod logits;
 mod matrix;
 mod norm;
 mod rope;
@@ -30,6 +32,7 @@ use crate::error::{Error, Result};
 use crate::sys;
 
 pub use cache::KvCache;
+pub use logits::Logits;
 pub use matrix::{DeviceMatrix, Norm};
 pub use rope::Rope;
 pub use rows::Rows;
@@ -150,7 +153,7 @@ fn expect(field: &str, expected: usize, found: usize) -> Result<()> {
 
 impl Ops for Cuda {
     type Mat = DeviceMatrix<bf16>;
-    type Logits = DeviceMatrix<f32>;
+    type Logits = Logits;
     type Weight = DeviceMatrix<bf16>;
     type Norm = Norm;
     type KvCache = KvCache;
@@ -183,7 +186,11 @@ impl Ops for Cuda {
     }
 
     fn logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits> {
-        DeviceMatrix::new(&self.device, max_rows, vocab_size)
+        Logits::f32(&self.device, max_rows, vocab_size)
+    }
+
+    fn target_logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits> {
+        Logits::bf16(&self.device, max_rows, vocab_size)
     }
 
     fn kv_cache(&mut self, geometry: &KvGeometry) -> Result<Self::KvCache> {
@@ -240,7 +247,7 @@ impl Ops for Cuda {
         first: usize,
         step: usize,
     ) -> Result<()> {
-        self.scatter_rows(src, dst, first, step)
+        self.scatter_logits(src, dst, first, step)
     }
 
     fn rms_norm(
@@ -274,7 +281,7 @@ impl Ops for Cuda {
         weight: &Self::Weight,
         out: &mut Self::Logits,
     ) -> Result<()> {
-        self.product(x, weight, out)
+        self.product_logits(x, weight, out)
     }
 
     fn silu_mul(&mut self, gate_up: &Self::Mat, out: &mut Self::Mat) -> Result<()> {

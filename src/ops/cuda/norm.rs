@@ -15,7 +15,7 @@ use crate::sys;
 type Mat = DeviceMatrix<bf16>;
 
 /// Element types that rows of can be copied, with their number in the ABI.
-trait Element: DeviceRepr + Copy + Zeroable {
+pub(super) trait Element: DeviceRepr + Copy + Zeroable {
     const DTYPE: sys::dspark_dtype;
 }
 
@@ -180,10 +180,10 @@ impl Cuda {
     }
 
     /// `dst[first + i * step] = src[i]`.
-    pub(super) fn scatter_rows(
+    pub(super) fn scatter_rows<T: Element>(
         &mut self,
-        src: &DeviceMatrix<f32>,
-        dst: &mut DeviceMatrix<f32>,
+        src: &DeviceMatrix<T>,
+        dst: &mut DeviceMatrix<T>,
         first: usize,
         step: usize,
     ) -> Result<()> {
