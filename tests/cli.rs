@@ -386,6 +386,7 @@ fn invariance_holds_where_it_must() {
         "2",
     ]);
     args.extend(["--schedules", "threshold:0.5,delayed,global"]);
+    args.extend(["--head-forms", "candidates:32,candidates:1"]);
     for more in [
         &["--temperature", "0.7", "--rule", "coupled"][..],
         &[
@@ -403,15 +404,17 @@ fn invariance_holds_where_it_must() {
         let run = dspark(&[&args[..], more].concat());
         assert_eq!(run.status, Some(0), "{run:?}");
         let rows: Vec<&str> = run.stdout.lines().skip(1).collect();
-        // none, dspark and mtp at both sizes, another length of each, three schedules.
-        assert_eq!(rows.len(), 11, "{}", run.stdout);
+        // none, dspark and mtp at both sizes, another length of each, three schedules, two forms.
+        assert_eq!(rows.len(), 13, "{}", run.stdout);
         for row in rows {
             let figures = row.split(" at once").nth(1).unwrap().split_whitespace();
             let counts: Vec<&str> = figures.take(5).collect();
             assert_eq!(counts, ["12", "0", "0", "0.0000", "0.0000"], "{row}");
         }
     }
-    args.truncate(args.len() - 2);
+    // `global` refuses the token rule.
+    let schedules = args.iter().position(|&arg| arg == "--schedules").unwrap();
+    args.drain(schedules..schedules + 2);
     let run = dspark(&[&args[..], &["--temperature", "0.7", "--rule", "token"]].concat());
     assert_eq!(run.status, Some(1), "{run:?}");
     assert!(

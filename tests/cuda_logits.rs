@@ -23,7 +23,7 @@ fn the_product_is_rounded_once() {
             &rng.normals(vocab_size * width, 0.25),
         );
         let mut exact = cuda.logits(rows, vocab_size).unwrap();
-        let mut rounded = cuda.target_logits(rows, vocab_size).unwrap();
+        let mut rounded = cuda.fixed_logits(rows, vocab_size).unwrap();
         cuda.linear_logits(&x, &w, &mut exact).unwrap();
         cuda.linear_logits(&x, &w, &mut rounded).unwrap();
         assert_eq!((rounded.rows(), rounded.cols()), (rows, vocab_size));
@@ -127,7 +127,7 @@ fn acceptance_reads_both_types_alike() {
                 .for_each(|logit| *logit = round(*logit + 6.0));
         }
         let mut exact = cuda.logits(batch.num_rows(), vocab_size).unwrap();
-        let mut rounded = cuda.target_logits(batch.num_rows(), vocab_size).unwrap();
+        let mut rounded = cuda.fixed_logits(batch.num_rows(), vocab_size).unwrap();
         cuda.write_logits(&values, &mut exact).unwrap();
         cuda.write_logits(&values, &mut rounded).unwrap();
         let (exact, rounded) = (
@@ -142,7 +142,7 @@ fn acceptance_reads_both_types_alike() {
         // Other logits are told apart.
         values.rotate_right(1);
         let mut other = cuda
-            .target_logits(batch.num_rows(), batch.vocab_size)
+            .fixed_logits(batch.num_rows(), batch.vocab_size)
             .unwrap();
         cuda.write_logits(&values, &mut other).unwrap();
         let other = batch.accept(&mut cuda, &other);

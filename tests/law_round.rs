@@ -367,6 +367,29 @@ fn delayed_schedules() {
         .assert_exact(4);
 }
 
+/// Drafts from candidates alone: the law they were drawn from is truncated, the target's is not.
+#[test]
+fn drafts_from_candidates() {
+    for rule in [Rule::Token, Rule::Block] {
+        for (num_top, draft_len) in [(1, 2), (2, 2), (3, 1), (2, 3)] {
+            let params = SamplingParams {
+                rule,
+                ..sampled(0.9)
+            };
+            let mut world = World::new(4, draft_len, params);
+            world.draft.candidates = Some(num_top);
+            world.assert_exact(2);
+            let mut world = world.policy(Policy::Threshold(0.5));
+            world.grammar = Some(Rc::new(no_ones_in_a_row));
+            world.assert_exact(2);
+        }
+    }
+    let mut world = World::new(4, 2, sampled(1.0));
+    world.draft.candidates = Some(2);
+    world.draft.shift_law = true;
+    world.assert_caught(2);
+}
+
 /// After token 1 never 1 again; complete with the second 2.
 fn no_ones_in_a_row(tokens: &[u32]) -> Vec<u32> {
     let forbidden = |pair: &[u32]| pair == [1, 1];
@@ -465,6 +488,7 @@ fn appendix_a() -> World {
             previous: vec![0.0, -1e4],
         }),
         shift_law: false,
+        candidates: None,
         max_draft_len: 2,
     };
     world

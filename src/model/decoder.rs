@@ -82,7 +82,7 @@ impl<O: Ops> DecoderTarget<O> {
             stack: DecoderStack::load(ops, &weights, "model.", sizes, shape, limits)?,
             taps,
             selected: ops.mat(limits.max_logit_rows, d)?,
-            logits: ops.target_logits(limits.max_logit_rows, vocab)?,
+            logits: ops.fixed_logits(limits.max_logit_rows, vocab)?,
             dir: dir.to_owned(),
             config,
         })

@@ -10,13 +10,11 @@ use super::checkpoint::Checkpoint;
 use super::config::config_error;
 use super::decoder::{DecoderTarget, EMBEDDING, Vocabulary};
 use super::drafter_config::{DSparkConfig, DrafterConfig};
+use super::head::{BlockHead, BlockStates};
 use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Visibility};
 use super::{Drafter, Features, ProposeBatch};
 use crate::error::{Error, Result};
-use crate::ops::grammar::mask_words;
-use crate::ops::{
-    ConfidenceHead, DraftBatch, DraftHead, DraftLaw, Drafted, HeadKind, Matrix, Ops, RowMap,
-};
+use crate::ops::{ConfidenceHead, DraftHead, DraftLaw, Drafted, HeadForm, HeadKind, Ops, RowMap};
 
 /// How a block is laid out. Anything but the default is wrong for a sound checkpoint: the variations are the slips that
 /// checkpoints and their converters are known for (see [`super::selfcheck`]).
@@ -37,10 +35,9 @@ pub struct DSparkDrafter<O: Ops> {
     vocabulary: Vocabulary<O>,
     context: ContextEncoder<O>,
     stack: DecoderStack<O>,
-    head: DraftHead<O>,
+    head: BlockHead<O>,
     /// `[num_reqs * draft_len, d]`: the states that predict.
     selected: O::Mat,
-    logits: O::Logits,
     max_num_reqs: usize,
     max_draft_len: usize,
 }
@@ -131,14 +128,14 @@ impl<O: Ops> DSparkDrafter<O> {
         let max_draft_len = limits.max_draft_len.min(config.block_size);
         let drafts = limits.max_num_reqs * max_draft_len;
         let sizes = &config.decoder;
+        let head = load_head(ops, &weights, &config)?;
         Ok(Self {
             layout: Layout::default(),
             vocabulary: target.vocabulary(),
             context: ContextEncoder::load(ops, &weights, &config, limits.max_rows)?,
             stack: DecoderStack::load(ops, &weights, "", sizes, shape, limits)?,
-            head: load_head(ops, &weights, &config)?,
+            head: BlockHead::new(ops, head, drafts, sizes.vocab_size)?,
             selected: ops.mat(drafts, sizes.hidden_size)?,
-            logits: ops.logits(drafts, sizes.vocab_size)?,
             max_num_reqs: limits.max_num_reqs,
             max_draft_len,
             config,
@@ -186,56 +183,6 @@ impl<O: Ops> DSparkDrafter<O> {
             .flat_map(|r| (0..draft_len).map(move |k| (r * rows + skipped + k) as u32))
             .collect();
         ops.gather_rows(&self.stack.normed, &predicting, &mut self.selected)
-    }
-
-    /// Walks the head one step at a time, each under the masks that the drafts before it leave; with the Markov rows of
-    /// [`Layout::markov_lag`] where they lag.
-    fn draft_stepwise(
-        &mut self,
-        ops: &mut O,
-        batch: &ProposeBatch<'_>,
-        positions: &[u32],
-        draft_len: usize,
-    ) -> Result<Drafted> {
-        let num_reqs = batch.anchors.len();
-        let mut hidden = ops.mat(num_reqs, self.selected.cols())?;
-        let mut logits = ops.logits(num_reqs, self.logits.cols())?;
-        self.logits.set_rows(num_reqs * draft_len)?;
-        let lag = if self.layout.markov_lag { 2 } else { 1 };
-        let mut steps: Vec<Drafted> = Vec::with_capacity(draft_len);
-        for k in 0..draft_len {
-            let rows: Vec<u32> = (0..num_reqs).map(|r| (r * draft_len + k) as u32).collect();
-            ops.gather_rows(&self.selected, &rows, &mut hidden)?;
-            ops.linear_logits(&hidden, &self.vocabulary.lm_head, &mut logits)?;
-            let positions: Vec<u32> = positions.iter().map(|p| p + k as u32).collect();
-            let mask = batch.masks_after(&steps, self.logits.cols());
-            let step = DraftBatch {
-                anchors: match k.checked_sub(lag) {
-                    Some(before) => &steps[before].tokens,
-                    None => batch.anchors,
-                },
-                anchor_positions: &positions,
-                sampling: batch.sampling,
-                draft_len: 1,
-                mask: mask.as_deref(),
-            };
-            let step = ops.draft_head(&self.head, &mut logits, &hidden, &step)?;
-            ops.copy_logits(&logits, &mut self.logits, k, draft_len)?;
-            steps.push(step);
-        }
-        Ok(interleave(&steps, num_reqs))
-    }
-
-    /// The masks of a walk in one go: the first step's are known, and the later ones' are left open.
-    fn first_masks(&self, batch: &ProposeBatch<'_>, draft_len: usize) -> Option<Vec<u32>> {
-        let first = batch.masks_after(&[], self.logits.cols())?;
-        let words = mask_words(self.logits.cols());
-        let mut masks = vec![u32::MAX; first.len() * draft_len];
-        let rows = masks.chunks_exact_mut(words * draft_len);
-        for (row, first) in rows.zip(first.chunks_exact(words)) {
-            row[..words].copy_from_slice(first);
-        }
-        Some(masks)
     }
 }
 
@@ -288,27 +235,24 @@ impl<O: Ops> Drafter<O> for DSparkDrafter<O> {
         check_proposal(batch, draft_len, self.max_draft_len, self.max_num_reqs)?;
         self.run_blocks(ops, batch, draft_len)?;
         let positions = anchor_positions(batch.map);
-        // The state of an rnn head lives within one walk.
-        let constrained = batch.constraints.iter().any(Option::is_some);
-        let stepwise = constrained && self.head.kind != HeadKind::Rnn;
-        if stepwise || self.layout.markov_lag {
-            return self.draft_stepwise(ops, batch, &positions, draft_len);
-        }
-        let lm_head = &self.vocabulary.lm_head;
-        ops.linear_logits(&self.selected, lm_head, &mut self.logits)?;
-        let mask = self.first_masks(batch, draft_len);
-        let walk = DraftBatch {
-            anchors: batch.anchors,
+        let states = BlockStates {
+            hidden: &self.selected,
+            lm_head: &*self.vocabulary.lm_head,
             anchor_positions: &positions,
-            sampling: batch.sampling,
             draft_len,
-            mask: mask.as_deref(),
         };
-        ops.draft_head(&self.head, &mut self.logits, &self.selected, &walk)
+        if self.layout.markov_lag {
+            return self.head.walk_stepwise(ops, &states, batch, 2);
+        }
+        self.head.walk(ops, &states, batch)
+    }
+
+    fn set_head_form(&mut self, ops: &mut O, form: HeadForm) -> Result<()> {
+        self.head.set_form(ops, form)
     }
 
     fn law(&self) -> DraftLaw<'_, O> {
-        DraftLaw::Logits(&self.logits)
+        self.head.law()
     }
 }
 
@@ -347,20 +291,6 @@ pub(super) fn check_proposal(
 /// Positions of the anchors of a proposal's map.
 pub(super) fn anchor_positions(map: &RowMap) -> Vec<u32> {
     map.positions.iter().map(|&p| p as u32).collect()
-}
-
-/// The drafts of single steps, `[num_reqs]` each, as `[num_reqs * steps]`.
-pub(super) fn interleave(steps: &[Drafted], num_reqs: usize) -> Drafted {
-    let tokens = (0..num_reqs).flat_map(|r| steps.iter().map(move |step| step.tokens[r]));
-    let confidence = (0..num_reqs).flat_map(|r| {
-        steps
-            .iter()
-            .map(move |step| Some(step.confidence.as_ref()?[r]))
-    });
-    Drafted {
-        tokens: tokens.collect(),
-        confidence: confidence.collect(),
-    }
 }
 
 /// The map of blocks of `rows` rows at the anchors of `anchors`.

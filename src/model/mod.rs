@@ -14,6 +14,7 @@ mod decoder;
 mod drafter_config;
 mod dspark;
 mod fields;
+mod head;
 mod identity;
 mod mtp;
 mod pair;
@@ -31,9 +32,9 @@ pub use mtp::MtpDrafter;
 pub use pair::{Pair, load_drafter};
 pub use stack::Limits;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::grammar::row_masks;
-use crate::ops::{Constraint, DraftLaw, Drafted, Ops, RowMap, SamplingParams};
+use crate::ops::{Constraint, DraftLaw, Drafted, HeadForm, Ops, RowMap, SamplingParams};
 
 /// What a target pass leaves for the drafter, one row for each row of the pass.
 pub struct Features<'a, O: Ops> {
@@ -120,6 +121,18 @@ pub trait Drafter<O: Ops> {
         batch: &ProposeBatch<'_>,
         draft_len: usize,
     ) -> Result<Drafted>;
+    /// Drafts by another form of its head from now on.
+    ///
+    /// # Errors
+    /// A form the drafter does not have.
+    fn set_head_form(&mut self, _ops: &mut O, form: HeadForm) -> Result<()> {
+        match form {
+            HeadForm::Full => Ok(()),
+            HeadForm::Candidates(_) => {
+                Err(Error::argument("head_form", "full for this drafter", form))
+            }
+        }
+    }
     /// The law the last proposal was sampled from.
     fn law(&self) -> DraftLaw<'_, O>;
 }

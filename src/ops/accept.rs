@@ -80,13 +80,44 @@ pub enum DraftLaw<'a, O: Ops> {
 pub struct SparseLaw {
     /// Pairs per draft, at least 1.
     pub num_candidates: usize,
-    /// `[num_reqs * draft_len * num_candidates]`; no token twice for one draft.
+    /// `[num_reqs * draft_len * num_candidates]`; no token twice for one draft, and [`SparseLaw::NO_PAIR`] for a pair that is
+    /// none.
     pub tokens: Vec<u32>,
     /// As `tokens`; -inf for a pair that is none.
     pub logits: Vec<f32>,
 }
 
 impl SparseLaw {
+    /// The token of a pair that is none.
+    pub const NO_PAIR: u32 = u32::MAX;
+
+    /// The laws of single steps, `[num_reqs]` each, as that of `[num_reqs * steps]` drafts.
+    pub fn interleave(steps: &[Self], num_reqs: usize) -> Self {
+        let num_candidates = steps.first().map_or(0, |step| step.num_candidates);
+        let rows = (0..num_reqs).flat_map(|r| {
+            let pairs = r * num_candidates..(r + 1) * num_candidates;
+            steps.iter().map(move |step| (step, pairs.clone()))
+        });
+        let (mut tokens, mut logits) = (Vec::new(), Vec::new());
+        for (step, pairs) in rows {
+            tokens.extend_from_slice(&step.tokens[pairs.clone()]);
+            logits.extend_from_slice(&step.logits[pairs]);
+        }
+        Self {
+            num_candidates,
+            tokens,
+            logits,
+        }
+    }
+
+    /// As [`Ops::top_probabilities`], of the law of each draft.
+    pub fn top_probabilities(&self, temperature: &[f32]) -> Vec<f32> {
+        let rows = self.logits.chunks_exact(self.num_candidates.max(1));
+        rows.zip(temperature)
+            .map(|(row, &temperature)| super::top_probability(row, temperature))
+            .collect()
+    }
+
     /// Checks the law of `num_drafts` drafts.
     ///
     /// # Errors
@@ -98,7 +129,8 @@ impl SparseLaw {
         let num_pairs = num_drafts * self.num_candidates;
         expect("candidate tokens", num_pairs, self.tokens.len())?;
         expect("candidate logits", num_pairs, self.logits.len())?;
-        expect_tokens("candidate tokens", self.tokens.iter(), vocab_size)
+        let pairs = self.tokens.iter().filter(|&&token| token != Self::NO_PAIR);
+        expect_tokens("candidate tokens", pairs, vocab_size)
     }
 }
 

@@ -108,6 +108,62 @@ pub enum HeadKind {
     Rnn,
 }
 
+/// How much of the vocabulary a head looks at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HeadForm {
+    /// All of it.
+    #[default]
+    Full,
+    /// The tokens of the K largest base logits.
+    Candidates(usize),
+}
+
+impl HeadForm {
+    /// The most candidates.
+    pub const MAX_CANDIDATES: usize = 256;
+
+    /// Checks the number of candidates.
+    ///
+    /// # Errors
+    /// None, more than [`HeadForm::MAX_CANDIDATES`], or more than the vocabulary has.
+    pub fn check(self, vocab_size: usize) -> Result<()> {
+        let most = Self::MAX_CANDIDATES.min(vocab_size);
+        match self {
+            Self::Candidates(n) if n == 0 || n > most => {
+                let expected = format!("1 to {most} candidates");
+                Err(crate::Error::argument("head_form", expected, n))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl std::str::FromStr for HeadForm {
+    type Err = crate::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let candidates = text.strip_prefix("candidates:").map(str::parse);
+        match (text, candidates) {
+            ("full", _) => Ok(Self::Full),
+            (_, Some(Ok(n))) => Ok(Self::Candidates(n)),
+            _ => Err(crate::Error::argument(
+                "head_form",
+                "full or candidates:K",
+                text,
+            )),
+        }
+    }
+}
+
+impl std::fmt::Display for HeadForm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Full => f.write_str("full"),
+            Self::Candidates(n) => write!(f, "candidates:{n}"),
+        }
+    }
+}
+
 /// The weights of a semi-autoregressive head, in the backend's types.
 pub struct DraftHead<O: Ops> {
     /// Which recurrence.
@@ -200,7 +256,7 @@ pub enum KvSink<'a, O: Ops> {
 pub trait Ops: Sized {
     /// Activation matrix in the backend's activation type (reference f32, CUDA bf16).
     type Mat: Matrix;
-    /// Matrix `[rows, vocab]`: f32, or of the activation type ([`Ops::target_logits`]).
+    /// Matrix `[rows, vocab]`: f32, or of the activation type ([`Ops::fixed_logits`]).
     type Logits: Matrix;
     /// Weight matrix `[out, in]`, kept as stored where the backend can.
     type Weight: Matrix;
@@ -230,9 +286,9 @@ pub trait Ops: Sized {
     fn mat(&mut self, max_rows: usize, cols: usize) -> Result<Self::Mat>;
     /// A logits buffer in f32; `rows()` starts at 0.
     fn logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits>;
-    /// A logits buffer of a target: nothing is added to what [`Ops::linear_logits`] leaves there, so that it may be of the
-    /// activation type where that saves memory traffic.
-    fn target_logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits> {
+    /// A logits buffer for what stays as [`Ops::linear_logits`] leaves it (a target's logits, the base logits of candidates):
+    /// of the activation type where that saves memory traffic.
+    fn fixed_logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits> {
         self.logits(max_rows, vocab_size)
     }
     /// An empty cache.
@@ -355,6 +411,18 @@ pub trait Ops: Sized {
         hidden: &Self::Mat,
         batch: &DraftBatch<'_>,
     ) -> Result<Drafted>;
+
+    /// The head over the `num_top` largest base logits of each draft (of those that the mask allows; ties: lowest token),
+    /// with its law truncated to them: what [`Ops::draft_head`] computes, but for no other token, and the logits stay as
+    /// they are. The pairs come by falling base logit; a step without any yields token 0.
+    fn draft_candidates(
+        &mut self,
+        head: &DraftHead<Self>,
+        logits: &Self::Logits,
+        hidden: &Self::Mat,
+        batch: &DraftBatch<'_>,
+        num_top: usize,
+    ) -> Result<(Drafted, SparseLaw)>;
 
     /// The largest probability of `softmax(logits[i] / temperature[i])` for every row; at temperature 0 that of
     /// `softmax(logits[i])`, which says how sure the row is. 0 for a row that is no law.

@@ -10,7 +10,7 @@ use super::tensor::{F32Matrix, expect_len, expect_shape};
 use super::weight::Weight;
 use crate::error::{Error, Result};
 use crate::ops::grammar::{mask_allows, mask_words};
-use crate::ops::{DraftBatch, DraftHead, Drafted, HeadKind, Matrix};
+use crate::ops::{DraftBatch, DraftHead, Drafted, HeadForm, HeadKind, Matrix, SparseLaw};
 
 /// Arguments of [`crate::ops::Ops::draft_head`].
 pub(super) struct DraftPass<'a> {
@@ -18,10 +18,63 @@ pub(super) struct DraftPass<'a> {
     pub(super) logits: &'a mut F32Matrix,
     pub(super) hidden: &'a F32Matrix,
     pub(super) batch: DraftBatch<'a>,
+    /// Everything but the largest base logits becomes -inf.
+    pub(super) num_top: Option<usize>,
+}
+
+/// [`crate::ops::Ops::draft_candidates`], on a copy of the base logits: `pass.num_top` of each row are the candidates.
+pub(super) fn candidates(
+    pass: DraftPass<'_>,
+    pool: &Pool,
+    choices: &mut dyn Choices,
+) -> Result<(Drafted, SparseLaw)> {
+    let num_candidates = pass.num_top.unwrap_or(pass.logits.cols());
+    HeadForm::Candidates(num_candidates).check(pass.logits.cols())?;
+    let mut tops = Vec::new();
+    let DraftPass {
+        head,
+        hidden,
+        batch,
+        num_top,
+        logits,
+    } = pass;
+    let walk = DraftPass {
+        head,
+        logits: &mut *logits,
+        hidden,
+        batch,
+        num_top,
+    };
+    let drafted = walk.run_noting(pool, choices, &mut tops)?;
+    let mut law = SparseLaw {
+        num_candidates,
+        tokens: vec![SparseLaw::NO_PAIR; tops.len() * num_candidates],
+        logits: vec![f32::NEG_INFINITY; tops.len() * num_candidates],
+    };
+    // Noted step by step; the law goes request by request.
+    let num_reqs = batch.anchors.len();
+    for (i, top) in tops.iter().enumerate() {
+        let row = i % num_reqs * batch.draft_len + i / num_reqs;
+        for (j, &token) in top.iter().enumerate() {
+            law.tokens[row * num_candidates + j] = token as u32;
+            law.logits[row * num_candidates + j] = logits.row(row)[token];
+        }
+    }
+    Ok((drafted, law))
 }
 
 impl DraftPass<'_> {
-    pub(super) fn run(mut self, pool: &Pool, choices: &mut dyn Choices) -> Result<Drafted> {
+    pub(super) fn run(self, pool: &Pool, choices: &mut dyn Choices) -> Result<Drafted> {
+        self.run_noting(pool, choices, &mut Vec::new())
+    }
+
+    /// The same; `tops` takes the candidates of every request of each step in turn.
+    fn run_noting(
+        mut self,
+        pool: &Pool,
+        choices: &mut dyn Choices,
+        tops: &mut Vec<Vec<usize>>,
+    ) -> Result<Drafted> {
         self.check()?;
         let num_reqs = self.batch.anchors.len();
         let mut previous = self.batch.anchors.to_vec();
@@ -36,8 +89,9 @@ impl DraftPass<'_> {
         };
         for k in 0..self.batch.draft_len {
             let embedded = self.embed_previous(&previous);
-            self.add_bias(pool, k, &embedded, &mut state);
             self.forbid(k);
+            self.keep_top(k, tops);
+            self.add_bias(pool, k, &embedded, &mut state);
             if let Some(confidence) = &mut drafted.confidence {
                 for (r, value) in self.confidence(pool, k, &embedded).into_iter().enumerate() {
                     confidence[r * self.batch.draft_len + k] = value;
@@ -96,6 +150,27 @@ impl DraftPass<'_> {
                     *logit = f32::NEG_INFINITY;
                 }
             }
+        }
+    }
+
+    /// Takes everything but the largest base logits out of step `k` of all requests, where that is asked for.
+    fn keep_top(&mut self, k: usize, tops: &mut Vec<Vec<usize>>) {
+        let Some(num_top) = self.num_top else {
+            return;
+        };
+        for r in 0..self.batch.anchors.len() {
+            let row = self.logits.row_mut(r * self.batch.draft_len + k);
+            let mut order: Vec<usize> = (0..row.len())
+                .filter(|&v| row[v] > f32::NEG_INFINITY)
+                .collect();
+            order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+            order.truncate(num_top);
+            let kept: Vec<f32> = order.iter().map(|&v| row[v]).collect();
+            row.fill(f32::NEG_INFINITY);
+            for (&v, logit) in order.iter().zip(kept) {
+                row[v] = logit;
+            }
+            tops.push(order);
         }
     }
 

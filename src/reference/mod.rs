@@ -41,7 +41,7 @@ use tensor::{expect_cols, expect_shape};
 use crate::error::{Error, Result};
 use crate::ops::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, Matrix, Ops, RopeSpec, RowMap,
+    KvSink, Matrix, Ops, RopeSpec, RowMap, SparseLaw,
 };
 
 /// The backend. See the module's documentation for what its results depend on.
@@ -318,8 +318,30 @@ impl Ops for Reference {
             logits,
             hidden,
             batch: *batch,
+            num_top: None,
         }
         .run(&self.pool, &mut *self.choices)
+    }
+
+    fn draft_candidates(
+        &mut self,
+        head: &DraftHead<Self>,
+        logits: &F32Matrix,
+        hidden: &F32Matrix,
+        batch: &DraftBatch<'_>,
+        num_top: usize,
+    ) -> Result<(Drafted, SparseLaw)> {
+        draft::candidates(
+            DraftPass {
+                head,
+                logits: &mut logits.clone(),
+                hidden,
+                batch: *batch,
+                num_top: Some(num_top),
+            },
+            &self.pool,
+            &mut *self.choices,
+        )
     }
 
     fn accept(&mut self, batch: &AcceptBatch<'_, Self>) -> Result<Accepted> {

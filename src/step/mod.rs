@@ -170,12 +170,16 @@ impl<O: Ops> DecodeStep<O> {
             constraints: &constraints,
         };
         let drafted = drafter.propose(ops, &batch, draft_len)?;
+        let temperature: Vec<f32> = sampling
+            .iter()
+            .flat_map(|params| std::iter::repeat_n(params.temperature, draft_len))
+            .collect();
         let confidence = match (self.scheduler.evidence(), drafter.law()) {
             (Evidence::TopProbability, DraftLaw::Logits(logits)) => {
-                let temperature = sampling
-                    .iter()
-                    .flat_map(|params| std::iter::repeat_n(params.temperature, draft_len));
-                Some(ops.top_probabilities(logits, &temperature.collect::<Vec<f32>>())?)
+                Some(ops.top_probabilities(logits, &temperature)?)
+            }
+            (Evidence::TopProbability, DraftLaw::Sparse(law)) => {
+                Some(law.top_probabilities(&temperature))
             }
             _ => drafted.confidence,
         };

@@ -19,7 +19,7 @@ use dspark::model::{Drafter, Features, ProposeBatch, Target};
 use dspark::ops::grammar::row_masks;
 use dspark::ops::{
     ConfidenceHead, DraftBatch, DraftHead, DraftLaw, Drafted, Dtype, HeadKind, HostTensor, Ops,
-    RowMap,
+    RowMap, SparseLaw,
 };
 use dspark::reference::Reference;
 
@@ -176,6 +176,8 @@ pub struct DraftSpec {
     pub confidence: Option<ConfidenceSpec>,
     /// Negative control: hands on the law of the neighbouring row.
     pub shift_law: bool,
+    /// Drafts from the likeliest so many by the base logits alone.
+    pub candidates: Option<usize>,
     pub max_draft_len: usize,
 }
 
@@ -202,6 +204,7 @@ impl DraftSpec {
                 previous: table(salt + 3, vocab_size, 3.0),
             }),
             shift_law: false,
+            candidates: None,
             max_draft_len,
         }
     }
@@ -218,6 +221,7 @@ pub struct FakeDrafter {
     logits: Logits,
     hidden: Mat,
     law: Logits,
+    sparse: Option<SparseLaw>,
 }
 
 impl FakeDrafter {
@@ -246,6 +250,7 @@ impl FakeDrafter {
             logits: ops.logits(sizes.max_rows, v).unwrap(),
             hidden: ops.mat(sizes.max_rows, 1).unwrap(),
             law: ops.logits(sizes.max_rows, v).unwrap(),
+            sparse: None,
             sizes,
             spec,
         }
@@ -356,6 +361,16 @@ impl Drafter<Reference> for FakeDrafter {
             draft_len,
             mask: mask.as_deref(),
         };
+        if let Some(num_top) = self.spec.candidates {
+            let (drafted, mut law) =
+                ops.draft_candidates(&self.head, &self.logits, &self.hidden, &walk, num_top)?;
+            if self.spec.shift_law {
+                law.tokens.rotate_left(num_top);
+                law.logits.rotate_left(num_top);
+            }
+            self.sparse = Some(law);
+            return Ok(drafted);
+        }
         let drafted = ops.draft_head(&self.head, &mut self.logits, &self.hidden, &walk)?;
         let mut law = ops.read_logits(&self.logits)?;
         if self.spec.shift_law {
@@ -366,6 +381,9 @@ impl Drafter<Reference> for FakeDrafter {
     }
 
     fn law(&self) -> DraftLaw<'_, Reference> {
-        DraftLaw::Logits(&self.law)
+        match &self.sparse {
+            Some(law) => DraftLaw::Sparse(law),
+            None => DraftLaw::Logits(&self.law),
+        }
     }
 }

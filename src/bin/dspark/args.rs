@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use clap::builder::TypedValueParser as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use dspark::ops::Rule;
+use dspark::ops::{HeadForm, Rule};
 use dspark::schedule::Policy;
 use dspark::schedule::simulate::Arrivals;
 
@@ -62,7 +62,8 @@ Examples:
 const INVARIANCE_EXAMPLES: &str = "\
 Examples:
   dspark invariance --target DIR --draft dspark=DIR --draft mtp=DIR --prompts questions.jsonl --limit 200 \\
-      --temperature 0.7 --rule coupled --draft-lens 1,3 --schedules threshold:0.5,delayed --max-num-reqs 200
+      --temperature 0.7 --rule coupled --draft-lens 1,3 --schedules threshold:0.5,delayed \\
+      --head-forms candidates:64 --max-num-reqs 200
 
 Exit status 1 means that outputs differ by more than rounding explains.";
 
@@ -287,6 +288,10 @@ pub struct DraftArgs {
     /// best number by the confidences of two steps before), global (the best number; greedy requests only).
     #[arg(long, default_value = "fixed", value_name = "RULE")]
     pub schedule: Policy,
+    /// How much of the vocabulary a DSpark or DFlash head drafts from: full, or candidates:K (the K likeliest tokens before
+    /// the head's own bias; at most 256).
+    #[arg(long, default_value = "full", value_name = "FORM")]
+    pub head_form: HeadForm,
     /// Temperatures of the drafter's confidences [default: calibration.json in the drafter's directory, if there].
     #[arg(long, value_name = "FILE")]
     pub calibration: Option<PathBuf>,
@@ -301,6 +306,7 @@ impl DraftArgs {
         Self {
             draft_len: None,
             schedule: Policy::Fixed,
+            head_form: HeadForm::Full,
             calibration: None,
             cost: None,
         }
@@ -468,6 +474,9 @@ pub struct InvarianceArgs {
     /// Schedules beside fixed.
     #[arg(long, value_name = "RULE,..", value_delimiter = ',')]
     pub schedules: Vec<Policy>,
+    /// Forms of the head beside full.
+    #[arg(long, value_name = "FORM,..", value_delimiter = ',')]
+    pub head_forms: Vec<HeadForm>,
 }
 
 #[derive(Clone, Debug, Args)]

@@ -13,7 +13,7 @@ use std::num::NonZeroUsize;
 use anyhow::Result;
 use dspark::engine::Completion;
 use dspark::model::DrafterConfig;
-use dspark::ops::{MAX_TOP_LOGPROBS, Ops, Purpose, SamplingParams};
+use dspark::ops::{HeadForm, MAX_TOP_LOGPROBS, Ops, Purpose, SamplingParams};
 use dspark::reference::philox::token_exponential;
 use dspark::schedule::Policy;
 
@@ -48,6 +48,9 @@ impl fmt::Display for Way {
         f.write_str(mode.name())?;
         if *mode != Mode::None {
             write!(f, " {draft_len} {}", self.drafting.policy)?;
+        }
+        if self.drafting.head_form != HeadForm::Full {
+            write!(f, " {}", self.drafting.head_form)?;
         }
         write!(f, ", {} at once", self.max_num_reqs)
     }
@@ -122,25 +125,30 @@ fn ways(args: &InvarianceArgs) -> Result<Vec<Way>> {
     let mut ways: Vec<Way> = batches.iter().map(|&batch| way(&none, batch)).collect();
     for (mode, dir) in &args.draft {
         let longest = DrafterConfig::read(dir)?.max_draft_len();
-        let drafting = |draft_len: usize, schedule: Policy| {
+        let drafting = |draft_len: usize, schedule: Policy, head_form: HeadForm| {
             let args = DraftArgs {
                 draft_len: Some(draft_len),
                 schedule,
+                head_form,
                 ..DraftArgs::fixed()
             };
             Drafting::new(Some(*mode), Some(dir), target, &args)
         };
-        let (whole, scheduled) = match mode {
-            Mode::Mtp => (1, &[][..]),
-            _ => (longest, &args.schedules[..]),
+        let (whole, schedules, forms) = match mode {
+            Mode::Mtp => (1, &[][..], &[][..]),
+            _ => (longest, &args.schedules[..], &args.head_forms[..]),
         };
-        let fixed = drafting(whole, Policy::Fixed)?;
+        let full = HeadForm::Full;
+        let fixed = drafting(whole, Policy::Fixed, full)?;
         ways.extend(batches.iter().map(|&batch| way(&fixed, batch)));
         for &len in args.draft_lens.iter().filter(|&&len| len != whole) {
-            ways.push(way(&drafting(len, Policy::Fixed)?, together));
+            ways.push(way(&drafting(len, Policy::Fixed, full)?, together));
         }
-        for &policy in scheduled {
-            ways.push(way(&drafting(whole, policy)?, together));
+        for &policy in schedules {
+            ways.push(way(&drafting(whole, policy, full)?, together));
+        }
+        for &form in forms {
+            ways.push(way(&drafting(whole, Policy::Fixed, form)?, together));
         }
     }
     Ok(ways)

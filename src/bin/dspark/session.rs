@@ -8,7 +8,7 @@ use dspark::engine::{Completion, Engine, EngineConfig, Event, Request};
 use dspark::model::{
     DrafterConfig, GenerationConfig, Limits, Pair, TargetConfig, drafter_identity, target_identity,
 };
-use dspark::ops::{HeadKind, Ops, SamplingParams};
+use dspark::ops::{HeadForm, HeadKind, Ops, SamplingParams};
 use dspark::reference::Reference;
 use dspark::schedule::{
     Adapt, CALIBRATION_FILE, Calibration, CostFile, CostIdentity, PairIdentity, Policy,
@@ -67,6 +67,7 @@ pub struct Drafting {
     /// Tokens drafted a round; 0 exactly when the mode is none.
     pub draft_len: usize,
     pub policy: Policy,
+    pub head_form: HeadForm,
     /// `--calibration`.
     calibration: Option<PathBuf>,
     /// `--cost`.
@@ -81,6 +82,7 @@ impl Drafting {
             dir: None,
             draft_len: 0,
             policy: Policy::Fixed,
+            head_form: HeadForm::Full,
             calibration: None,
             cost: None,
         }
@@ -119,6 +121,7 @@ impl Drafting {
             dir: Some(dir.into()),
             draft_len: draft_len(&config, args.draft_len)?,
             policy: args.schedule,
+            head_form: args.head_form,
             calibration: args.calibration.clone(),
             cost: args.cost.clone(),
         })
@@ -172,10 +175,11 @@ impl Drafting {
 
 /// Options that mean nothing in plain decoding must not look as if they did something.
 fn refuse_draft_options(args: &DraftArgs) -> Result<()> {
-    let option = match (args.draft_len, args.schedule) {
-        (Some(_), _) => "--draft-len",
-        (None, Policy::Fixed) => return Ok(()),
-        (None, _) => "--schedule",
+    let option = match (args.draft_len, args.schedule, args.head_form) {
+        (Some(_), ..) => "--draft-len",
+        (None, Policy::Fixed, HeadForm::Full) => return Ok(()),
+        (None, Policy::Fixed, _) => "--head-form",
+        (None, ..) => "--schedule",
     };
     let expected = "a drafter (--draft) to go with it";
     Err(Error::argument(option, expected, "none").into())
@@ -307,7 +311,10 @@ pub fn build<O: Ops + 'static>(
         num_pages: config.num_pages,
         page_size: config.page_size,
     };
-    let pair = Pair::load(&mut ops, &run.target, drafting.dir.as_deref(), &limits)?;
+    let mut pair = Pair::load(&mut ops, &run.target, drafting.dir.as_deref(), &limits)?;
+    if let Some(drafter) = &mut pair.drafter {
+        drafter.set_head_form(&mut ops, drafting.head_form)?;
+    }
     let mut engine = Engine::new(ops, Box::new(pair.target), pair.drafter, config)?;
     engine.set_adapt(Adapt::ON);
     if let (Some((file, identity)), Some(cost), true) =

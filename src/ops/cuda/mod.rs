@@ -11,6 +11,7 @@
 mod arguments;
 mod attention;
 mod cache;
+mod candidates;
 mod draft;
 mod gemm;
 mod logits;
@@ -25,7 +26,7 @@ use half::bf16;
 
 use super::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, Ops, RopeSpec, RowMap,
+    KvSink, Ops, RopeSpec, RowMap, SparseLaw,
 };
 use crate::device::{Device, Gemm, Growing};
 use crate::error::{Error, Result};
@@ -189,7 +190,7 @@ impl Ops for Cuda {
         Logits::f32(&self.device, max_rows, vocab_size)
     }
 
-    fn target_logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits> {
+    fn fixed_logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits> {
         Logits::bf16(&self.device, max_rows, vocab_size)
     }
 
@@ -334,6 +335,17 @@ impl Ops for Cuda {
         batch: &DraftBatch<'_>,
     ) -> Result<Drafted> {
         self.run_head(head, logits, hidden, batch)
+    }
+
+    fn draft_candidates(
+        &mut self,
+        head: &DraftHead<Self>,
+        logits: &Self::Logits,
+        hidden: &Self::Mat,
+        batch: &DraftBatch<'_>,
+        num_top: usize,
+    ) -> Result<(Drafted, SparseLaw)> {
+        self.run_candidates(head, logits, hidden, batch, num_top)
     }
 
     fn accept(&mut self, batch: &AcceptBatch<'_, Self>) -> Result<Accepted> {
