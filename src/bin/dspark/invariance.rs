@@ -70,7 +70,7 @@ pub fn run(args: &InvarianceArgs) -> Result<()> {
     let mut out = io::stdout().lock();
     writeln!(
         out,
-        "{:<34} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}",
+        "{:<42} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}",
         "way", "identical", "near-tie", "different", "margin", "rounding", "accepted", "tokens/s"
     )?;
     let mut plain: Option<Outcome> = None;
@@ -92,7 +92,7 @@ pub fn run(args: &InvarianceArgs) -> Result<()> {
         num_different += tally.different;
         writeln!(
             out,
-            "{:<34} {:>9} {:>9} {:>9} {:>9.4} {:>9.4} {:>9.2} {:>9.1}",
+            "{:<42} {:>9} {:>9} {:>9} {:>9.4} {:>9.4} {:>9.2} {:>9.1}",
             way.to_string(),
             tally.identical,
             tally.near_ties,
