@@ -386,7 +386,12 @@ fn invariance_holds_where_it_must() {
         "2",
     ]);
     args.extend(["--schedules", "threshold:0.5,delayed,global"]);
-    args.extend(["--head-forms", "candidates:32,candidates:1"]);
+    args.extend([
+        "--head-forms",
+        "candidates:32,candidates:1",
+        "--alternates",
+        "4",
+    ]);
     for more in [
         &["--temperature", "0.7", "--rule", "coupled"][..],
         &[
@@ -404,8 +409,9 @@ fn invariance_holds_where_it_must() {
         let run = dspark(&[&args[..], more].concat());
         assert_eq!(run.status, Some(0), "{run:?}");
         let rows: Vec<&str> = run.stdout.lines().skip(1).collect();
-        // none, dspark and mtp at both sizes, another length of each, three schedules, two forms.
-        assert_eq!(rows.len(), 13, "{}", run.stdout);
+        // none, dspark and mtp at both sizes, another length of each, three schedules, two forms,
+        // one of them with second choices.
+        assert_eq!(rows.len(), 14, "{}", run.stdout);
         for row in rows {
             let figures = row.split(" at once").nth(1).unwrap().split_whitespace();
             let counts: Vec<&str> = figures.take(5).collect();

@@ -43,6 +43,7 @@ fn numbers_out_of_their_domain() {
         ("--logprobs", "21", ["logprobs", "at most 20"]),
         ("--logprobs", "-1", ["--logprobs", "-1"]),
         ("--head-form", "some", ["--head-form", "candidates:K"]),
+        ("--alternates", "-1", ["--alternates", "-1"]),
         ("--top-k", "-1", ["--top-k", "-1"]),
         ("--seed", "-1", ["--seed", "-1"]),
         ("--seed", "99999999999999999999", ["--seed", "too large"]),

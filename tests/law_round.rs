@@ -3,7 +3,7 @@
 
 mod fakes;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
 
@@ -47,6 +47,10 @@ struct World {
     requests: Vec<(Vec<u32>, SamplingParams)>,
     /// What every request may generate.
     grammar: Option<GrammarOf>,
+    /// Second choices that are verified beside the drafts.
+    alternates: usize,
+    /// Second choices that were accepted.
+    num_alternates: Rc<Cell<usize>>,
     /// Every plan that was made.
     plans: Rc<RefCell<BTreeSet<Vec<usize>>>>,
 }
@@ -65,6 +69,8 @@ impl World {
             plan: None,
             requests: vec![(vec![0, 1, 1], params)],
             grammar: None,
+            alternates: 0,
+            num_alternates: Rc::default(),
             plans: Rc::default(),
         }
     }
@@ -96,6 +102,7 @@ impl World {
         let scheduler = self.scheduler.clone();
         let mut step =
             DecodeStep::new(Box::new(target), drafter, scheduler, self.draft_len).unwrap();
+        step.set_alternates(self.alternates);
         let mut seqs = self.prefilled(&mut ops, &mut step);
         let mut outputs: Vec<Vec<u32>> = seqs.iter().map(|s| vec![s.anchor.unwrap()]).collect();
         loop {
@@ -181,6 +188,9 @@ impl World {
                 step.commit(ops, batch, &proposal, &verified).unwrap()
             }
         };
+        let alternates = rounds.iter().filter(|round| round.alternate.is_some());
+        self.num_alternates
+            .set(self.num_alternates.get() + alternates.count());
         let lens = rounds.iter().map(|round| round.verify_len).collect();
         self.plans.borrow_mut().insert(lens);
         rounds.into_iter().map(|round| round.committed).collect()
@@ -386,6 +396,47 @@ fn drafts_from_candidates() {
     }
     let mut world = World::new(4, 2, sampled(1.0));
     world.draft.candidates = Some(2);
+    world.draft.shift_law = true;
+    world.assert_caught(2);
+}
+
+/// Second choices beside the drafts: a tree, under the rules that have trees, for one request and for two of different
+/// lengths.
+#[test]
+fn second_choices() {
+    for (num_top, draft_len, alternates, n) in
+        [(2, 1, 1, 3), (3, 2, 1, 3), (3, 2, 2, 3), (2, 3, 3, 3)]
+    {
+        for params in [
+            sampled(0.9),
+            SamplingParams {
+                top_k: 2,
+                ..sampled(0.7)
+            },
+            sampled(0.0),
+        ] {
+            let mut world = World::new(3, draft_len, params);
+            world.draft.candidates = Some(num_top);
+            world.alternates = alternates;
+            world.assert_exact(n);
+            assert!(
+                world.num_alternates.get() > 0 || params.temperature == 0.0,
+                "no second choice was ever accepted"
+            );
+            let world = world.policy(Policy::Threshold(0.5));
+            world.assert_exact(n);
+        }
+    }
+    let params = sampled(0.8);
+    let mut world =
+        World::new(2, 2, params).requests(&[(&[0], params), (&[1, 1, 0], sampled(0.0))]);
+    world.draft.candidates = Some(2);
+    world.alternates = 2;
+    world.assert_exact(3);
+    // A law one row off is caught.
+    let mut world = World::new(3, 2, sampled(1.0));
+    world.draft.candidates = Some(3);
+    world.alternates = 2;
     world.draft.shift_law = true;
     world.assert_caught(2);
 }

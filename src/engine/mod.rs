@@ -174,6 +174,19 @@ impl<O: Ops> Engine<O> {
         self.step.set_adapt(adapt);
     }
 
+    /// See [`DecodeStep::set_alternates`]. The models must have been made for as many rows more.
+    ///
+    /// # Errors
+    /// Requests wait or run.
+    pub fn set_alternates(&mut self, alternates: usize) -> Result<()> {
+        if !self.is_idle() {
+            let found = "requests in flight";
+            return Err(Error::argument("alternates", "an idle engine", found));
+        }
+        self.step.set_alternates(alternates);
+        Ok(())
+    }
+
     /// Measures what a step costs; `on_point` hears of every point to come and of all there are. The cost is not put to
     /// use.
     ///
@@ -234,7 +247,7 @@ impl<O: Ops> Engine<O> {
         let max_tokens = request
             .max_new_tokens
             .min(target.max_position() - prompt_len);
-        let num_entries = prompt_len + max_tokens + self.step.draft_len() + 1;
+        let num_entries = prompt_len + max_tokens + self.step.max_rows_per_req();
         if self.pool.pages_for(num_entries) > self.pool.num_pages() {
             let room = self.pool.num_pages() * self.pool.page_size();
             let expected = format!("prompt, output and draft of at most {room} tokens in all");
@@ -375,7 +388,8 @@ impl<O: Ops> Engine<O> {
             let active = &mut self.active[i];
             self.totals.add(&round);
             active.stats.rounds.add(&round);
-            let (committed, drafted) = (&round.committed, round.num_accepted);
+            let drafted = round.num_accepted + usize::from(round.alternate.is_some());
+            let committed = &round.committed;
             events.push(active.push(committed, &round.logprobs, drafted, vocab_size));
             active.rounds.push(round);
         }

@@ -127,6 +127,7 @@ mod tests {
             predicted: vec![0.5; 3],
             verify_len,
             num_accepted,
+            alternate: None,
             committed: vec![0; num_accepted + 1],
             logprobs: Vec::new(),
         }

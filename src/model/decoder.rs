@@ -8,7 +8,7 @@ use super::config::{TargetConfig, TargetFamily};
 use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Taps, Visibility};
 use super::{Features, Target};
 use crate::error::{Error, Result};
-use crate::ops::{Matrix, Ops, RowMap};
+use crate::ops::{Matrix, Ops, RowMap, RowMove};
 
 /// The embedding's name in a target.
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -75,6 +75,7 @@ impl<O: Ops> DecoderTarget<O> {
             ids => Some(Taps {
                 ids: ids.to_vec(),
                 out: ops.mat(limits.max_rows, ids.len() * d)?,
+                spare: None,
             }),
         };
         Ok(Self {
@@ -172,6 +173,10 @@ impl<O: Ops> Target<O> for DecoderTarget<O> {
             }
             None => ops.linear_logits(&self.stack.normed, lm_head, &mut self.logits),
         }
+    }
+
+    fn keep(&mut self, ops: &mut O, map: &RowMap, moves: &[RowMove]) -> Result<()> {
+        self.stack.move_rows(ops, map, moves, self.taps.as_mut())
     }
 
     fn logits(&self) -> &O::Logits {

@@ -8,7 +8,7 @@
 use super::checkpoint::Checkpoint;
 use super::config::DecoderConfig;
 use crate::error::Result;
-use crate::ops::{AttentionSpec, KvSink, Matrix, Ops, RowMap};
+use crate::ops::{AttentionSpec, KvSink, Matrix, Ops, RowMap, RowMove};
 
 /// Sizes of the buffers and caches of a model, fixed when it is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +40,8 @@ pub(super) enum Visibility {
 pub(super) struct Taps<O: Ops> {
     pub ids: Vec<i32>,
     pub out: O::Mat,
+    /// Room to put the rows in another order, made when that is first asked for.
+    pub spare: Option<O::Mat>,
 }
 
 /// Norms of q and of k, `[head_dim]` each.
@@ -119,6 +121,8 @@ pub(super) struct DecoderStack<O: Ops> {
     pub residual: O::Mat,
     /// `[rows, d]`: input of each part of a layer, and in the end the final-normed states.
     pub normed: O::Mat,
+    /// Room to put the rows of `normed` in another order, made when that is first asked for.
+    spare: Option<O::Mat>,
     delta: O::Mat,
     qkv: O::Mat,
     q: O::Mat,
@@ -157,6 +161,7 @@ impl<O: Ops> DecoderStack<O> {
             rows: ops.rows()?,
             residual: ops.mat(rows, d)?,
             normed: ops.mat(rows, d)?,
+            spare: None,
             delta: ops.mat(rows, d)?,
             qkv: ops.mat(rows, q_size + 2 * kv_size)?,
             q: ops.mat(rows, q_size)?,
@@ -250,6 +255,27 @@ impl<O: Ops> DecoderStack<O> {
         ops.linear(&self.activated, &weights.down, &mut self.delta)
     }
 
+    /// Moves rows of the last pass, `map`, to places before them: their keys and values, final-normed states and taps.
+    pub fn move_rows(
+        &mut self,
+        ops: &mut O,
+        map: &RowMap,
+        moves: &[RowMove],
+        taps: Option<&mut Taps<O>>,
+    ) -> Result<()> {
+        ops.move_kv(&mut self.kv, &self.rows, moves)?;
+        let mut index: Vec<u32> = (0..map.num_rows() as u32).collect();
+        for step in moves {
+            let rows = map.rows_of(step.request);
+            index[rows.start + step.to] = (rows.start + step.from) as u32;
+        }
+        reorder(ops, &mut self.normed, &mut self.spare, &index)?;
+        match taps {
+            Some(taps) => reorder(ops, &mut taps.out, &mut taps.spare, &index),
+            None => Ok(()),
+        }
+    }
+
     /// Appends context keys and values to every layer's cache without running any row: `kv_of` are the layers'
     /// `[2 Hkv D, d]` weights, `context [rows, d]` their input, `kv` the buffer between.
     pub fn append_context(
@@ -272,6 +298,22 @@ impl<O: Ops> DecoderStack<O> {
         }
         Ok(())
     }
+}
+
+/// `mat[i] = mat[index[i]]`, through `spare`.
+fn reorder<O: Ops>(
+    ops: &mut O,
+    mat: &mut O::Mat,
+    spare: &mut Option<O::Mat>,
+    index: &[u32],
+) -> Result<()> {
+    let spare = match spare {
+        Some(spare) => spare,
+        None => spare.insert(ops.mat(mat.max_rows(), mat.cols())?),
+    };
+    ops.gather_rows(mat, index, spare)?;
+    std::mem::swap(mat, spare);
+    Ok(())
 }
 
 /// How a stack differs from other stacks, beside its sizes.

@@ -22,7 +22,7 @@ pub use accept::{
 };
 pub use grammar::{Constraint, Grammar};
 pub use mapped_file::MappedFile;
-pub use rows::{MAX_TREE_ROWS, RowMap};
+pub use rows::{MAX_TREE_ROWS, RowMap, RowMove};
 pub use sampling::{Purpose, Rule, SamplingParams, TokenEdit, TokenEdits};
 pub use tensor::{Dtype, HostTensor};
 
@@ -395,6 +395,14 @@ pub trait Ops: Sized {
         block: &Self::Mat,
         rows: &Self::Rows,
         out: &mut Self::Mat,
+    ) -> Result<()>;
+
+    /// The keys and values of moved rows take their new places, in every layer; `rows` is the pass that appended them.
+    fn move_kv(
+        &mut self,
+        kv: &mut Self::KvCache,
+        rows: &Self::Rows,
+        moves: &[RowMove],
     ) -> Result<()>;
 
     // Laws.

@@ -41,7 +41,7 @@ use tensor::{expect_cols, expect_shape};
 use crate::error::{Error, Result};
 use crate::ops::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, Matrix, Ops, RopeSpec, RowMap, SparseLaw,
+    KvSink, Matrix, Ops, RopeSpec, RowMap, RowMove, SparseLaw,
 };
 
 /// The backend. See the module's documentation for what its results depend on.
@@ -304,6 +304,16 @@ impl Ops for Reference {
             rows,
         }
         .run(&self.pool, out)
+    }
+
+    fn move_kv(&mut self, kv: &mut KvCache, rows: &RowMap, moves: &[RowMove]) -> Result<()> {
+        rows.check_moves(moves)?;
+        kv.expect_pages(rows)?;
+        for step in moves {
+            let first = rows.seq_lens[step.request] as usize;
+            kv.move_entry(rows, step.request, first + step.from, first + step.to)?;
+        }
+        Ok(())
     }
 
     fn draft_head(

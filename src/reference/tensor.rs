@@ -154,6 +154,33 @@ impl KvCache {
         }
     }
 
+    /// Copies entry `from` of request `r` over its entry `to`, in every layer.
+    pub(super) fn move_entry(
+        &mut self,
+        rows: &RowMap,
+        r: usize,
+        from: usize,
+        to: usize,
+    ) -> Result<()> {
+        let KvGeometry {
+            page_size,
+            num_kv_heads,
+            head_dim,
+            ..
+        } = self.geometry;
+        let len = num_kv_heads * head_dim;
+        let at = |slot| -> Result<usize> {
+            let (page, slot) = rows.place_of(r, slot, page_size)?;
+            Ok((page * page_size + slot) * len)
+        };
+        let (from, to) = (at(from)?, at(to)?);
+        for layer in &mut self.layers {
+            layer.keys.copy_within(from..from + len, to);
+            layer.values.copy_within(from..from + len, to);
+        }
+        Ok(())
+    }
+
     /// Checks that `layer` exists.
     pub(super) fn expect_layer(&self, layer: usize) -> Result<()> {
         if layer >= self.layers.len() {

@@ -5,23 +5,24 @@
 //! `[x_0, x_1 .. x_l]` of every sequence in one ragged target pass (row k decides position `a + 1 + k`) and accepts a
 //! prefix of n drafts without changing the target's law, and [`DecodeStep::commit`] moves the sequence on: n + 1 more
 //! entries, the recovered or bonus token as anchor, and the drafter sees the rows that stayed. [`DecodeStep::round`]
-//! is all four. Greedy and sampled sequences mix freely; with nothing to verify a round is plain decoding.
+//! is all four. A chain of drafts may have second choices beside it ([`DecodeStep::set_alternates`]). Greedy and sampled sequences mix freely; with nothing to verify a round is plain decoding.
 
 mod extras;
 mod measure;
 mod prefill;
+mod rows;
 mod sequence;
 mod verify;
 
 pub use prefill::{FirstToken, PrefillChunk};
 pub use sequence::{PhaseTimes, Proposal, Round, Sequence};
-pub use verify::Verified;
+pub use verify::{Run, Verified};
 
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::model::{Drafter, ProposeBatch, Target};
-use crate::ops::{Constraint, DraftLaw, Ops, RowMap, Rule, SamplingParams};
+use crate::ops::{Constraint, DraftLaw, MAX_TREE_ROWS, Ops, RowMap, Rule, SamplingParams};
 use crate::schedule::{Adapt, Batch, Evidence, Scheduler, StepCost, StepShape};
 
 /// A target, a drafter (or none: plain decoding) and a rule for how many drafts to verify.
@@ -30,6 +31,8 @@ pub struct DecodeStep<O: Ops> {
     drafter: Option<Box<dyn Drafter<O>>>,
     scheduler: Scheduler,
     draft_len: usize,
+    /// See [`DecodeStep::set_alternates`].
+    alternates: usize,
     times: PhaseTimes,
     /// Calibrated confidences of the last schedule, until its round is committed.
     predicted: Option<Vec<f32>>,
@@ -70,6 +73,7 @@ impl<O: Ops> DecodeStep<O> {
             drafter,
             scheduler,
             draft_len,
+            alternates: 0,
             times: PhaseTimes::default(),
             predicted: None,
         })
@@ -83,6 +87,18 @@ impl<O: Ops> DecodeStep<O> {
     /// Tokens drafted per request and round.
     pub fn draft_len(&self) -> usize {
         self.draft_len
+    }
+
+    /// Verifies up to `alternates` second choices beside the drafts of each request from now on, one for each of the first
+    /// tokens, where the drafter's law is over candidates, pages, buffers and context have room for their rows, and the
+    /// request decodes by the token or coupled rule, or greedily, without a grammar.
+    pub fn set_alternates(&mut self, alternates: usize) {
+        self.alternates = alternates.min(MAX_TREE_ROWS - 1 - self.draft_len);
+    }
+
+    /// The most rows of a request in a verify pass.
+    pub fn max_rows_per_req(&self) -> usize {
+        1 + self.draft_len + self.alternates
     }
 
     /// The rule for how many drafts to verify.

@@ -128,7 +128,11 @@ pub struct Round {
     pub verify_len: usize,
     /// Drafts that were accepted.
     pub num_accepted: usize,
-    /// The accepted drafts and the recovered or bonus token; without it where the last draft ended the output.
+    /// A second choice that was accepted after them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alternate: Option<u32>,
+    /// The accepted drafts (with the alternate) and the recovered or bonus token; without it where the last draft ended the
+    /// output.
     pub committed: Vec<u32>,
     /// Of the committed tokens, where the sequence asked for them.
     #[serde(skip_serializing_if = "Vec::is_empty")]

@@ -3,9 +3,12 @@
 use std::time::Instant;
 
 use super::extras::{Extras, Window};
+use super::rows::{self, Drafts};
 use super::{DecodeStep, Proposal, Round, Sequence, anchors, check_context, row_map, sampling};
 use crate::error::{Error, Result};
-use crate::ops::{AcceptBatch, Accepted, DraftLaw, Ops, RowMap, TokenLogprobs};
+use crate::ops::{
+    AcceptBatch, AcceptExtras, Accepted, DraftLaw, Matrix, Ops, RowMap, RowMove, TokenLogprobs,
+};
 use crate::schedule::Graded;
 
 /// What a verify pass decided; the sequences' tables hold all its rows until [`DecodeStep::commit`].
@@ -22,6 +25,10 @@ pub struct Verified {
 pub struct Run {
     /// Drafts accepted.
     pub num_accepted: usize,
+    /// Drafts verified, alternates not counted.
+    pub verify_len: usize,
+    /// An alternate accepted after them, and its row in its request.
+    pub alternate: Option<(u32, usize)>,
     /// The recovered or bonus token; `None` where the last accepted draft ended the output.
     pub next_token: Option<u32>,
     /// Of the accepted drafts and the next token; empty unless a request of the batch asked for them.
@@ -73,21 +80,25 @@ impl Ends {
     }
 
     /// What acceptance decided, without what follows a draft that ends the output.
-    fn runs(&self, seqs: &[&mut Sequence], proposal: &Proposal, accepted: Accepted) -> Vec<Run> {
+    fn runs(&self, seqs: &[&mut Sequence], drafts: &Drafts, accepted: Accepted) -> Vec<Run> {
         let mut logprobs = accepted.logprobs.into_iter();
         let run = |r: usize| {
-            let (num_accepted, next) = (accepted.num_accepted[r] as usize, accepted.next_tokens[r]);
+            let next = accepted.next_tokens[r];
+            let (num_accepted, alternate) = drafts.kept(r, &accepted.flags);
+            let trunk_len = drafts.trunk_lens[r];
+            let (trunk, beside) = drafts.of(r).split_at(trunk_len);
             let mut run = Run {
                 num_accepted,
+                verify_len: trunk_len,
+                alternate: alternate.map(|i| (beside[i], 1 + trunk_len + i)),
                 next_token: Some(next),
                 logprobs: logprobs.next().unwrap_or_default(),
             };
-            let drafts = &proposal.tokens_of(r)[..self.verify_lens[r]];
-            let is_draft = drafts.get(num_accepted) == Some(&next);
-            if is_draft && seqs[r].stop_tokens.contains(&next) {
+            let is_stop = run.alternate.is_none() && seqs[r].stop_tokens.contains(&next);
+            if is_stop && trunk.get(num_accepted) == Some(&next) {
                 run.num_accepted += 1;
                 run.next_token = None;
-            } else if self.completes[r] && num_accepted == drafts.len() {
+            } else if self.completes[r] && num_accepted == trunk_len {
                 run.next_token = None;
                 run.logprobs.truncate(num_accepted);
             }
@@ -137,12 +148,14 @@ impl<O: Ops> DecodeStep<O> {
             return Err(Error::argument("verify_len", expected, len));
         }
         let mut ends = Ends::new(seqs, proposal, verify_lens, self.target.vocab_size());
-        let map = row_map(seqs, |r| 1 + ends.verify_lens[r])?;
+        let drafts = self.drafts(seqs, proposal, &ends);
+        let mut map = row_map(seqs, |r| 1 + drafts.len(r))?;
+        drafts.make_tree(&mut map);
         let mut ids = Vec::with_capacity(map.num_rows());
         for (r, seq) in seqs.iter_mut().enumerate() {
             ids.push(anchors[r]);
-            ids.extend(&proposal.tokens_of(r)[..ends.verify_lens[r]]);
-            seq.pages.append(1 + ends.verify_lens[r])?;
+            ids.extend(drafts.of(r));
+            seq.pages.append(1 + drafts.len(r))?;
             check_context(seq.seq_len(), max_position)?;
         }
         self.target.forward(ops, &ids, &map, None)?;
@@ -150,22 +163,48 @@ impl<O: Ops> DecodeStep<O> {
             Some(drafter) if proposal.draft_len > 0 => drafter.law(),
             _ => DraftLaw::PointMass,
         };
+        let laid_out = match &law {
+            DraftLaw::Sparse(law) if !drafts.is_laid_out_as(proposal) => {
+                Some(drafts.law(law, proposal.draft_len))
+            }
+            _ => None,
+        };
+        let parents = drafts.parents();
         let extras = Extras::new(seqs.iter().map(|seq| &**seq), ends.masks.take());
         let accepted = ops.accept(&AcceptBatch {
             target: self.target.logits(),
             qo_indptr: &map.qo_indptr,
-            draft_tokens: &proposal.tokens,
-            draft_len: proposal.draft_len,
-            law,
+            draft_tokens: &drafts.tokens,
+            draft_len: drafts.width,
+            law: laid_out.as_ref().map_or(law, DraftLaw::Sparse),
             anchor_positions: &anchor_positions,
             sampling: &sampling(seqs),
-            extras: extras.borrow(),
+            extras: AcceptExtras {
+                parents: parents.as_deref(),
+                ..extras.borrow()
+            },
         })?;
         drop(extras);
         Ok(Verified {
-            runs: ends.runs(seqs, proposal, accepted),
+            runs: ends.runs(seqs, &drafts, accepted),
             map,
         })
+    }
+
+    /// The drafts of a pass: the trunk as far as `ends` goes, and alternates where the step has them.
+    fn drafts(&self, seqs: &[&mut Sequence], proposal: &Proposal, ends: &Ends) -> Drafts {
+        let trunk_lens = ends.verify_lens.clone();
+        let law = self.drafter.as_ref().map(|drafter| drafter.law());
+        let law = match law {
+            Some(DraftLaw::Sparse(law)) if self.alternates > 0 && proposal.draft_len > 0 => law,
+            _ => return Drafts::chains(proposal, trunk_lens),
+        };
+        let others = rows::second_choices(law, &proposal.tokens);
+        let trunks: usize = trunk_lens.iter().map(|len| 1 + len).sum();
+        let free = self.target.logits().max_rows().saturating_sub(trunks);
+        let most = self.alternates.min(free / seqs.len().max(1));
+        let room = rows::room(seqs, &trunk_lens, most, self.target.max_position());
+        Drafts::with_alternates(proposal, trunk_lens, &others, &room)
     }
 
     /// Keeps the accepted rows of the last verify pass, makes the next token the anchor, and shows the drafter the
@@ -186,10 +225,19 @@ impl<O: Ops> DecodeStep<O> {
         let predicted_of = |r: usize| predicted.get(r * draft_len..(r + 1) * draft_len);
         let mut next_tokens = vec![0; verified.map.num_rows()];
         let mut rounds = Vec::with_capacity(seqs.len());
+        let mut moves = Vec::new();
         for (r, (seq, run)) in seqs.iter_mut().zip(&verified.runs).enumerate() {
             let mut committed = proposal.tokens_of(r)[..run.num_accepted].to_vec();
-            committed.extend(run.next_token);
             let rows = verified.map.rows_of(r);
+            if let Some((token, row)) = run.alternate {
+                committed.push(token);
+                moves.push(RowMove {
+                    request: r,
+                    from: row,
+                    to: committed.len(),
+                });
+            }
+            committed.extend(run.next_token);
             next_tokens[rows.start..][..committed.len()].copy_from_slice(&committed);
             seq.pages
                 .rollback(verified.map.seq_lens[r] as usize + committed.len());
@@ -200,13 +248,17 @@ impl<O: Ops> DecodeStep<O> {
                 confidence: proposal.confidence_of(r).to_vec(),
                 predicted: predicted_of(r).unwrap_or_default().to_vec(),
                 verify_len: match run.next_token {
-                    Some(_) => rows.len() - 1,
+                    Some(_) => run.verify_len,
                     None => run.num_accepted,
                 },
                 num_accepted: run.num_accepted,
+                alternate: run.alternate.map(|(token, _)| token),
                 committed,
                 logprobs: seq.asked_of(run.logprobs.clone()),
             });
+        }
+        if !moves.is_empty() {
+            self.target.keep(ops, &verified.map, &moves)?;
         }
         let graded = seqs.iter().zip(&rounds).map(|(seq, round)| Graded {
             verify_len: round.verify_len,

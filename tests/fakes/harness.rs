@@ -124,6 +124,8 @@ fn check_trace(completion: &Completion) {
         assert!(round.verify_len <= round.draft_tokens.len());
         let (drafts, next) = round.committed.split_at(round.num_accepted);
         assert_eq!(drafts, &round.draft_tokens[..round.num_accepted]);
+        let (alternate, next) = next.split_at(usize::from(round.alternate.is_some()));
+        assert!(alternate.first() == round.alternate.as_ref());
         ended = next.is_empty();
         assert!(ended || next.len() == 1);
         all.extend(&round.committed);

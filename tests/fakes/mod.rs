@@ -19,7 +19,7 @@ use dspark::model::{Drafter, Features, ProposeBatch, Target};
 use dspark::ops::grammar::row_masks;
 use dspark::ops::{
     ConfidenceHead, DraftBatch, DraftHead, DraftLaw, Drafted, Dtype, HeadKind, HostTensor, Ops,
-    RowMap, SparseLaw,
+    RowMap, RowMove, SparseLaw,
 };
 use dspark::reference::Reference;
 
@@ -130,11 +130,20 @@ impl Target<Reference> for FakeTarget {
         for r in 0..map.num_reqs() {
             let window = map.rows_of(r);
             for (i, row) in window.clone().enumerate() {
-                let slot = map.seq_lens[r] as usize + i;
-                assert_eq!(map.positions[row] as usize, slot);
+                let committed = map.seq_lens[r] as usize;
+                let slot = committed + i;
                 assert!(slot < self.sizes.max_position, "past the context");
                 self.cache.write(map, r, slot, ids[row]);
-                let history = self.cache.history(map, r, slot + 1);
+                let history = match &map.tree {
+                    None => self.cache.history(map, r, slot + 1),
+                    Some(masks) => {
+                        let seen = (0..=i).filter(|j| (masks[row] | 1 << i) >> j & 1 == 1);
+                        let own = seen.map(|j| ids[window.start + j]);
+                        let before = self.cache.history(map, r, committed);
+                        before.into_iter().chain(own).collect()
+                    }
+                };
+                assert_eq!(map.positions[row] as usize + 1, history.len());
                 rows.push(match &self.bonus_from {
                     Some(law) if i > 0 && i + 1 == window.len() => law(&history),
                     _ => (self.law)(&history),
@@ -155,6 +164,18 @@ impl Target<Reference> for FakeTarget {
 
     fn logits(&self) -> &Logits {
         &self.logits
+    }
+
+    fn keep(&mut self, ops: &mut Reference, map: &RowMap, moves: &[RowMove]) -> Result<()> {
+        let mut hidden = ops.read_mat(&self.hidden)?;
+        for step in moves {
+            let rows = map.rows_of(step.request);
+            let token = hidden[rows.start + step.from];
+            hidden[rows.start + step.to] = token;
+            let slot = map.seq_lens[step.request] as usize + step.to;
+            self.cache.write(map, step.request, slot, token as u32);
+        }
+        ops.write_mat(&hidden, &mut self.hidden)
     }
 
     fn features(&self) -> Features<'_, Reference> {

@@ -292,6 +292,15 @@ pub struct DraftArgs {
     /// the head's own bias; at most 256).
     #[arg(long, default_value = "full", value_name = "FORM")]
     pub head_form: HeadForm,
+    /// Verify second choices beside the first N drafts, with --head-form candidates:K: where a draft is turned down, its
+    /// second choice may be kept.
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
+    pub alternates: usize,
     /// Temperatures of the drafter's confidences [default: calibration.json in the drafter's directory, if there].
     #[arg(long, value_name = "FILE")]
     pub calibration: Option<PathBuf>,
@@ -307,6 +316,7 @@ impl DraftArgs {
             draft_len: None,
             schedule: Policy::Fixed,
             head_form: HeadForm::Full,
+            alternates: 0,
             calibration: None,
             cost: None,
         }
@@ -477,6 +487,9 @@ pub struct InvarianceArgs {
     /// Forms of the head beside full.
     #[arg(long, value_name = "FORM,..", value_delimiter = ',')]
     pub head_forms: Vec<HeadForm>,
+    /// Also run each form of candidates with second choices beside the first N drafts; 0 is off.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub alternates: usize,
 }
 
 #[derive(Clone, Debug, Args)]

@@ -52,6 +52,9 @@ impl fmt::Display for Way {
         if self.drafting.head_form != HeadForm::Full {
             write!(f, " {}", self.drafting.head_form)?;
         }
+        if self.drafting.alternates > 0 {
+            write!(f, " +{}", self.drafting.alternates)?;
+        }
         write!(f, ", {} at once", self.max_num_reqs)
     }
 }
@@ -125,8 +128,9 @@ fn ways(args: &InvarianceArgs) -> Result<Vec<Way>> {
     let mut ways: Vec<Way> = batches.iter().map(|&batch| way(&none, batch)).collect();
     for (mode, dir) in &args.draft {
         let longest = DrafterConfig::read(dir)?.max_draft_len();
-        let drafting = |draft_len: usize, schedule: Policy, head_form: HeadForm| {
+        let drafting = |draft_len, schedule, head_form, alternates| {
             let args = DraftArgs {
+                alternates,
                 draft_len: Some(draft_len),
                 schedule,
                 head_form,
@@ -139,16 +143,20 @@ fn ways(args: &InvarianceArgs) -> Result<Vec<Way>> {
             _ => (longest, &args.schedules[..], &args.head_forms[..]),
         };
         let full = HeadForm::Full;
-        let fixed = drafting(whole, Policy::Fixed, full)?;
+        let fixed = drafting(whole, Policy::Fixed, full, 0)?;
         ways.extend(batches.iter().map(|&batch| way(&fixed, batch)));
         for &len in args.draft_lens.iter().filter(|&&len| len != whole) {
-            ways.push(way(&drafting(len, Policy::Fixed, full)?, together));
+            ways.push(way(&drafting(len, Policy::Fixed, full, 0)?, together));
         }
         for &policy in schedules {
-            ways.push(way(&drafting(whole, policy, full)?, together));
+            ways.push(way(&drafting(whole, policy, full, 0)?, together));
         }
         for &form in forms {
-            ways.push(way(&drafting(whole, Policy::Fixed, form)?, together));
+            ways.push(way(&drafting(whole, Policy::Fixed, form, 0)?, together));
+            if args.alternates > 0 && matches!(form, HeadForm::Candidates(2..)) {
+                let tree = drafting(whole, Policy::Fixed, form, args.alternates)?;
+                ways.push(way(&tree, together));
+            }
         }
     }
     Ok(ways)

@@ -168,6 +168,7 @@ mod tests {
             predicted: confidence.to_vec(),
             verify_len,
             num_accepted,
+            alternate: None,
             committed: vec![0; num_accepted + 1],
             logprobs: Vec::new(),
         };

@@ -26,7 +26,7 @@ use half::bf16;
 
 use super::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, Ops, RopeSpec, RowMap, SparseLaw,
+    KvSink, Ops, RopeSpec, RowMap, RowMove, SparseLaw,
 };
 use crate::device::{Device, Gemm, Growing};
 use crate::error::{Error, Result};
@@ -325,6 +325,15 @@ impl Ops for Cuda {
         out: &mut Self::Mat,
     ) -> Result<()> {
         self.attend(spec, q, (kv, layer), Some(block), rows, out)
+    }
+
+    fn move_kv(
+        &mut self,
+        kv: &mut Self::KvCache,
+        rows: &Self::Rows,
+        moves: &[RowMove],
+    ) -> Result<()> {
+        self.move_entries(kv, rows, moves)
     }
 
     fn draft_head(

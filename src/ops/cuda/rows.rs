@@ -84,6 +84,11 @@ impl Rows {
         Ok(())
     }
 
+    /// The map that was uploaded.
+    pub(super) fn map(&self) -> &RowMap {
+        &self.map
+    }
+
     /// Rows of the pass.
     pub fn num_rows(&self) -> usize {
         self.map.num_rows()
