@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::checkpoint::Checkpoint;
 use super::config::{TargetConfig, TargetFamily};
-use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Taps, Visibility};
+use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Taps, Visibility, new_work};
 use super::{Features, Target};
 use crate::error::{Error, Result};
 use crate::ops::{Matrix, Ops, RowMap, RowMove};
@@ -76,6 +76,7 @@ impl<O: Ops> DecoderTarget<O> {
                 ids: ids.to_vec(),
                 out: ops.mat(limits.max_rows, ids.len() * d)?,
                 spare: None,
+                work: new_work(),
             }),
         };
         Ok(Self {
@@ -112,6 +113,7 @@ impl<O: Ops> DecoderTarget<O> {
         }
         if let Some(taps) = &mut self.taps {
             taps.ids = tap_ids.to_vec();
+            taps.work = new_work();
         }
         Ok(())
     }

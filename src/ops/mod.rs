@@ -250,6 +250,10 @@ pub enum KvSink<'a, O: Ops> {
     Block(&'a mut O::Mat),
 }
 
+/// Names a pass: passes of one name are the same work but for what lies in device memory.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PassKey(Vec<u64>);
+
 /// The operations. All shapes are checked; a mismatch is an [`crate::Error::Argument`].
 ///
 /// Methods that return numbers to the host wait for the device; all others may only enqueue.
@@ -404,6 +408,23 @@ pub trait Ops: Sized {
         rows: &Self::Rows,
         moves: &[RowMove],
     ) -> Result<()>;
+
+    // Passes.
+
+    /// The name of a pass over `rows` that does `work`, a number that stands for the same calls on the same operands
+    /// always. `None` where passes are not recorded.
+    fn pass_key(&self, _rows: &Self::Rows, _work: u64) -> Option<PassKey> {
+        None
+    }
+    /// Calls `work`, or does what it did under this name before without calling it: then true, and the rows of its
+    /// outputs are still to be set. `work` only enqueues, and is called again where that fails.
+    fn recorded(
+        &mut self,
+        _key: Option<PassKey>,
+        work: &mut dyn FnMut(&mut Self) -> Result<()>,
+    ) -> Result<bool> {
+        work(self).map(|()| false)
+    }
 
     // Laws.
 

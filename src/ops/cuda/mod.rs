@@ -17,6 +17,7 @@ mod gemm;
 mod logits;
 mod matrix;
 mod norm;
+mod passes;
 mod rope;
 mod rows;
 mod schedule;
@@ -26,11 +27,13 @@ use half::bf16;
 
 use super::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, Ops, RopeSpec, RowMap, RowMove, SparseLaw,
+    KvSink, Ops, PassKey, RopeSpec, RowMap, RowMove, SparseLaw,
 };
 use crate::device::{Device, Gemm, Growing};
 use crate::error::{Error, Result};
 use crate::sys;
+
+use passes::Passes;
 
 pub use cache::KvCache;
 pub use logits::Logits;
@@ -55,6 +58,9 @@ pub struct Cuda {
     workspace: Growing<u8>,
     /// See [`Cuda::set_batch_invariant`].
     batch_invariant: bool,
+    /// See [`Cuda::set_recording`].
+    recording: bool,
+    passes: Passes,
 }
 
 impl Cuda {
@@ -69,6 +75,8 @@ impl Cuda {
             results: Growing::new(&device, INITIAL_WORDS)?,
             workspace: Growing::new(&device, 1 << 20)?,
             batch_invariant: false,
+            recording: true,
+            passes: Passes::default(),
             device,
         })
     }
@@ -325,6 +333,18 @@ impl Ops for Cuda {
         out: &mut Self::Mat,
     ) -> Result<()> {
         self.attend(spec, q, (kv, layer), Some(block), rows, out)
+    }
+
+    fn pass_key(&self, rows: &Self::Rows, work: u64) -> Option<PassKey> {
+        self.key_of_pass(rows, work)
+    }
+
+    fn recorded(
+        &mut self,
+        key: Option<PassKey>,
+        work: &mut dyn FnMut(&mut Self) -> Result<()>,
+    ) -> Result<bool> {
+        self.record_or_replay(key, work)
     }
 
     fn move_kv(
