@@ -6,8 +6,10 @@ mod common;
 
 use common::{Rng, gpu, logits, reference};
 use dspark::ops::{
-    AcceptBatch, AcceptExtras, Accepted, DraftLaw, Ops, Rule, SamplingParams, SparseLaw, TokenEdits,
+    AcceptBatch, AcceptExtras, Accepted, DraftLaw, Ops, Purpose, Rule, SamplingParams, SparseLaw,
+    TokenEdits,
 };
+use dspark::reference::choices::{Choices, Draw, Philox};
 use dspark::reference::philox::token_exponential;
 
 /// The draft law of a batch, in either form.
@@ -238,7 +240,7 @@ enum Slip {
     None,
     DraftRow,
     Bonus,
-    /// The residual is drawn with the noise of the draft.
+    /// The drafts are drawn with the numbers of the residual.
     SharedNoise,
     Peek,
 }
@@ -279,24 +281,24 @@ impl Law {
 
     /// Counts of committed tokens by position and token, given the rounds that got there.
     fn counts(&self, ops: &mut impl Ops) -> [[u64; VOCAB]; DRAFT_LEN + 1] {
-        let temperature = f64::from(self.params.temperature);
-        let shared = self.slip == Slip::SharedNoise;
         let mut tokens = Vec::with_capacity(NUM_DRAWS * DRAFT_LEN);
         let mut qo_indptr = vec![0];
         let mut target = Vec::new();
         for r in 0..NUM_DRAWS {
-            let purpose = if shared {
-                3
-            } else {
-                self.params.rule.draft_purpose() as u32
-            };
             for (k, row) in self.draft.iter().enumerate() {
-                let score = |&v: &usize| {
-                    let e = token_exponential(r as u64, 1 + k as u32, purpose, v);
-                    f64::from(row[v]) - temperature * e.ln()
+                let mut draw = Draw {
+                    seed: r as u64,
+                    position: 1 + k as u32,
+                    purpose: self.params.rule.draft_purpose(),
+                    ordinal: 0,
                 };
-                let best = (0..VOCAB).max_by(|a, b| score(a).total_cmp(&score(b)));
-                tokens.push(best.unwrap() as u32);
+                let law = softmax(row, self.params.temperature);
+                tokens.push(if self.slip == Slip::SharedNoise {
+                    draw.purpose = Purpose::Residual;
+                    Philox.sample(draw, &law)
+                } else {
+                    Philox.categorical(draw, &law)
+                } as u32);
             }
             let peeks = self.slip == Slip::Peek && tokens[r * DRAFT_LEN] < 3;
             let rows = if peeks { 1 } else { DRAFT_LEN + 1 };

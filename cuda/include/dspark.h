@@ -345,12 +345,18 @@ typedef int32_t dspark_rule;
 #define DSPARK_PURPOSE_BONUS 4
 
 /*
- * The noise of a draw (of a draft, a recovered or a bonus token): words W(a, b) of Philox4x32-10
- * with key = seeds[r] and counter = (a, position, purpose, b), u = (word + 0.5) * 2^-32,
- * E(word) = -log1p(-u). Tokens are cut into zones of 1024. The zone z of v has the minimum
- * m = E(W(z, 1).x) / 1024 at its token W(z, 1).y % 1024; that one has E_v = m, all others
- * E_v = m + E(W(v / 4, 0)[v % 4]). These are independent exponentials of rate 1, and the token
- * drawn is the argmin of E_v / weight(v).
+ * Words W(a, b) of a draw are those of Philox4x32-10 with key = seeds[r] and counter = (a, position,
+ * purpose, b). Tokens are cut into zones of 1024.
+ *
+ * The noise of drafts and of the coupled rule: u = (word + 0.5) * 2^-32, E(word) = -log1p(-u). The
+ * zone z of v has the minimum m = E(W(z, 1).x) / 1024 at its token W(z, 1).y % 1024; that one has
+ * E_v = m, all others E_v = m + E(W(v / 4, 0)[v % 4]). These are independent exponentials of rate 1,
+ * and the token drawn is the argmin of E_v / weight(v).
+ *
+ * Draws that share their noise with nobody (bonus and recovered tokens of the other rules) invert the
+ * distribution function: draw n takes U(W(n, 2).x, W(n, 2).y) for the zone and U(W(n, 2).z,
+ * W(n, 2).w) for the token among the zone's, U(a, b) = (a * 2^20 + b / 2^12 + 0.5) * 2^-52: the first
+ * at which the running sum of weights passes U times their whole.
  */
 
 typedef int32_t dspark_head_kind;
@@ -629,8 +635,11 @@ dspark_status DSPARK_FN(dspark_schedule)(const dspark_schedule_params* params,
  * Workspace     dspark_accept_workspace_size bytes, 256-byte aligned; contents do not matter.
  * Determinism   bitwise, independent of the batch. Row k of request r decides position
  *               anchor_positions[r] + 1 + (depth of the row). u of the j-th sibling (0 in chains)
- *               = (x + 0.5) * 2^-32, x = W(j, 0).x with purpose ACCEPT at the draft's position;
- *               draws as above with purpose RESIDUAL after a rejection, BONUS without.
+ *               = (x + 0.5) * 2^-32, x = W(j, 0).x with purpose ACCEPT at the draft's position.
+ *               Without a rejection the next token is draw 0 of purpose BONUS. Behind one it is the
+ *               first of the draws n = 0 .. 63 from p of purpose RESIDUAL that is kept: u * ratio p(v)
+ *               < ratio p(v) - q(v) with the u of W(n, 0).x; when none is, or behind several, it is
+ *               draw 64 from the residual itself, or from p where rounding has left nothing of it.
  * Stream/graph  capture-safe; two launches, one more if any of top_k, top_p, min_p is given, one
  *               more for log-probs. Requests without rows get num_accepted 0, next_tokens -1,
  *               status 0. status[r] = 1 when a needed row holds NaN, +inf or only -inf (block: any

@@ -2,27 +2,27 @@
  * Acceptance: from the zones of all rows to the accepted drafts and the next token, one CTA per
  * request.
  *
- *   1. window   a warp per row merges its zones into a law (or takes the filtered one); p and q of
- *               every draft token are gathered side by side.
- *   2. decide   every thread walks the same rows on what lies in shared memory: some hundred
- *               instructions per draft. u q < p is compared in f64, where u q is exact to 2^-53:
- *               q = 0 accepts whenever p > 0, p = 0 never accepts, q = p always does.
- *   3. draw     race_row over the row where the request stopped: a few zones of it.
+ *   1. window   laws of the rows, p and q of every draft token (window.cuh).
+ *   2. decide   every thread walks the same rows on what lies in shared memory. u q < p is compared in
+ *               f64, where u q is exact to 2^-53: q = 0 accepts whenever p > 0, p = 0 never accepts,
+ *               q = p always does.
+ *   3. draw     the next token of the row where the request stopped (draw.cuh): a zone or two of it.
  *
  * A row behind the stop cannot matter, so that a bad row there is not reported. Two rules need more
- * than the window of one CTA: the coupled rule a race for every row, the block rule with a dense law
- * a pass over every row (with point and sparse laws its residual mass follows from the candidates:
- * ratio * (1 - p of them) + what they leave). Such requests get up to kMaxCtasPerReq CTAs, which
- * deal the rows among them (a row is one CTA's, so their number does not show in the result); the last to finish (a ticket, cleared by zones_kernel) goes on.
+ * than the window of one CTA: the coupled rule with filters a race for every row, the block rule with a
+ * dense law a pass over every row (with point and sparse laws its residual mass follows from the
+ * candidates: ratio * (1 - p of them) + what they leave). Such requests get up to kMaxCtasPerReq CTAs,
+ * which deal the rows among them (a row is one CTA's, so their number does not show in the result); the
+ * last to finish (a ticket, cleared by zones_kernel) goes on.
  *
  * A residual without mass. A rejection implies p(x) < q(x) for the draft token, and then p > q
  * somewhere else, since both sum to 1. In f32 that "somewhere else" may be lost only when p and q
  * agree to rounding everywhere and u came within rounding of 1 (or when the draft token is outside
- * the vocabulary, so that no q produced it). The draw then falls back to p with the same noise; to
- * rounding, the two laws have no difference to correct.
+ * the vocabulary, so that no q produced it). The draw then falls back to p; to rounding, the two laws
+ * have no difference to correct.
  *
- * Bytes: 16 * num_zones per row of statistics and some 2 KiB zones per draw, all from L2. Limited by
- * latency: about three dependent reads and as many races of one zone.
+ * Bytes: 32 * num_zones per row of statistics and some strips of 256 logits per draw, all from L2. Limited by
+ * latency: about three dependent reads.
  */
 #pragma once
 
@@ -46,6 +46,12 @@ struct Stop {
   int32_t num_rejections; /* of Window::rejections */
   float share;
   bool rejected; /* a draft behind `row` was turned down */
+};
+
+/* Scratch of one step at a time. */
+union AcceptShared {
+  DrawShared draw;
+  RaceShared race;
 };
 
 /* Adds a rejection. All threads take part. */
@@ -77,10 +83,9 @@ __device__ __forceinline__ Stop decide_token_rule(const VerifyInputs& in,
                                                   const AcceptWork& work,
                                                   const RequestView& view,
                                                   Window& window,
-                                                  RaceShared& race) {
+                                                  DrawShared& shared) {
   Stop stop = {0, 0, false, -1, 0, 1.f, false};
   int32_t child = 0;
-  int32_t tried = 0; /* siblings turned down at this row */
   while (true) {
     stop.bad = window.target_laws[stop.row].bad != 0;
     if (stop.bad) return stop;
@@ -91,7 +96,7 @@ __device__ __forceinline__ Stop decide_token_rule(const VerifyInputs& in,
     if (stop.num_rejections > 0) {
       const WeightSource before =
           weight_source(in, work, view, window, stop.row, stop.num_rejections, 1.f);
-      const float mass = row_mass(in, before, race);
+      const float mass = row_mass(in, before, shared);
       if (mass > 0.f) {
         if (threadIdx.x == 0) window.rejections[stop.num_rejections - 1].inv_mass = 1.f / mass;
         __syncthreads();
@@ -104,18 +109,15 @@ __device__ __forceinline__ Stop decide_token_rule(const VerifyInputs& in,
         rest = fmaxf(rest - prob, 0.f) * rejection.inv_mass;
       }
     }
-    const double uniform = accept_uniform(in, view, window, stop.row, tried);
-    if (uniform * static_cast<double>(window.draft_probs[child]) < static_cast<double>(rest)) {
+    if (window.uniforms[child] * static_cast<double>(window.draft_probs[child]) < static_cast<double>(rest)) {
       stop.kept |= 1ull << (child - 1);
       stop.row = child;
       stop.num_rejections = 0;
       child = 0;
-      tried = 0;
       stop.rejected = false;
     } else {
       reject(window, child, stop.num_rejections);
       ++stop.num_rejections;
-      ++tried;
       stop.rejected = true;
     }
   }
@@ -183,7 +185,7 @@ __device__ __forceinline__ Stop decide_block_rule(const VerifyInputs& in,
       const double mass = window.masses[row];
       accept = mass / (mass + (1.0 - ratio));
     }
-    if (accept_uniform(in, view, window, row - 1, 0) < accept) {
+    if (window.uniforms[row] < accept) {
       stop.row = row;
       break;
     }
@@ -205,7 +207,7 @@ __device__ __forceinline__ bool share_rows(const VerifyInputs& in,
                                            const AcceptWork& work,
                                            const RequestView& view,
                                            Window& window,
-                                           RaceShared& race) {
+                                           AcceptShared& shared) {
   __shared__ bool is_last;
   uint32_t* results = work.row_results + static_cast<int64_t>(view.req) * (in.draft_len + 1);
   const bool coupled = view.rule == DSPARK_RULE_COUPLED;
@@ -215,13 +217,15 @@ __device__ __forceinline__ bool share_rows(const VerifyInputs& in,
     uint32_t result;
     if (coupled) {
       const DrawKey key = draw_key(in, view, window, row, DSPARK_PURPOSE_BONUS);
-      const WeightSource source = weight_source(in, work, view, window, row, 0, 1.f);
-      result = static_cast<uint32_t>(race_row(in, source, key, race));
+      const TargetRow target = target_row(view, row);
+      const Strips* maxima = zones_of(in, work.zones, target.index).maxima;
+      result = static_cast<uint32_t>(
+          race_row(in, target, window.target_laws[row], maxima, key, shared.race));
     } else {
       reject(window, row + 1, 0);
       const float ratio = joint_ratio(window, row);
       const WeightSource source = weight_source(in, work, view, window, row, 1, ratio);
-      result = __float_as_uint(row_mass(in, source, race));
+      result = __float_as_uint(row_mass(in, source, shared.draw));
     }
     if (threadIdx.x == 0) results[row] = result;
   }
@@ -264,23 +268,18 @@ __device__ __forceinline__ void cut_at_stop_token(const VerifyInputs& in,
   }
 }
 
-/* Phase 3. All threads take part. */
+/* Step 3. All threads take part. */
 __device__ __forceinline__ int32_t draw_next(const VerifyInputs& in,
                                              const AcceptWork& work,
                                              const RequestView& view,
                                              const Window& window,
                                              const Stop& stop,
-                                             RaceShared& race) {
-  const bool residual = stop.rejected;
+                                             DrawShared& shared) {
   const DrawKey key = draw_key(in, view, window, stop.row,
-                               residual ? DSPARK_PURPOSE_RESIDUAL : DSPARK_PURPOSE_BONUS);
-  int32_t next =
-      race_row(in, weight_source(in, work, view, window, stop.row, stop.num_rejections, stop.share),
-               key, race);
-  if (next == kNoRunner && residual) {
-    next = race_row(in, weight_source(in, work, view, window, stop.row, 0, 1.f), key, race);
-  }
-  return next == kNoRunner ? window.target_laws[stop.row].argmax : next;
+                               stop.rejected ? DSPARK_PURPOSE_RESIDUAL : DSPARK_PURPOSE_BONUS);
+  return draw_row(
+      in, weight_source(in, work, view, window, stop.row, stop.num_rejections, stop.share), key,
+      shared);
 }
 
 __device__ __forceinline__ void write_outputs(const VerifyInputs& in,
@@ -313,27 +312,31 @@ __device__ __forceinline__ void write_outputs(const VerifyInputs& in,
 
 /* Grid: requests x ctas_per_req, flat. */
 __global__ void __launch_bounds__(AcceptPolicy::kNumThreads, 1)
-    accept_kernel(VerifyInputs in, AcceptWork work, AcceptOutputs out) {
+    accept_kernel(const __grid_constant__ VerifyInputs in,
+                  const __grid_constant__ AcceptWork work,
+                  const __grid_constant__ AcceptOutputs out) {
   __shared__ Window window;
-  __shared__ RaceShared race;
+  __shared__ AcceptShared shared;
   RequestView view;
   view.req = static_cast<int32_t>(blockIdx.x) / work.ctas_per_req;
   view.first_row = in.qo_indptr[view.req];
   view.num_drafts = verify_len(in, view.req);
   const int32_t rule = in.rules == nullptr ? DSPARK_RULE_TOKEN : in.rules[view.req];
   view.rule = in.temperature[view.req] > 0.f ? rule : -1;
-  const bool dense_block = rule == DSPARK_RULE_BLOCK && in.draft.data != nullptr;
-  const bool shared =
-      view.num_drafts >= 0 && view.rule >= 0 && (rule == DSPARK_RULE_COUPLED || dense_block);
-  if (!shared && blockIdx.x % work.ctas_per_req != 0) return; /* whole CTA, as all returns here */
+  if (view.num_drafts >= 0) prepare_window(in, work, view, window);
+  wait_for_prerequisites();
+  const bool needs_rows = (rule == DSPARK_RULE_BLOCK && in.draft.data != nullptr) ||
+                          (rule == DSPARK_RULE_COUPLED && work.laws != nullptr);
+  const bool shares = view.num_drafts >= 0 && view.rule >= 0 && needs_rows;
+  if (!shares && blockIdx.x % work.ctas_per_req != 0) return; /* whole CTA, as all returns here */
 
   Stop stop = {0, 0, false, -1, 0, 1.f, false};
   if (view.num_drafts >= 0) {
-    load_window(in, work, view, window);
-    if (shared && !share_rows(in, work, view, window, race)) return;
+    finish_window(in, work, view, window);
+    if (shares && !share_rows(in, work, view, window, shared)) return;
     switch (view.rule) {
       case DSPARK_RULE_TOKEN:
-        stop = decide_token_rule(in, work, view, window, race);
+        stop = decide_token_rule(in, work, view, window, shared.draw);
         break;
       case DSPARK_RULE_BLOCK:
         stop = decide_block_rule(in, view, window);
@@ -343,7 +346,7 @@ __global__ void __launch_bounds__(AcceptPolicy::kNumThreads, 1)
     }
     cut_at_stop_token(in, view, window, &stop);
     if (!stop.bad && stop.next < 0) {
-      stop.next = draw_next(in, work, view, window, stop, race);
+      stop.next = draw_next(in, work, view, window, stop, shared.draw);
     }
   }
   write_outputs(in, work, view, window, stop, out);

@@ -1,9 +1,11 @@
 /*
  * A request on the chip: the laws of its rows, and p and q of every draft token.
  *
- * A warp per row merges the row's zones (or takes the filtered law), then a thread per draft gathers
- * its token's two probabilities. What decides about the request reads shared memory alone after that.
- * Limited by latency: three dependent reads from L2.
+ * What does not wait for the zones comes first, while they are still read (prepare_window): the drafts,
+ * their laws, the target logits of the draft tokens, the uniforms. Then a warp per row merges the row's
+ * zones (or takes the filtered law), finds what a greedy or coupled row says, and a thread per draft
+ * turns its logit into p (finish_window). What decides about the request reads shared memory alone
+ * after that. Limited by latency: two dependent reads from L2.
  */
 #pragma once
 
@@ -12,8 +14,8 @@
 namespace dspark {
 
 struct AcceptPolicy {
-  static constexpr int kNumThreads = RacePolicy::kNumThreads;
-  static constexpr int kNumWarps = RacePolicy::kNumWarps;
+  static constexpr int kNumThreads = DrawPolicy::kNumThreads;
+  static constexpr int kNumWarps = DrawPolicy::kNumWarps;
   static constexpr int kMaxCtasPerReq = 8; /* when a rule may need them ... */
   static constexpr int kTargetCtas = 132;  /* ... and as long as they all run at once */
 };
@@ -25,7 +27,9 @@ struct CommittedToken {
 };
 
 struct AcceptWork {
-  const ZoneStats* zones;    /* [all rows, num_zones] */
+  RowZones zones;            /* [num_rows, num_zones] */
+  RowZones draft_zones;      /* [num_reqs * draft_len, num_zones] */
+  const ZoneRace* races;     /* [num_rows, num_zones] of coupled rows without filters */
   const RowLaw* laws;        /* [num_rows] filtered; nullptr: no filters in this call */
   uint32_t* tickets;         /* [num_reqs], 0 */
   uint32_t* row_results;     /* [num_reqs, draft_len + 1] tokens or masses of shared rows */
@@ -40,6 +44,9 @@ struct Window {
   int32_t tokens[kMaxRows];
   int32_t parents[kMaxRows];
   int32_t depths[kMaxRows];
+  int32_t ordinals[kMaxRows];   /* siblings before this row */
+  double uniforms[kMaxRows];    /* of the decision on the draft, when all siblings before were refused */
+  float token_logits[kMaxRows]; /* of the draft's token in its parent's row */
   float target_probs[kMaxRows]; /* p of the draft's token under its parent's law */
   float draft_probs[kMaxRows];
   int32_t targets[kMaxRows]; /* what each row says: greedy and coupled */
@@ -62,17 +69,25 @@ __device__ __forceinline__ TargetRow target_row(const RequestView& view, int32_t
   return {static_cast<int64_t>(view.first_row) + row, view.req, row};
 }
 
-__device__ __forceinline__ const ZoneStats* zones_of(const VerifyInputs& in,
-                                                     const AcceptWork& work,
-                                                     int64_t row) {
-  return work.zones + row * in.num_zones;
+/* The zones of row `row` among those of many. */
+__device__ __forceinline__ RowZones zones_of(const VerifyInputs& in,
+                                             const RowZones& all,
+                                             int64_t row) {
+  return {all.maxima + row * in.num_zones, all.sums + row * in.num_zones};
 }
 
-/* The law of draft row `index`, by a warp; bad: the draft counts as a point mass. */
+/* Draft laws come from zones, too. */
+__device__ __forceinline__ bool merges_draft_rows(const VerifyInputs& in) {
+  return in.draft.data != nullptr && in.draft_log_normalizers == nullptr;
+}
+
+/* The law of the draft of `row`, by a warp; bad: the draft counts as a point mass. */
 __device__ __forceinline__ RowLaw draft_law(const VerifyInputs& in,
                                             const AcceptWork& work,
-                                            int64_t index,
-                                            float temperature) {
+                                            const RequestView& view,
+                                            int32_t row) {
+  const int64_t index = static_cast<int64_t>(view.req) * in.draft_len + row - 1;
+  const float temperature = in.temperature[view.req];
   RowLaw law = {};
   law.bad = 1;
   law.scale = weight_scale(temperature);
@@ -82,7 +97,7 @@ __device__ __forceinline__ RowLaw draft_law(const VerifyInputs& in,
     law.inv_sum = 1.f;
     law.bad = !(fabsf(law.max) < INFINITY);
   } else if (in.draft.data != nullptr) {
-    law = merge_zones(zones_of(in, work, in.num_rows + index), in.num_zones, law.scale);
+    law = merge_zones(zones_of(in, work.draft_zones, index), in.num_zones, law.scale);
   } else if (in.candidate_tokens != nullptr) {
     const int32_t* tokens = in.candidate_tokens + index * in.num_candidates;
     const float* logits = in.candidate_logits + index * in.num_candidates;
@@ -105,69 +120,6 @@ __device__ __forceinline__ RowLaw draft_law(const VerifyInputs& in,
   return law;
 }
 
-/* Phase 1. All threads take part. */
-__device__ __forceinline__ void load_window(const VerifyInputs& in,
-                                            const AcceptWork& work,
-                                            const RequestView& view,
-                                            Window& window) {
-  const int warp = threadIdx.x / kWarpSize;
-  const bool leads = threadIdx.x % kWarpSize == 0;
-  const float scale = target_scale(in, view.req);
-  const int64_t first_draft = static_cast<int64_t>(view.req) * in.draft_len;
-  for (int32_t row = warp; row <= view.num_drafts; row += AcceptPolicy::kNumWarps) {
-    const int64_t index = static_cast<int64_t>(view.first_row) + row;
-    RowLaw law = {};
-    if (work.laws != nullptr) {
-      law = work.laws[index];
-    } else {
-      law = merge_zones(zones_of(in, work, index), in.num_zones, scale);
-    }
-    if (leads) window.target_laws[row] = law;
-  }
-  if (view.rule == DSPARK_RULE_TOKEN || view.rule == DSPARK_RULE_BLOCK) {
-    const float temperature = in.temperature[view.req];
-    for (int32_t row = 1 + warp; row <= view.num_drafts; row += AcceptPolicy::kNumWarps) {
-      const RowLaw law = draft_law(in, work, first_draft + row - 1, temperature);
-      if (leads) window.draft_laws[row] = law;
-    }
-  }
-  for (int32_t row = threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
-    int32_t depth = 0;
-    for (int32_t at = row; at > 0; at = parent_row(in, view.req, at)) ++depth;
-    window.depths[row] = depth;
-    window.tokens[row] = row > 0 ? draft_token(in, view.req, row) : -1;
-    window.parents[row] = row > 0 ? parent_row(in, view.req, row) : -1;
-  }
-  __syncthreads();
-  for (int32_t row = threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
-    window.targets[row] = window.target_laws[row].argmax;
-    const int32_t token = window.tokens[row];
-    float target_prob = 0.f, draft_prob = 1.f;
-    if (row > 0 && view.rule >= 0 && view.rule != DSPARK_RULE_COUPLED && in_vocab(in, token)) {
-      const int32_t parent = window.parents[row];
-      const float logit = shaped_logit(in, target_row(view, parent), token);
-      target_prob = probability(window.target_laws[parent], logit);
-      draft_prob = draft_probability(in, view.req, row, window.draft_laws[row], token);
-    }
-    window.target_probs[row] = target_prob;
-    window.draft_probs[row] = draft_prob;
-  }
-  __syncthreads();
-}
-
-/* The weights that the next token of `row` is drawn from. */
-__device__ __forceinline__ WeightSource weight_source(const VerifyInputs& in,
-                                                      const AcceptWork& work,
-                                                      const RequestView& view,
-                                                      const Window& window,
-                                                      int32_t row,
-                                                      int32_t num_rejections,
-                                                      float share) {
-  const TargetRow target = target_row(view, row);
-  return {target, window.target_laws[row], zones_of(in, work, target.index),
-          share,  window.rejections,       num_rejections};
-}
-
 __device__ __forceinline__ DrawKey draw_key(const VerifyInputs& in,
                                             const RequestView& view,
                                             const Window& window,
@@ -186,6 +138,145 @@ __device__ __forceinline__ double accept_uniform(const VerifyInputs& in,
   const uint4 words =
       philox_quad(key.seed, static_cast<uint32_t>(ordinal), key.position, key.purpose);
   return uniform_from_word(words.x);
+}
+
+__device__ __forceinline__ bool compares_laws(const RequestView& view) {
+  return view.rule == DSPARK_RULE_TOKEN || view.rule == DSPARK_RULE_BLOCK;
+}
+
+/* What needs no zones. Draft laws that do (dense, without normalisers) are merged by finish_window. All
+ * threads take part. */
+__device__ __forceinline__ void prepare_window(const VerifyInputs& in,
+                                               const AcceptWork& work,
+                                               const RequestView& view,
+                                               Window& window) {
+  const int warp = threadIdx.x / kWarpSize;
+  const bool leads = threadIdx.x % kWarpSize == 0;
+  const bool compares = compares_laws(view);
+  for (int32_t row = threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
+    window.depths[row] = row_depth(in, view.req, row);
+    window.tokens[row] = row > 0 ? draft_token(in, view.req, row) : -1;
+    window.parents[row] = row > 0 ? parent_row(in, view.req, row) : -1;
+  }
+  __syncthreads();
+  if (!compares) return;
+  for (int32_t row = 1 + threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
+    const int32_t parent = window.parents[row];
+    int32_t ordinal = 0;
+    if (in.parents != nullptr) {
+      for (int32_t other = parent + 1; other < row; ++other) {
+        ordinal += window.parents[other] == parent;
+      }
+    }
+    window.ordinals[row] = ordinal;
+    window.uniforms[row] = accept_uniform(in, view, window, parent, ordinal);
+    const int32_t token = window.tokens[row];
+    window.token_logits[row] =
+        in_vocab(in, token) ? shaped_logit(in, target_row(view, parent), token) : -INFINITY;
+  }
+  if (merges_draft_rows(in)) return;
+  for (int32_t row = 1 + warp; row <= view.num_drafts; row += AcceptPolicy::kNumWarps) {
+    const RowLaw law = draft_law(in, work, view, row);
+    const int32_t token = window.tokens[row];
+    const float prob = in_vocab(in, token) ? draft_probability(in, view.req, row, law, token) : 1.f;
+    if (!leads) continue;
+    window.draft_laws[row] = law;
+    window.draft_probs[row] = prob;
+  }
+}
+
+/* The lowest token of the row's largest logit, by a warp. */
+__device__ __forceinline__ int32_t row_argmax(const VerifyInputs& in,
+                                              const TargetRow& row,
+                                              const Strips* maxima,
+                                              float max) {
+  int32_t strip = INT32_MAX;
+  for (int32_t zone = threadIdx.x % kWarpSize; zone < in.num_zones; zone += kWarpSize) {
+    const Strips own = maxima[zone];
+#pragma unroll
+    for (int i = kStripsPerZone - 1; i >= 0; --i) {
+      if (own.of[i] == max && strip >= zone * kStripsPerZone) strip = zone * kStripsPerZone + i;
+    }
+  }
+  strip = __reduce_min_sync(kAllLanes, strip);
+  if (strip == INT32_MAX) return 0; /* no law */
+  float values[kGroup];
+  load_target_strip(in, row, strip, values);
+  int32_t token = INT32_MAX;
+#pragma unroll
+  for (int j = kGroup - 1; j >= 0; --j) {
+    if (values[j] == max) token = strip_token(strip) + j;
+  }
+  return __reduce_min_sync(kAllLanes, token);
+}
+
+/* The winner of a row that has raced zone by zone, by a warp. */
+__device__ __forceinline__ int32_t row_race(const VerifyInputs& in, const ZoneRace* races) {
+  Indexed best = empty_race();
+  for (int32_t z = threadIdx.x % kWarpSize; z < in.num_zones; z += kWarpSize) {
+    best = ArgmaxOp{}(best, Indexed{races[z].score, races[z].token});
+  }
+  return warp_reduce(best, ArgmaxOp{}).index;
+}
+
+/* The rest, from the zones. All threads take part. */
+__device__ __forceinline__ void finish_window(const VerifyInputs& in,
+                                              const AcceptWork& work,
+                                              const RequestView& view,
+                                              Window& window) {
+  const int warp = threadIdx.x / kWarpSize;
+  const bool leads = threadIdx.x % kWarpSize == 0;
+  const float scale = target_scale(in, view.req);
+  for (int32_t row = warp; row <= view.num_drafts; row += AcceptPolicy::kNumWarps) {
+    const TargetRow target = target_row(view, row);
+    const RowZones zones = zones_of(in, work.zones, target.index);
+    RowLaw law;
+    if (work.laws != nullptr) {
+      law = work.laws[target.index];
+    } else {
+      law = merge_zones(zones, in.num_zones, scale);
+    }
+    int32_t says = -1;
+    if (view.rule < 0 && law.bad == 0) says = row_argmax(in, target, zones.maxima, law.max);
+    if (view.rule == DSPARK_RULE_COUPLED && work.laws == nullptr) {
+      says = row_race(in, work.races + target.index * in.num_zones);
+    }
+    if (!leads) continue;
+    window.target_laws[row] = law;
+    window.targets[row] = says;
+  }
+  const bool compares = compares_laws(view);
+  if (compares && merges_draft_rows(in)) {
+    for (int32_t row = 1 + warp; row <= view.num_drafts; row += AcceptPolicy::kNumWarps) {
+      const RowLaw law = draft_law(in, work, view, row);
+      const int32_t token = window.tokens[row];
+      const float prob =
+          in_vocab(in, token) ? draft_probability(in, view.req, row, law, token) : 1.f;
+      if (!leads) continue;
+      window.draft_laws[row] = law;
+      window.draft_probs[row] = prob;
+    }
+  }
+  __syncthreads();
+  if (!compares) return;
+  for (int32_t row = 1 + threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
+    window.target_probs[row] =
+        probability(window.target_laws[window.parents[row]], window.token_logits[row]);
+  }
+  __syncthreads();
+}
+
+/* The weights that the next token of `row` is drawn from. */
+__device__ __forceinline__ WeightSource weight_source(const VerifyInputs& in,
+                                                      const AcceptWork& work,
+                                                      const RequestView& view,
+                                                      const Window& window,
+                                                      int32_t row,
+                                                      int32_t num_rejections,
+                                                      float share) {
+  const TargetRow target = target_row(view, row);
+  return {target, window.target_laws[row], zones_of(in, work.zones, target.index),
+          share,  window.rejections,       num_rejections};
 }
 
 /* The next child of `row` after row `after`; 0 when there is none. */
