@@ -67,6 +67,7 @@ typedef int32_t dspark_dtype;
 #define DSPARK_DTYPE_F32 0
 #define DSPARK_DTYPE_BF16 1
 #define DSPARK_DTYPE_F16 2
+#define DSPARK_DTYPE_F8_E4M3 3 /* draft: markov_w2 alone */
 
 /* A CUDA stream (CUstream / cudaStream_t); 0 is the legacy default stream. */
 typedef struct CUstream_st* dspark_stream;
@@ -434,6 +435,84 @@ typedef struct dspark_draft_head_params {
 dspark_status DSPARK_FN(dspark_draft_head_workspace_size)(const dspark_draft_head_params* params,
                                                           size_t* bytes);
 dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* params,
+                                           dspark_stream stream);
+
+/*
+ * Computes      the head over the whole vocabulary, the base logits left as they are. For k = 1 ..
+ *               draft_lens[r], left to right, x_0 = anchor: l_k(v) = U_k(v) + B_k(v), x_k from
+ *               softmax(l_k / temperature), or argmax l_k (lowest index wins) at temperature 0;
+ *               confidence_k as in dspark_draft_head; l_k(v) = -inf where mask forbids v.
+ *               The draft law handed on: q_k(v) = exp(l_k(v) / temperature - log_normalizers[k]),
+ *               log_normalizer = ln sum_v exp(l_k(v) / temperature) (of exp(l_k) at temperature 0),
+ *               l_k(v) = U_k(v) + W2[v] . latents[k] (fp8: fma(dot, w2_scales[v], U)) by
+ *               cuda/common/low_rank_logit.cuh, bit for bit what was drawn from.
+ * Shapes        logits [num_reqs * draft_len, vocab_size] = U; w2_scales [vocab_size]; latents
+ *               [num_reqs * draft_len, markov_rank]; log_normalizers, draft_tokens, confidence,
+ *               confidence_logits [num_reqs, draft_len]; the rest as dspark_draft_head.
+ * Dtypes        logits `logits_dtype` (F32, BF16); hidden, weights and biases `dtype` (BF16, F16);
+ *               markov_w2 `w2_dtype`: `dtype`, or F8_E4M3 with f32 w2_scales. latents `dtype`, with
+ *               fp8 F16: vanilla W1[x_{k-1}] (fp8: as F16, limited to its range), gated and rnn
+ *               their latent rounded once. Products exact, sums f32; normalisers to 1e-6.
+ * Layout        logits row stride given; everything else contiguous. Columns from draft_lens[r] on
+ *               are not written.
+ * Alignment     markov_w1, markov_w2, latents 16 bytes; markov_rank a multiple of 16, at most 256.
+ *               logits at 16 bytes with rows of a multiple of 16 bytes are read fastest.
+ * Aliasing      none allowed.
+ * Workspace     dspark_draft_full_workspace_size bytes, 256-byte aligned; contents do not matter.
+ * Determinism   bitwise per device, independent of the batch. Draws of a row with temperature > 0
+ *               and without the coupled rule, purpose DRAFT: the vocabulary is cut into spans of 64
+ *               tokens; span j has the weight w_j = sum exp(l / temperature) and arrives at
+ *               E(W(j, 2).x) / w_j; in the one that arrives first the token is the first whose
+ *               running sum of weights exceeds u w_j, u from W(j, 2).y. COUPLED: the race over
+ *               tokens of dspark_draft_head with purpose BONUS. Position anchor_positions[r] + k.
+ * Stream/graph  capture-safe; one cooperative launch for vanilla. A row of NaN or all -inf (also: all
+ *               forbidden) yields token 0; its normaliser is NaN or -inf.
+ * Errors        null pointers, unknown head, sizes < 0, draft_len > 16, markov_rank out of range or
+ *               not a multiple of 16, workspace too small; UNSUPPORTED_DEVICE where a CTA of the
+ *               launch does not fit (about 100 KB of shared memory) or cannot be cooperative.
+ */
+typedef struct dspark_draft_full_params {
+  uint32_t struct_size;
+  dspark_dtype dtype;
+  dspark_dtype logits_dtype;
+  dspark_dtype w2_dtype;
+  dspark_head_kind head;
+  int32_t num_reqs;
+  int32_t draft_len;
+  int32_t vocab_size;
+  int32_t hidden_size;
+  int32_t markov_rank;
+  int32_t confidence_with_markov; /* 0 or 1 */
+  float confidence_bias;
+  const void* logits;
+  const void* hidden;            /* may be NULL for HEAD_NONE and HEAD_VANILLA without confidence */
+  const void* markov_w1;         /* NULL for HEAD_NONE */
+  const void* markov_w2;         /* NULL for HEAD_NONE */
+  const float* w2_scales;        /* fp8 */
+  const void* proj_weight;       /* gated, rnn */
+  const void* proj_bias;         /* gated, rnn */
+  const void* confidence_weight; /* may be NULL: no confidence is computed */
+  const int32_t* anchors;        /* [num_reqs]; may be NULL for HEAD_NONE */
+  const int32_t* anchor_positions; /* [num_reqs] */
+  const int32_t* draft_lens;       /* [num_reqs] 0 .. draft_len; may be NULL: all draft_len */
+  const float* temperature;        /* [num_reqs] */
+  const uint64_t* seeds;           /* [num_reqs] */
+  const int32_t* rules;            /* [num_reqs] DSPARK_RULE_*; may be NULL: none is coupled */
+  const int32_t* mask;             /* may be NULL: everything is allowed */
+  int32_t* draft_tokens;
+  float* log_normalizers;
+  void* latents;            /* NULL for HEAD_NONE */
+  float* confidence;        /* may be NULL when confidence_weight is NULL */
+  float* confidence_logits; /* ln(c / (1 - c)); may be NULL */
+  void* workspace;
+  size_t workspace_bytes;
+  int64_t stride_logits_row;
+} dspark_draft_full_params;
+#define DSPARK_DRAFT_FULL_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_full_params)
+/* Host. Reads only sizes (of the current device, too). */
+dspark_status DSPARK_FN(dspark_draft_full_workspace_size)(const dspark_draft_full_params* params,
+                                                          size_t* bytes);
+dspark_status DSPARK_FN(dspark_draft_full)(const dspark_draft_full_params* params,
                                            dspark_stream stream);
 
 /*

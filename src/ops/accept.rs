@@ -73,6 +73,38 @@ pub enum DraftLaw<'a, O: Ops> {
     Logits(&'a O::Logits),
     /// `softmax(logits / temperature)` over a few candidates, nothing elsewhere.
     Sparse(&'a SparseLaw),
+    /// `exp((U(v) + W2[v] . latent) / temperature - log_normalizer)`, U the base logits: nothing of the vocabulary's
+    /// size was written when the drafts were drawn.
+    LowRank {
+        /// `[num_reqs * draft_len, vocab]`, as the head read them.
+        base: &'a O::Logits,
+        /// `[vocab, rank]`.
+        w2: &'a O::Weight,
+        /// The latents and normalisers that the head handed on.
+        law: &'a LowRankLaw,
+    },
+}
+
+/// What the head over the whole vocabulary hands on, besides the base logits, for each draft.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LowRankLaw {
+    /// Columns of W2.
+    pub rank: usize,
+    /// `[num_reqs * draft_len * rank]`; each a number of the 16-bit type that W2 is multiplied in.
+    pub latents: Vec<f32>,
+    /// `[num_reqs * draft_len]`, `ln sum exp(l / temperature)`; NaN or -inf where the row is no law.
+    pub log_normalizers: Vec<f32>,
+}
+
+impl LowRankLaw {
+    /// Checks the law of `num_drafts` drafts.
+    ///
+    /// # Errors
+    /// Names the array that does not fit.
+    pub(crate) fn check(&self, num_drafts: usize) -> Result<()> {
+        expect("latents", num_drafts * self.rank, self.latents.len())?;
+        expect("log_normalizers", num_drafts, self.log_normalizers.len())
+    }
 }
 
 /// Truncated draft laws: `num_candidates` (token, logit) pairs for each draft.

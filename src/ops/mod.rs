@@ -17,7 +17,8 @@ mod sampling;
 mod tensor;
 
 pub use accept::{
-    AcceptBatch, AcceptExtras, Accepted, DraftLaw, MAX_TOP_LOGPROBS, SparseLaw, TokenLogprobs,
+    AcceptBatch, AcceptExtras, Accepted, DraftLaw, LowRankLaw, MAX_TOP_LOGPROBS, SparseLaw,
+    TokenLogprobs,
 };
 pub use mapped_file::MappedFile;
 pub use rows::{MAX_TREE_ROWS, RowMap};

@@ -76,7 +76,7 @@ impl Uploaded {
         let mask = optional(extras.mask);
         let sparse = match batch.law {
             DraftLaw::Sparse(sparse) => Some(sparse),
-            DraftLaw::PointMass | DraftLaw::Logits(_) => None,
+            DraftLaw::PointMass | DraftLaw::Logits(_) | DraftLaw::LowRank { .. } => None,
         };
         let candidate_tokens = optional(sparse.map(|sparse| &sparse.tokens[..]));
         let stops = extras.stop_tokens.unwrap_or_default();
@@ -267,6 +267,12 @@ impl Cuda {
             DraftLaw::Sparse(sparse) => {
                 sparse.check(num_drafts, target.cols())?;
                 num_candidates = sparse.num_candidates;
+            }
+            DraftLaw::LowRank { .. } => {
+                return Err(Error::Unsupported {
+                    what: "the low-rank draft law".into(),
+                    reason: "acceptance on CUDA reads dense and sparse laws".into(),
+                });
             }
         }
         let answers = Answers {
