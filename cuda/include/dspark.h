@@ -355,9 +355,9 @@ typedef int32_t dspark_rule;
  * and the token drawn is the argmin of E_v / weight(v).
  *
  * Draws that share their noise with nobody (bonus and recovered tokens of the other rules) invert the
- * distribution function: draw n takes U(W(n, 2).x, W(n, 2).y) for the zone and U(W(n, 2).z,
- * W(n, 2).w) for the token among the zone's, U(a, b) = (a * 2^20 + b / 2^12 + 0.5) * 2^-52: the first
- * at which the running sum of weights passes U times their whole.
+ * distribution function: draw n takes U(W(n, 2).x, W(n, 2).y) for a strip of 256 tokens and U(W(n,
+ * 2).z, W(n, 2).w) for the token among the strip's, U(a, b) = (a * 2^20 + floor(b / 2^12) + 0.5) *
+ * 2^-52: the first at which the running sum of weights passes U times their whole.
  */
 
 typedef int32_t dspark_head_kind;
@@ -682,7 +682,10 @@ dspark_status DSPARK_FN(dspark_schedule)(const dspark_schedule_params* params,
  *               after top-k) is at least top_p; min-p keeps p(v) >= min_p * max p. Ties at a
  *               threshold are all kept.
  * Draft law     q of draft k of request r, row r * draft_len + k: softmax(draft_logits /
- *               temperature) when draft_logits is given; else softmax(candidate_logits /
+ *               temperature) when draft_logits is given, each with W2[v] . latent added when
+ *               draft_markov_w2 is (dspark_draft_full: a low-rank law, one row of W2 for each token
+ *               looked at; all of W2 for each row under BLOCK or behind 1024 tries), -inf where
+ *               draft_mask has 0; both need draft_log_normalizers; else softmax(candidate_logits /
  *               temperature) over num_candidates tokens when candidate_tokens is given; else the
  *               point mass on the draft. Draft rows without a law (NaN, +inf, nothing) count as
  *               point masses.
@@ -697,7 +700,8 @@ dspark_status DSPARK_FN(dspark_schedule)(const dspark_schedule_params* params,
  *               purpose BONUS; accept x iff it is x. A draft that is a stop token of its request
  *               ends the run: it is the next token then.
  * Shapes        target_logits [num_rows, vocab_size]; draft_logits [num_reqs * draft_len,
- *               vocab_size]; candidates [num_reqs * draft_len, num_candidates]; draft_tokens,
+ *               vocab_size]; draft_mask as mask by draft row; candidates [num_reqs * draft_len,
+ *               num_candidates]; draft_tokens,
  *               parents, accept_flags [num_reqs, draft_len]; mask [num_rows, ceil(vocab_size /
  *               32)], bit v % 32 of word v / 32; edits of request r at edit_indptr[r] ..
  *               edit_indptr[r+1]-1, ascending by token, each once; logprobs [num_reqs, draft_len +
@@ -706,19 +710,21 @@ dspark_status DSPARK_FN(dspark_schedule)(const dspark_schedule_params* params,
  * Log-probs     entry i: ln p of committed token i (accepted drafts, then next) under its row's
  *               law, of temperature 1 where the temperature is 0; the likeliest tokens descending,
  *               equals by index; -1 and -inf where there are none.
- * Dtypes        target_logits, draft_logits F32, BF16 or F16; the rest f32 and int32. Laws in f32,
- *               sums by trees.
+ * Dtypes        target_logits, draft_logits F32, BF16 or F16; W2 BF16, F16 or F8_E4M3, latents of
+ *               its type, F16 with F8_E4M3; the rest f32 and int32. Laws in f32, sums by trees.
  * Layout        logits row strides given; the rest contiguous.
- * Alignment     element alignment; rows at multiples of 16 bytes are read with 16-byte accesses.
+ * Alignment     element alignment; rows at multiples of 16 bytes are read with 16-byte accesses; W2
+ *               and latents 16 bytes, draft_markov_rank a multiple of 16, at most 256.
  * Aliasing      none allowed. target_logits are not changed.
  * Workspace     dspark_accept_workspace_size bytes, 256-byte aligned; contents do not matter.
  * Determinism   bitwise, independent of the batch. Row k of request r decides position
  *               anchor_positions[r] + 1 + (depth of the row). u of the j-th sibling (0 in chains)
  *               = (x + 0.5) * 2^-32, x = W(j, 0).x with purpose ACCEPT at the draft's position.
  *               Without a rejection the next token is draw 0 of purpose BONUS. Behind one it is the
- *               first of the draws n = 0 .. 63 from p of purpose RESIDUAL that is kept: u * ratio p(v)
- *               < ratio p(v) - q(v) with the u of W(n, 0).x; when none is, or behind several, it is
- *               draw 64 from the residual itself, or from p where rounding has left nothing of it.
+ *               first of the draws n = 0 .. N - 1 from p of purpose RESIDUAL that is kept: u * ratio
+ *               p(v) < ratio p(v) - q(v) with the u of W(n, 0).x; when none is, or behind several, it
+ *               is draw N from the residual itself, or from p where rounding has left nothing of it.
+ *               N = 64, 1024 with a low-rank law.
  * Stream/graph  capture-safe; two launches, one more if any of top_k, top_p, min_p is given, one
  *               more for log-probs. Requests without rows get num_accepted 0, next_tokens -1,
  *               status 0. status[r] = 1 when a needed row holds NaN, +inf or only -inf (block: any
@@ -774,6 +780,12 @@ typedef struct dspark_accept_params {
   size_t workspace_bytes;
   int64_t stride_target_row;
   int64_t stride_draft_row;
+  const void* draft_markov_w2;  /* [vocab_size, draft_markov_rank]; may be NULL: no low-rank law */
+  const float* draft_w2_scales; /* [vocab_size]; F8_E4M3 */
+  const void* draft_latents;    /* [num_reqs * draft_len, draft_markov_rank] */
+  const int32_t* draft_mask;    /* of draft rows; may be NULL: everything is allowed */
+  dspark_dtype draft_w2_dtype;
+  int32_t draft_markov_rank;
 } dspark_accept_params;
 #define DSPARK_ACCEPT_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_accept_params)
 /* Host. Reads only sizes. */

@@ -78,10 +78,25 @@ dspark_status check_logits(const char* name, const void* logits, dspark_dtype dt
   return check_pointer(name, logits, dtype_bytes(dtype));
 }
 
+/* W2 and latents of a law whose draft_logits are base logits. */
+dspark_status check_low_rank_law(const dspark_accept_params& p) {
+  constexpr int kMaxRank = 256;
+  DSPARK_TRY(check_pointer("draft_markov_w2", p.draft_markov_w2, 16));
+  DSPARK_TRY(check_pointer("draft_latents", p.draft_latents, 16));
+  DSPARK_TRY(check_range("draft_markov_rank", p.draft_markov_rank, kLowRankStep, kMaxRank));
+  DSPARK_TRY(check_multiple("draft_markov_rank", p.draft_markov_rank, kLowRankStep));
+  if (p.draft_w2_dtype != DSPARK_DTYPE_F8_E4M3) return check_half_dtype(p.draft_w2_dtype);
+  return check_pointer("draft_w2_scales", p.draft_w2_scales, sizeof(float));
+}
+
 dspark_status check_draft_law(const dspark_accept_params& p) {
   if (p.draft_logits != nullptr) {
     DSPARK_TRY(check_logits("draft_logits", p.draft_logits, p.draft_dtype));
-    return check_aligned("draft_log_normalizers", p.draft_log_normalizers, sizeof(float));
+    DSPARK_TRY(check_aligned("draft_log_normalizers", p.draft_log_normalizers, sizeof(float)));
+    DSPARK_TRY(check_aligned("draft_mask", p.draft_mask, sizeof(int32_t)));
+    if (p.draft_markov_w2 != nullptr) DSPARK_TRY(check_low_rank_law(p));
+    if (p.draft_markov_w2 == nullptr && p.draft_mask == nullptr) return DSPARK_OK;
+    return check_pointer("draft_log_normalizers", p.draft_log_normalizers, sizeof(float));
   }
   if (p.candidate_tokens == nullptr) return DSPARK_OK;
   DSPARK_TRY(check_range("num_candidates", p.num_candidates, 1, kMaxCandidates));
@@ -166,6 +181,9 @@ VerifyInputs verify_inputs(const dspark_accept_params& p) {
   in.target = logit_matrix(p.target_logits, p.stride_target_row, p.target_dtype);
   in.draft = logit_matrix(dense ? p.draft_logits : nullptr, p.stride_draft_row, p.draft_dtype);
   in.draft_log_normalizers = p.draft_log_normalizers;
+  in.low_rank = {dense ? p.draft_markov_w2 : nullptr, p.draft_w2_scales, p.draft_latents,
+                 p.draft_w2_dtype, p.draft_markov_rank};
+  in.draft_mask = p.draft_mask;
   in.candidate_tokens = p.candidate_tokens;
   in.candidate_logits = p.candidate_logits;
   in.draft_tokens = p.draft_tokens;
@@ -199,8 +217,7 @@ dspark_status launch_zones_as(const VerifyInputs& in, const ZonesWork& work, dsp
   const auto kernel = zones_kernel<T, kKind>;
   int resident = 0;
   DSPARK_TRY(resident_ctas(kName, kernel, ZonesPolicy::kNumThreads, 0, &resident));
-  const int64_t wanted =
-      ceil_div<int64_t>(work.num_rows * in.num_zones, ZonesPolicy::kWarpsPerCta);
+  const int64_t wanted = ceil_div<int64_t>(work.num_rows * in.num_zones, ZonesPolicy::kWarpsPerCta);
   const auto num_ctas = static_cast<uint32_t>(std::min<int64_t>(wanted, resident));
   return launch_dependent(kName, kernel, dim3(num_ctas), dim3(ZonesPolicy::kNumThreads), stream, in,
                           work);
@@ -232,8 +249,8 @@ dspark_status launch_all_zones(const dspark_accept_params& p,
                                dspark_stream stream) {
   const bool reads_draft = in.draft.data != nullptr && p.draft_log_normalizers == nullptr;
   if (reads_draft) {
-    const ZonesWork draft = {in.draft, num_draft_rows(p), parts.draft_maxima, parts.draft_sums,
-                             nullptr, nullptr};
+    const ZonesWork draft = {in.draft,         num_draft_rows(p), parts.draft_maxima,
+                             parts.draft_sums, nullptr,           nullptr};
     DSPARK_TRY(launch_zones<ZonesKind::kDraft>(in, draft, stream));
   }
   const ZonesWork target = {in.target,  p.num_rows,  parts.maxima,
@@ -307,7 +324,7 @@ extern "C" dspark_status DSPARK_FN(dspark_accept_workspace_size)(const dspark_ac
 extern "C" dspark_status DSPARK_FN(dspark_accept)(const dspark_accept_params* params,
                                                   dspark_stream stream) {
   DSPARK_CHECK_PARAMS(params, stride_draft_row);
-  const dspark_accept_params& p = *params;
+  const dspark_accept_params p = complete(params);
   DSPARK_TRY(check_accept_sizes(p));
   if (p.num_reqs == 0) return DSPARK_OK;
   DSPARK_TRY(check_accept_pointers(p));

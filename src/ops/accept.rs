@@ -33,6 +33,9 @@ pub struct AcceptExtras<'a> {
     pub edits: Option<&'a [TokenEdits]>,
     /// `[num_rows, ceil(vocab / 32)]`: bit `v % 32` of word `v / 32` set allows token v.
     pub mask: Option<&'a [u32]>,
+    /// `[num_reqs * draft_len, ceil(vocab / 32)]`, as `mask`, of the rows of a low-rank draft law: what the head was not
+    /// allowed to draft.
+    pub draft_mask: Option<&'a [u32]>,
     /// `[num_reqs]`: the accepted run ends with the first of these tokens, which then is the next token.
     pub stop_tokens: Option<&'a [&'a [u32]]>,
     /// Log-probabilities of the committed tokens and of the likeliest n (at most [`MAX_TOP_LOGPROBS`]) at each.
@@ -176,6 +179,13 @@ impl<O: Ops> AcceptBatch<'_, O> {
             let drafts = &self.draft_tokens[verified.clone()];
             expect_tokens("draft token", drafts.iter(), vocab_size)?;
             self.check_parents(r, verified)?;
+        }
+        if let Some(mask) = self.extras.draft_mask {
+            if !matches!(self.law, DraftLaw::LowRank { .. }) {
+                return Err(Error::argument("draft_mask", "a low-rank law", "another"));
+            }
+            let words = num_drafts * vocab_size.div_ceil(32);
+            expect("draft_mask", words, mask.len())?;
         }
         self.extras.check(num_reqs, num_rows, vocab_size)
     }

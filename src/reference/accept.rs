@@ -3,7 +3,7 @@
 //! A request's rows are a tree: row 0 is the anchor's, row i the i-th draft's; a chain has one child each. The law of a
 //! row decides the token behind it, at position `anchor + 1 + depth`.
 
-use super::choices::{Choices, TRIES};
+use super::choices::Choices;
 use super::law;
 use super::verify::Window;
 use crate::error::Result;
@@ -76,10 +76,14 @@ fn token_rule(window: &Window<'_>, choices: &mut dyn Choices) -> Result<Walk> {
             [] => choices.sample(window.draw(row, Purpose::Bonus, 0), &target),
             [draft] => {
                 let draw = window.draw(row, Purpose::Residual, 0);
-                choices.residual(draw, &target, &law::remainder(1.0, &target, draft))
+                let rest = law::remainder(1.0, &target, draft);
+                choices.residual(draw, window.num_tries(), &target, &rest)
             }
             // What several drafts leave is not bounded by the target's law.
-            _ => choices.sample(window.draw(row, Purpose::Residual, TRIES), &rest),
+            _ => choices.sample(
+                window.draw(row, Purpose::Residual, window.num_tries()),
+                &rest,
+            ),
         };
         return Ok(Walk {
             path,
@@ -127,7 +131,8 @@ fn block_rule(window: &Window<'_>, choices: &mut dyn Choices) -> Result<Walk> {
             Some((target, draft)) => {
                 let share: Vec<f64> = target.iter().map(|&p| ratio * p).collect();
                 let rest = law::remainder(ratio, target, draft);
-                choices.residual(window.draw(i, Purpose::Residual, 0), &share, &rest)
+                let draw = window.draw(i, Purpose::Residual, 0);
+                choices.residual(draw, window.num_tries(), &share, &rest)
             }
         };
         return Ok(Walk {

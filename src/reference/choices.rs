@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::philox::{ZONE, Zone, key, philox4x32, uniform, wide_uniform};
+use super::philox::{STRIP, ZONE, Zone, key, philox4x32, uniform, wide_uniform};
 use crate::ops::Purpose;
 
 /// Names one random decision. No two decisions of a request share all of it.
@@ -33,8 +33,8 @@ pub trait Choices: Send {
     }
 
     /// An index with probability proportional to `rest`, which is nowhere above `target`; to `target` when nothing is
-    /// left.
-    fn residual(&mut self, draw: Draw, target: &[f64], rest: &[f64]) -> usize {
+    /// left. `tries` says how, not with which law.
+    fn residual(&mut self, draw: Draw, _tries: u32, target: &[f64], rest: &[f64]) -> usize {
         self.sample(draw, what_is_left(target, rest))
     }
 
@@ -54,6 +54,8 @@ fn what_is_left<'w>(target: &'w [f64], rest: &'w [f64]) -> &'w [f64] {
 
 /// Tries of a residual before it is drawn from its own weights.
 pub const TRIES: u32 = 64;
+/// The same where the draft law is low-rank, whose weights cost a pass over W2.
+pub const TRIES_LOW_RANK: u32 = 1024;
 
 /// A draw from `rest` by thinning draws from `target`: a draw v is kept with probability `rest[v] / target[v]`, and what is
 /// kept has the law of `rest`. After `tries` that were not kept the draw is made from `rest` itself, so that the law is
@@ -80,8 +82,8 @@ fn thinned(
 }
 
 /// The decisions of `dspark_accept` and `dspark_draft_head` (cuda/include/dspark.h): Philox4x32-10 with the seed as key.
-/// Draws that share noise race with that of [`Zone`]; others invert the distribution function, of zones and then of the
-/// tokens in one, with the counter `(ordinal, position, purpose, 2)`; decisions take the first word of `(ordinal,
+/// Draws that share noise race with that of [`Zone`]; others invert the distribution function, of strips of [`STRIP`]
+/// tokens and then of the tokens in one, with the counter `(ordinal, position, purpose, 2)`; decisions take the first word of `(ordinal,
 /// position, purpose, 0)`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Philox;
@@ -129,15 +131,16 @@ impl Choices for Philox {
 
     fn sample(&mut self, draw: Draw, weights: &[f64]) -> usize {
         let counter = [draw.ordinal, draw.position, draw.purpose as u32, 2];
-        let [zone_high, zone_low, token_high, token_low] = philox4x32(key(draw.seed), counter);
-        let zones: Vec<f64> = weights.chunks(ZONE).map(|zone| zone.iter().sum()).collect();
-        let first = invert(&zones, wide_uniform(zone_high, zone_low)) * ZONE;
-        let zone = &weights[first..weights.len().min(first + ZONE)];
-        first + invert(zone, wide_uniform(token_high, token_low))
+        let [strip_high, strip_low, token_high, token_low] = philox4x32(key(draw.seed), counter);
+        let strips = weights.chunks(STRIP);
+        let masses: Vec<f64> = strips.map(|strip| strip.iter().sum()).collect();
+        let first = invert(&masses, wide_uniform(strip_high, strip_low)) * STRIP;
+        let strip = &weights[first..weights.len().min(first + STRIP)];
+        first + invert(strip, wide_uniform(token_high, token_low))
     }
 
-    fn residual(&mut self, draw: Draw, target: &[f64], rest: &[f64]) -> usize {
-        thinned(self, TRIES, draw, target, rest)
+    fn residual(&mut self, draw: Draw, tries: u32, target: &[f64], rest: &[f64]) -> usize {
+        thinned(self, tries, draw, target, rest)
     }
 
     fn accept(&mut self, draw: Draw, target_prob: f64, draft_prob: f64) -> bool {
@@ -324,11 +327,11 @@ mod tests {
         assert!(statistic(&[0.2, 0.0, 2.3, 0.5, 1.0]) > 44.0);
     }
 
-    /// Laws of four tokens in two zones: ordinary, with zeros, with nothing left, and with nearly nothing left.
+    /// Laws of four tokens in two strips: ordinary, with zeros, with nothing left, and with nearly nothing left.
     fn residuals() -> Vec<(Vec<f64>, Vec<f64>)> {
         let apart = |law: [f64; 4]| {
-            let mut weights = vec![0.0; ZONE + 2];
-            for (weight, at) in law.into_iter().zip([0, 3, ZONE, ZONE + 1]) {
+            let mut weights = vec![0.0; STRIP + 2];
+            for (weight, at) in law.into_iter().zip([0, 3, STRIP, STRIP + 1]) {
                 weights[at] = weight;
             }
             weights
@@ -408,9 +411,10 @@ mod tests {
             cells
                 .map(|(&count, &weight)| {
                     let mean = f64::from(n) * weight / mass;
-                    match mean > 0.0 {
-                        true => (count - mean).powi(2) / mean,
-                        false => count * f64::INFINITY.min(1e9),
+                    if mean > 0.0 {
+                        (count - mean).powi(2) / mean
+                    } else {
+                        count * 1e9
                     }
                 })
                 .sum::<f64>()
@@ -419,7 +423,7 @@ mod tests {
             let draw = |position| draw(position, Purpose::Residual);
             let inverted = |position| Philox.sample(draw(position), &target);
             assert!(statistic(&inverted, &target) < 44.0);
-            let thinned = |position| Philox.residual(draw(position), &target, &rest);
+            let thinned = |position| Philox.residual(draw(position), TRIES, &target, &rest);
             let left = what_is_left(&target, &rest);
             assert!(statistic(&thinned, left) < 44.0);
         }

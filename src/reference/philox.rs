@@ -40,6 +40,9 @@ pub fn wide_uniform(high: u32, low: u32) -> f64 {
 /// Tokens that share the noise of their minimum: see [`Zone`].
 pub const ZONE: usize = 1024;
 
+/// Tokens that a draw by inversion picks together first.
+pub const STRIP: usize = 256;
+
 /// The exponential noise of one zone of [`ZONE`] neighbouring tokens, for one draw.
 ///
 /// A draw is a race: with independent `E_v` of rate 1, the v that minimises `E_v / weight(v)` is distributed as the
@@ -133,9 +136,6 @@ mod tests {
         assert_eq!(uniform(0), 0.5 / 4_294_967_296.0);
         assert_eq!(uniform(u32::MAX), 1.0 - 0.5 / 4_294_967_296.0);
         assert_eq!(wide_uniform(0, 0xfff), (-53.0_f64).exp2());
-        assert_eq!(
-            wide_uniform(u32::MAX, u32::MAX),
-            1.0 - (-53.0_f64).exp2()
-        );
+        assert_eq!(wide_uniform(u32::MAX, u32::MAX), 1.0 - (-53.0_f64).exp2());
     }
 }

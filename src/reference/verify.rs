@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use super::Reference;
 use super::accept::{self, Walk};
-use super::choices::{Choices, Draw};
+use super::choices::{Choices, Draw, TRIES, TRIES_LOW_RANK};
 use super::law;
 use super::shape::Shape;
 use super::tensor::expect_shape;
@@ -134,13 +134,25 @@ impl Window<'_> {
             }
             DraftLaw::LowRank { base, w2, law: low } => {
                 let latent = &low.latents[index * low.rank..][..low.rank];
-                let logits = low_rank_logits(base.row(index), w2, latent);
+                let mut logits = low_rank_logits(base.row(index), w2, latent);
+                if let Some(mask) = self.batch.extras.draft_mask {
+                    let words = vocab_size.div_ceil(32);
+                    forbid(&mut logits, &mask[index * words..][..words]);
+                }
                 if law::defect(&logits).is_some() {
                     return law::point_mass(token, vocab_size);
                 }
                 law::softmax(&logits, temperature)
             }
             DraftLaw::PointMass | DraftLaw::Logits(_) => law::point_mass(token, vocab_size),
+        }
+    }
+
+    /// Tries of a residual: see [`Choices::residual`].
+    pub(super) fn num_tries(&self) -> u32 {
+        match self.batch.law {
+            DraftLaw::LowRank { .. } => TRIES_LOW_RANK,
+            _ => TRIES,
         }
     }
 
@@ -205,6 +217,15 @@ fn check_law(batch: &AcceptBatch<'_, Reference>) -> Result<()> {
             expect_shape("draft logits", *base, num_drafts, vocab_size)?;
             expect_shape("markov_w2", *w2, vocab_size, law.rank)?;
             law.check(num_drafts)
+        }
+    }
+}
+
+/// -inf where the mask has 0.
+fn forbid(logits: &mut [f32], mask: &[u32]) {
+    for (v, logit) in logits.iter_mut().enumerate() {
+        if mask[v / 32] >> (v % 32) & 1 == 0 {
+            *logit = f32::NEG_INFINITY;
         }
     }
 }

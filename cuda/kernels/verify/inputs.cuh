@@ -53,11 +53,22 @@ struct ShapeInputs {
   bool any;
 };
 
+/* What turns base logits into the logits of a low-rank draft law; w2 nullptr: they are the law's. */
+struct LowRankInputs {
+  const void* w2; /* [vocab_size, rank] */
+  const float* scales;
+  const void* latents; /* [num_reqs * draft_len, rank] */
+  dspark_dtype w2_dtype;
+  int32_t rank;
+};
+
 /* The arrays of dspark_accept. Draft rows follow the target rows wherever rows are counted. */
 struct VerifyInputs {
   LogitMatrix target; /* [num_rows, vocab_size] */
   LogitMatrix draft;  /* [num_reqs * draft_len, vocab_size]; data nullptr: no dense law */
   const float* draft_log_normalizers;
+  LowRankInputs low_rank;
+  const int32_t* draft_mask; /* of draft rows; may be nullptr */
   const int32_t* candidate_tokens;
   const float* candidate_logits;
   const int32_t* draft_tokens;
@@ -232,12 +243,14 @@ __device__ __forceinline__ bool has_penalties(const ShapeInputs& shape) {
          shape.frequency_penalty != nullptr;
 }
 
-/* Whether the mask allows a token of a row. */
-__device__ __forceinline__ bool mask_allows(const VerifyInputs& in, int64_t row, int32_t token) {
-  if (in.shape.mask == nullptr) return true;
-  const int64_t num_words = (in.vocab_size + 31) / 32;
-  const auto word = static_cast<uint32_t>(in.shape.mask[row * num_words + token / 32]);
-  return (word >> (token % 32) & 1u) != 0;
+/* Whether a mask, which may be nullptr, allows a token of a row. */
+__device__ __forceinline__ bool mask_bit(const int32_t* mask,
+                                         int32_t vocab_size,
+                                         int64_t row,
+                                         int32_t token) {
+  if (mask == nullptr) return true;
+  const int64_t num_words = (vocab_size + 31) / 32;
+  return (static_cast<uint32_t>(mask[row * num_words + token / 32]) >> (token % 32) & 1u) != 0;
 }
 
 /* f(row) with the row of a matrix in its type. */
@@ -278,7 +291,7 @@ __device__ __forceinline__ float shaped_logit(const VerifyInputs& in,
     bias = in.shape.edit_biases[at];
   }
   logit = edit_logit(in.shape, row.req, logit, total_count(listed, drafted), bias);
-  return mask_allows(in, row.index, token) ? logit : -INFINITY;
+  return mask_bit(in.shape.mask, in.vocab_size, row.index, token) ? logit : -INFINITY;
 }
 
 /* First token of a strip that is this lane's. */
@@ -379,22 +392,6 @@ __device__ __forceinline__ void load_target_strip(const VerifyInputs& in,
                                                   float (&values)[kGroup]) {
   load_strip(in.target, row.index, strip, in.vocab_size, values);
   shape_group(in, row, strip, values);
-}
-
-/* Starts the loads of a zone, so that reading it strip by strip waits for memory once. */
-__device__ __forceinline__ void touch_zone(const LogitMatrix& matrix,
-                                           int64_t row,
-                                           int32_t zone,
-                                           int32_t vocab_size) {
-#ifdef __CUDA_ARCH__
-  with_row(matrix, row, [&](const auto* data) {
-#pragma unroll
-    for (int i = 0; i < kStripsPerZone; ++i) {
-      const int32_t first = strip_token(zone * kStripsPerZone + i);
-      if (first < vocab_size) asm volatile("prefetch.global.L1 [%0];" : : "l"(data + first));
-    }
-  });
-#endif
 }
 
 }  // namespace dspark

@@ -148,7 +148,8 @@ struct ZoneWords<float> {
     const float* data = static_cast<const float*>(matrix.data) + row * matrix.stride_row;
 #pragma unroll
     for (int strip = 0; strip < kStripsPerZone; ++strip) {
-      load_group_as(data, strip_token(zone * kStripsPerZone + strip), vocab_size, matrix.aligned, values[strip]);
+      load_group_as(data, strip_token(zone * kStripsPerZone + strip), vocab_size, matrix.aligned,
+                    values[strip]);
     }
   }
 

@@ -33,16 +33,12 @@ __device__ __forceinline__ float log_probability(const RowLaw& law, float logit)
 }
 
 /* The first token behind `last` in the order of likelihood, by a warp over its zones. */
-__device__ __forceinline__ Indexed next_likeliest(const VerifyInputs& in,
-                                                  const TargetRow& row,
-                                                  const Strips* maxima,
-                                                  float floor,
-                                                  Indexed last) {
+__device__ __forceinline__ Indexed next_likeliest(
+    const VerifyInputs& in, const TargetRow& row, const Strips* maxima, float floor, Indexed last) {
   Indexed best = {-INFINITY, INT32_MAX};
   for (int32_t zone = threadIdx.x / kWarpSize; zone < in.num_zones;
        zone += LogprobsPolicy::kNumWarps) {
     if (zone_max(maxima[zone]) < floor) continue; /* the same for the whole warp */
-    touch_zone(in.target, row.index, zone, in.vocab_size);
 #pragma unroll 1
     for (int i = 0; i < kStripsPerZone; ++i) {
       const int32_t strip = zone * kStripsPerZone + i;

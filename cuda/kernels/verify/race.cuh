@@ -20,7 +20,7 @@ struct RacePolicy {
   static constexpr float kMargin = 1.00001f; /* on bounds, for the rounding of weights */
 };
 
-struct RaceShared {
+struct RowRaceShared {
   float bounds[kMaxZones];
   uint16_t order[kMaxZones];
   uint32_t best; /* bits of the smallest arrival so far */
@@ -29,14 +29,13 @@ struct RaceShared {
 
 /* The warp's zone runs: the winner with its arrival, in every lane; arrivals above `cutoff` need not
  * take part. */
-__device__ __forceinline__ Indexed race_zone(const VerifyInputs& in,
-                                             const TargetRow& row,
-                                             const RowLaw& law,
-                                             const DrawKey& key,
-                                             int32_t zone,
-                                             float cutoff) {
+__device__ __forceinline__ Indexed race_zone_of_law(const VerifyInputs& in,
+                                                    const TargetRow& row,
+                                                    const RowLaw& law,
+                                                    const DrawKey& key,
+                                                    int32_t zone,
+                                                    float cutoff) {
   const ZoneNoise noise = zone_noise(key.seed, zone, key.position, key.purpose);
-  touch_zone(in.target, row.index, zone, in.vocab_size);
   Indexed best = {INFINITY, kNoRunner};
 #pragma unroll 1
   for (int i = 0; i < kStripsPerZone; ++i) {
@@ -72,11 +71,11 @@ __device__ __forceinline__ Indexed race_zone(const VerifyInputs& in,
 /* The coupled token of a row; kNoRunner when no weight is above 0. All threads of the CTA take part and
  * get it. */
 __device__ __noinline__ int32_t race_row(const VerifyInputs& in,
-                            const TargetRow& row,
-                            const RowLaw& law,
-                            const Strips* maxima,
-                            const DrawKey& key,
-                            RaceShared& shared) {
+                                         const TargetRow& row,
+                                         const RowLaw& law,
+                                         const Strips* maxima,
+                                         const DrawKey& key,
+                                         RowRaceShared& shared) {
   __syncthreads(); /* readers of an earlier use are done */
   for (int32_t zone = threadIdx.x; zone < in.num_zones; zone += RacePolicy::kNumThreads) {
     const float largest = probability(law, zone_max(maxima[zone]));
@@ -103,7 +102,7 @@ __device__ __noinline__ int32_t race_row(const VerifyInputs& in,
     const uint32_t bits = *static_cast<volatile uint32_t*>(&shared.best);
     const float cutoff = __shfl_sync(kAllLanes, __uint_as_float(bits), 0);
     if (bound == INFINITY || bound > cutoff * RacePolicy::kMargin) break;
-    const Indexed winner = race_zone(in, row, law, key, zone, cutoff);
+    const Indexed winner = race_zone_of_law(in, row, law, key, zone, cutoff);
     best = ArgminOp{}(best, winner);
     if (threadIdx.x % kWarpSize == 0) atomicMin(&shared.best, __float_as_uint(winner.value));
   }

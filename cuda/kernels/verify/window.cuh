@@ -44,14 +44,16 @@ struct Window {
   int32_t tokens[kMaxRows];
   int32_t parents[kMaxRows];
   int32_t depths[kMaxRows];
-  int32_t ordinals[kMaxRows];   /* siblings before this row */
-  double uniforms[kMaxRows];    /* of the decision on the draft, when all siblings before were refused */
+  double
+      uniforms[kMaxRows]; /* of the decision on the draft, when all siblings before were refused */
   float token_logits[kMaxRows]; /* of the draft's token in its parent's row */
   float target_probs[kMaxRows]; /* p of the draft's token under its parent's law */
   float draft_probs[kMaxRows];
   int32_t targets[kMaxRows]; /* what each row says: greedy and coupled */
   float masses[kMaxRows];    /* S_i of the block rule */
-  Rejection rejections[kMaxRows];
+  float ratios[kMaxRows];    /* joint, of the block rule */
+  uint64_t passes;           /* bit k: draft k passes when no sibling was refused before */
+  WeightSource source;       /* of the row where the request stands */
 };
 
 struct RequestView {
@@ -101,17 +103,16 @@ __device__ __forceinline__ RowLaw draft_law(const VerifyInputs& in,
   } else if (in.candidate_tokens != nullptr) {
     const int32_t* tokens = in.candidate_tokens + index * in.num_candidates;
     const float* logits = in.candidate_logits + index * in.num_candidates;
-    float max = -INFINITY;
-    bool bad = false;
-    for (int32_t i = threadIdx.x % kWarpSize; i < in.num_candidates; i += kWarpSize) {
-      if (tokens[i] < 0) continue;
-      max = fmaxf(max, logits[i]);
-      bad |= !(logits[i] < INFINITY);
+    const int32_t lane = threadIdx.x % kWarpSize;
+    float max = -INFINITY; /* NaN if a logit is */
+    for (int32_t i = lane; i < in.num_candidates; i += kWarpSize) {
+      const float logit = logits[i];
+      if (tokens[i] >= 0) max = max_nan(max, logit);
     }
-    max = warp_reduce(max, MaxOp{});
-    law.bad = __ballot_sync(kAllLanes, bad) != 0 || !(max > -INFINITY);
+    max = from_ordered(__reduce_max_sync(kAllLanes, ordered(max)));
+    law.bad = !(fabsf(max) < INFINITY);
     float sum = 0.f;
-    for (int32_t i = threadIdx.x % kWarpSize; i < in.num_candidates; i += kWarpSize) {
+    for (int32_t i = lane; i < in.num_candidates; i += kWarpSize) {
       if (tokens[i] >= 0 && law.bad == 0) sum += logit_weight(logits[i], max, law.scale);
     }
     law.max = max;
@@ -128,15 +129,13 @@ __device__ __forceinline__ DrawKey draw_key(const VerifyInputs& in,
   return {in.seeds[view.req], in.anchor_positions[view.req] + 1 + window.depths[row], purpose};
 }
 
-/* The uniform of the `ordinal`-th decision on a draft behind `row`. */
+/* The uniform of the decision on a draft with `depth` drafts up to it and `ordinal` siblings before. */
 __device__ __forceinline__ double accept_uniform(const VerifyInputs& in,
                                                  const RequestView& view,
-                                                 const Window& window,
-                                                 int32_t row,
+                                                 int32_t depth,
                                                  int32_t ordinal) {
-  const DrawKey key = draw_key(in, view, window, row, DSPARK_PURPOSE_ACCEPT);
-  const uint4 words =
-      philox_quad(key.seed, static_cast<uint32_t>(ordinal), key.position, key.purpose);
+  const uint4 words = philox_quad(in.seeds[view.req], static_cast<uint32_t>(ordinal),
+                                  in.anchor_positions[view.req] + depth, DSPARK_PURPOSE_ACCEPT);
   return uniform_from_word(words.x);
 }
 
@@ -144,68 +143,88 @@ __device__ __forceinline__ bool compares_laws(const RequestView& view) {
   return view.rule == DSPARK_RULE_TOKEN || view.rule == DSPARK_RULE_BLOCK;
 }
 
-/* What needs no zones. Draft laws that do (dense, without normalisers) are merged by finish_window. All
- * threads take part. */
-__device__ __forceinline__ void prepare_window(const VerifyInputs& in,
-                                               const AcceptWork& work,
-                                               const RequestView& view,
-                                               Window& window) {
+/* Draft laws and q of the drafts, by the first warps; also of drafts that are not verified, so that no
+ * load waits for their number. */
+__device__ __forceinline__ void load_draft_laws(const VerifyInputs& in,
+                                                const AcceptWork& work,
+                                                const RequestView& view,
+                                                int num_warps,
+                                                Window& window) {
   const int warp = threadIdx.x / kWarpSize;
-  const bool leads = threadIdx.x % kWarpSize == 0;
-  const bool compares = compares_laws(view);
-  for (int32_t row = threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
-    window.depths[row] = row_depth(in, view.req, row);
-    window.tokens[row] = row > 0 ? draft_token(in, view.req, row) : -1;
-    window.parents[row] = row > 0 ? parent_row(in, view.req, row) : -1;
-  }
-  __syncthreads();
-  if (!compares) return;
-  for (int32_t row = 1 + threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
-    const int32_t parent = window.parents[row];
-    int32_t ordinal = 0;
-    if (in.parents != nullptr) {
-      for (int32_t other = parent + 1; other < row; ++other) {
-        ordinal += window.parents[other] == parent;
-      }
-    }
-    window.ordinals[row] = ordinal;
-    window.uniforms[row] = accept_uniform(in, view, window, parent, ordinal);
-    const int32_t token = window.tokens[row];
-    window.token_logits[row] =
-        in_vocab(in, token) ? shaped_logit(in, target_row(view, parent), token) : -INFINITY;
-  }
-  if (merges_draft_rows(in)) return;
-  for (int32_t row = 1 + warp; row <= view.num_drafts; row += AcceptPolicy::kNumWarps) {
+  for (int32_t row = 1 + warp; row <= in.draft_len; row += num_warps) {
+    const int32_t token = draft_token(in, view.req, row);
     const RowLaw law = draft_law(in, work, view, row);
-    const int32_t token = window.tokens[row];
     const float prob = in_vocab(in, token) ? draft_probability(in, view.req, row, law, token) : 1.f;
-    if (!leads) continue;
+    if (threadIdx.x % kWarpSize != 0) continue;
     window.draft_laws[row] = law;
     window.draft_probs[row] = prob;
   }
 }
 
-/* The lowest token of the row's largest logit, by a warp. */
+/* What needs no zones: half of the warps on the draft laws (those that are merged from zones come with
+ * finish_window), the others on the rows. All threads take part. */
+__device__ __forceinline__ void prepare_window(const VerifyInputs& in,
+                                               const AcceptWork& work,
+                                               const RequestView& view,
+                                               Window& window) {
+  constexpr int kLawWarps = AcceptPolicy::kNumWarps / 2;
+  constexpr int kRowThreads = AcceptPolicy::kNumThreads - kLawWarps * kWarpSize;
+  const int thread = static_cast<int>(threadIdx.x) - kLawWarps * kWarpSize;
+  const bool compares = compares_laws(view);
+  if (thread < 0) {
+    if (compares && !merges_draft_rows(in)) load_draft_laws(in, work, view, kLawWarps, window);
+    return;
+  }
+  if (thread == 0) window.passes = 0;
+  for (int32_t row = thread; row <= in.draft_len; row += kRowThreads) {
+    const int32_t parent = row > 0 ? parent_row(in, view.req, row) : -1;
+    const int32_t token = row > 0 ? draft_token(in, view.req, row) : -1;
+    if (row > view.num_drafts) return;
+    const int32_t depth = row_depth(in, view.req, row);
+    window.depths[row] = depth;
+    window.tokens[row] = token;
+    window.parents[row] = parent;
+    if (!compares || row == 0) continue;
+    window.token_logits[row] =
+        in_vocab(in, token) ? shaped_logit(in, target_row(view, parent), token) : -INFINITY;
+    int32_t ordinal = 0; /* siblings before it */
+    if (in.parents != nullptr) {
+      for (int32_t other = parent + 1; other < row; ++other) {
+        ordinal += parent_row(in, view.req, other) == parent;
+      }
+    }
+    window.uniforms[row] = accept_uniform(in, view, depth, ordinal);
+  }
+}
+
+/* The lowest token of the row's largest logit (or 0), and in `law` whether there is one, by a warp. */
 __device__ __forceinline__ int32_t row_argmax(const VerifyInputs& in,
                                               const TargetRow& row,
                                               const Strips* maxima,
-                                              float max) {
+                                              RowLaw& law) {
+  float max = -INFINITY; /* of this lane's zones, and its first strip; NaN stays */
   int32_t strip = INT32_MAX;
+#pragma unroll 5
   for (int32_t zone = threadIdx.x % kWarpSize; zone < in.num_zones; zone += kWarpSize) {
     const Strips own = maxima[zone];
 #pragma unroll
-    for (int i = kStripsPerZone - 1; i >= 0; --i) {
-      if (own.of[i] == max && strip >= zone * kStripsPerZone) strip = zone * kStripsPerZone + i;
+    for (int i = 0; i < kStripsPerZone; ++i) {
+      if (!(own.of[i] <= max) && !(max != max)) {
+        max = own.of[i];
+        strip = zone * kStripsPerZone + i;
+      }
     }
   }
-  strip = __reduce_min_sync(kAllLanes, strip);
-  if (strip == INT32_MAX) return 0; /* no law */
+  const float most = from_ordered(__reduce_max_sync(kAllLanes, ordered(max)));
+  strip = __reduce_min_sync(kAllLanes, max == most ? strip : INT32_MAX);
+  law = {most, 0.f, 0.f, -INFINITY, 0.f, !(fabsf(most) < INFINITY)};
+  if (law.bad != 0) return 0; /* the same for the whole warp */
   float values[kGroup];
   load_target_strip(in, row, strip, values);
   int32_t token = INT32_MAX;
 #pragma unroll
   for (int j = kGroup - 1; j >= 0; --j) {
-    if (values[j] == max) token = strip_token(strip) + j;
+    if (values[j] == most) token = strip_token(strip) + j;
   }
   return __reduce_min_sync(kAllLanes, token);
 }
@@ -216,7 +235,29 @@ __device__ __forceinline__ int32_t row_race(const VerifyInputs& in, const ZoneRa
   for (int32_t z = threadIdx.x % kWarpSize; z < in.num_zones; z += kWarpSize) {
     best = ArgmaxOp{}(best, Indexed{races[z].score, races[z].token});
   }
-  return warp_reduce(best, ArgmaxOp{}).index;
+  const int32_t most = __reduce_max_sync(kAllLanes, ordered(best.value));
+  return __reduce_min_sync(kAllLanes, ordered(best.value) == most ? best.index : kNoRunner);
+}
+
+/* Draft laws that come from zones: out of line, where it costs the other laws no registers. */
+__device__ __noinline__ void merge_draft_laws(const VerifyInputs& in,
+                                              const AcceptWork& work,
+                                              const RequestView& view,
+                                              Window& window) {
+  load_draft_laws(in, work, view, AcceptPolicy::kNumWarps, window);
+}
+
+__device__ __forceinline__ void note_pass(Window& window, int32_t row) {
+  atomicOr(reinterpret_cast<unsigned long long*>(&window.passes), 1ull << (row - 1));
+}
+
+/* Drafts that are what their parent's row says. All threads take part. */
+__device__ __forceinline__ void compare_tokens(const RequestView& view, Window& window) {
+  for (int32_t row = 1 + threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
+    const int32_t says = window.targets[window.parents[row]];
+    if (says >= 0 && window.tokens[row] == says) note_pass(window, row);
+  }
+  __syncthreads();
 }
 
 /* The rest, from the zones. All threads take part. */
@@ -231,52 +272,57 @@ __device__ __forceinline__ void finish_window(const VerifyInputs& in,
     const TargetRow target = target_row(view, row);
     const RowZones zones = zones_of(in, work.zones, target.index);
     RowLaw law;
-    if (work.laws != nullptr) {
+    int32_t says = -1;
+    if (view.rule < 0) {
+      says = row_argmax(in, target, zones.maxima, law);
+    } else if (work.laws != nullptr) {
       law = work.laws[target.index];
     } else {
       law = merge_zones(zones, in.num_zones, scale);
-    }
-    int32_t says = -1;
-    if (view.rule < 0 && law.bad == 0) says = row_argmax(in, target, zones.maxima, law.max);
-    if (view.rule == DSPARK_RULE_COUPLED && work.laws == nullptr) {
-      says = row_race(in, work.races + target.index * in.num_zones);
+      if (view.rule == DSPARK_RULE_COUPLED) {
+        says = row_race(in, work.races + target.index * in.num_zones);
+      }
     }
     if (!leads) continue;
     window.target_laws[row] = law;
-    window.targets[row] = says;
+    window.targets[row] = law.bad == 0 ? says : -1;
   }
   const bool compares = compares_laws(view);
-  if (compares && merges_draft_rows(in)) {
-    for (int32_t row = 1 + warp; row <= view.num_drafts; row += AcceptPolicy::kNumWarps) {
-      const RowLaw law = draft_law(in, work, view, row);
-      const int32_t token = window.tokens[row];
-      const float prob =
-          in_vocab(in, token) ? draft_probability(in, view.req, row, law, token) : 1.f;
-      if (!leads) continue;
-      window.draft_laws[row] = law;
-      window.draft_probs[row] = prob;
+  if (compares && merges_draft_rows(in)) merge_draft_laws(in, work, view, window);
+  __syncthreads();
+  if (compares) {
+    for (int32_t row = 1 + threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
+      const float target_prob =
+          probability(window.target_laws[window.parents[row]], window.token_logits[row]);
+      window.target_probs[row] = target_prob;
+      const double bar = window.uniforms[row] * static_cast<double>(window.draft_probs[row]);
+      if (bar < static_cast<double>(target_prob)) note_pass(window, row);
     }
+    __syncthreads();
+  } else {
+    compare_tokens(view, window);
   }
-  __syncthreads();
-  if (!compares) return;
-  for (int32_t row = 1 + threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
-    window.target_probs[row] =
-        probability(window.target_laws[window.parents[row]], window.token_logits[row]);
-  }
-  __syncthreads();
 }
 
-/* The weights that the next token of `row` is drawn from. */
-__device__ __forceinline__ WeightSource weight_source(const VerifyInputs& in,
-                                                      const AcceptWork& work,
-                                                      const RequestView& view,
-                                                      const Window& window,
-                                                      int32_t row,
-                                                      int32_t num_rejections,
-                                                      float share) {
-  const TargetRow target = target_row(view, row);
-  return {target, window.target_laws[row], zones_of(in, work.zones, target.index),
-          share,  window.rejections,       num_rejections};
+/* The request comes to `row`: window.source is p there, times `share`, less the draft of `rejected` if
+ * that is not 0. All threads take part. */
+__device__ __forceinline__ void stand_at(const VerifyInputs& in,
+                                         const AcceptWork& work,
+                                         const RequestView& view,
+                                         int32_t row,
+                                         float share,
+                                         int32_t rejected,
+                                         Window& window) {
+  if (threadIdx.x == 0) {
+    WeightSource& source = window.source;
+    source.row = target_row(view, row);
+    source.law = window.target_laws[row];
+    source.zones = zones_of(in, work.zones, source.row.index);
+    source.share = share;
+    source.num_rejections = rejected > 0;
+    if (rejected > 0) source.rejections[0] = {rejected, window.draft_laws[rejected], 1.f};
+  }
+  __syncthreads();
 }
 
 /* The next child of `row` after row `after`; 0 when there is none. */

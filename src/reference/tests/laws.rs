@@ -434,7 +434,7 @@ fn the_token_rule_uses_the_uniforms_of_the_contract() {
     let words = |a, position, purpose: Purpose, b| {
         philox4x32([0x0000_BEEF, 0xFEED], [a, position, purpose as u32, b])
     };
-    // One zone: its own uniform changes nothing, the token's is the second.
+    // One strip: its own uniform changes nothing, the token's is the second.
     let draw = |weights: &[f64], number, position, purpose| {
         let [_, _, high, low] = words(number, position, purpose, 2);
         let bits = u64::from(high) << 20 | u64::from(low) >> 12;
