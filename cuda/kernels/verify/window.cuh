@@ -143,15 +143,15 @@ __device__ __forceinline__ bool compares_laws(const RequestView& view) {
   return view.rule == DSPARK_RULE_TOKEN || view.rule == DSPARK_RULE_BLOCK;
 }
 
-/* Draft laws and q of the drafts, by the first warps; also of drafts that are not verified, so that no
- * load waits for their number. */
+/* Laws and q of the first `num_drafts` drafts, by the first warps. */
 __device__ __forceinline__ void load_draft_laws(const VerifyInputs& in,
                                                 const AcceptWork& work,
                                                 const RequestView& view,
+                                                int32_t num_drafts,
                                                 int num_warps,
                                                 Window& window) {
   const int warp = threadIdx.x / kWarpSize;
-  for (int32_t row = 1 + warp; row <= in.draft_len; row += num_warps) {
+  for (int32_t row = 1 + warp; row <= num_drafts; row += num_warps) {
     const int32_t token = draft_token(in, view.req, row);
     const RowLaw law = draft_law(in, work, view, row);
     const float prob = in_vocab(in, token) ? draft_probability(in, view.req, row, law, token) : 1.f;
@@ -172,7 +172,10 @@ __device__ __forceinline__ void prepare_window(const VerifyInputs& in,
   const int thread = static_cast<int>(threadIdx.x) - kLawWarps * kWarpSize;
   const bool compares = compares_laws(view);
   if (thread < 0) {
-    if (compares && !merges_draft_rows(in)) load_draft_laws(in, work, view, kLawWarps, window);
+    /* All drafts, verified or not: no load waits for the number of rows. */
+    if (compares && !merges_draft_rows(in)) {
+      load_draft_laws(in, work, view, in.draft_len, kLawWarps, window);
+    }
     return;
   }
   if (thread == 0) window.passes = 0;
@@ -244,7 +247,7 @@ __device__ __noinline__ void merge_draft_laws(const VerifyInputs& in,
                                               const AcceptWork& work,
                                               const RequestView& view,
                                               Window& window) {
-  load_draft_laws(in, work, view, AcceptPolicy::kNumWarps, window);
+  load_draft_laws(in, work, view, view.num_drafts, AcceptPolicy::kNumWarps, window);
 }
 
 __device__ __forceinline__ void note_pass(Window& window, int32_t row) {
