@@ -62,9 +62,9 @@ __device__ __forceinline__ void begin_fill(Fill* fill, int32_t number) {
 }
 
 __device__ __forceinline__ void end_fill(Fill* fill) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\n" ::"r"(
-                   shared_address(&fill->barrier))
-               : "memory");
+  asm volatile(
+      "cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\n" ::"r"(shared_address(&fill->barrier))
+      : "memory");
 }
 
 }  // namespace dspark

@@ -153,8 +153,7 @@ __device__ __forceinline__ void store_latent(const LatentArgs<T>& args,
   if (args.rows.is_f16) {
     static_cast<__half*>(args.rows.base)[at] = Element<__half>::from_float(value);
   } else {
-    static_cast<__nv_bfloat16*>(args.rows.base)[at] =
-        Element<__nv_bfloat16>::from_float(value);
+    static_cast<__nv_bfloat16*>(args.rows.base)[at] = Element<__nv_bfloat16>::from_float(value);
   }
 }
 

@@ -28,10 +28,10 @@
 
 namespace dspark {
 
-constexpr int kSpan = 64;        /* tokens */
-constexpr int kLaneTokens = 8;   /* of a span, with one lane */
-constexpr int kSpanTiles = 4;    /* products of 16 tokens */
-constexpr int kGroupReqs = 8;    /* requests of a product */
+constexpr int kSpan = 64;      /* tokens */
+constexpr int kLaneTokens = 8; /* of a span, with one lane */
+constexpr int kSpanTiles = 4;  /* products of 16 tokens */
+constexpr int kGroupReqs = 8;  /* requests of a product */
 constexpr float kLog2e = 1.44269504f;
 
 enum class DrawMode : int32_t { kGreedy, kSampled, kCoupled };
@@ -77,7 +77,7 @@ struct SpanWeight {
 /* What a lane knows of the request it owns. */
 struct SpanOwner {
   const SpanRunner* runner; /* nullptr: owns none */
-  float top; /* largest logit of the span */
+  float top;                /* largest logit of the span */
   SpanWeight weight;
   RaceKey seen; /* the request's leader at this step, as far as known */
 };
@@ -117,53 +117,49 @@ __device__ __forceinline__ void weigh_span(SpanTile<kNTiles>& logits,
   }
 }
 
-/* The noise of a span: see the contract. */
+/* An owner's noise for a span, made while the span is on its way. */
 struct SpanNoise {
-  float exponential;
-  float uniform;
+  float first;  /* sampled: log2 of the exponential; coupled: the least E of the zone */
+  float second; /* sampled: the uniform; greedy: 0, the first of the largest; coupled: bits of whose */
 };
 
-__device__ __forceinline__ SpanNoise span_noise(const Runner& runner,
-                                                int32_t span,
-                                                int32_t position) {
+__device__ __forceinline__ SpanNoise span_noise(const SpanOwner& owner,
+                                                int32_t step,
+                                                int32_t span) {
+  if (owner.runner == nullptr || owner.runner->mode == DrawMode::kGreedy) return {0.f, 0.f};
+  const Runner& runner = owner.runner->runner;
+  const int32_t position = runner.position + step;
+  if (owner.runner->mode == DrawMode::kCoupled) {
+    const ZoneNoise zone =
+        zone_noise(runner.seed, span / (kZone / kSpan), position, runner.purpose);
+    return {zone.least, __int_as_float(zone.least_at)};
+  }
   const uint4 words =
       philox4x32_10(runner.seed, make_uint4(static_cast<uint32_t>(span),
                                             static_cast<uint32_t>(position), runner.purpose, 2u));
-  return {exponential_from_word(words.x), (static_cast<float>(words.y) + 0.5f) * kTwoPowMinus32};
+  return {fast_log2(exponential_from_word(words.x)),
+          (static_cast<float>(words.y) + 0.5f) * kTwoPowMinus32};
 }
 
-/* What the owner brings to the draw from a span that may lead. */
+/* Whether the owner's request may find its leader in this span, and with what score. */
 struct SpanClaim {
   bool may_lead;
-  float score;   /* greedy, sampled */
-  float uniform; /* sampled; 0: the first token of the largest logit */
-  ZoneNoise zone; /* coupled */
-  float bound;    /* coupled: a score that a token must reach */
+  float score; /* coupled: what a token must reach */
 };
 
-__device__ __forceinline__ SpanClaim claim_span(const SpanOwner& owner, int32_t step, int32_t span) {
-  SpanClaim claim = {};
-  if (owner.runner == nullptr) return claim;
-  const Runner& runner = owner.runner->runner;
-  const int32_t position = runner.position + step;
+__device__ __forceinline__ SpanClaim claim_span(const SpanOwner& owner, const SpanNoise& noise) {
+  if (owner.runner == nullptr) return {false, 0.f};
   const float seen = race_score(owner.seen);
   if (owner.runner->mode == DrawMode::kCoupled) {
-    claim.zone = zone_noise(runner.seed, span / (kZone / kSpan), position, runner.purpose);
-    claim.bound = screen_bound(seen, runner.temperature);
-    claim.may_lead = owner.top > -INFINITY &&
-                     !(claim.zone.least > largest_exponential(owner.top, claim.bound, runner));
-    return claim;
+    const Runner& runner = owner.runner->runner;
+    const float bound = screen_bound(seen, runner.temperature);
+    const bool beaten = noise.first > largest_exponential(owner.top, bound, runner);
+    return {owner.top > -INFINITY && !beaten, bound};
   }
-  if (owner.runner->mode == DrawMode::kGreedy) {
-    claim.score = owner.top;
-  } else {
-    const SpanNoise noise = span_noise(runner, span, position);
-    claim.score = owner.weight.scaled_top + fast_log2(owner.weight.sum) -
-                  fast_log2(noise.exponential);
-    claim.uniform = noise.uniform;
-  }
-  claim.may_lead = claim.score >= seen && claim.score > -INFINITY;
-  return claim;
+  const float score = owner.runner->mode == DrawMode::kGreedy
+                          ? owner.top
+                          : owner.weight.scaled_top + fast_log2(owner.weight.sum) - noise.first;
+  return {score >= seen && score > -INFINITY, score};
 }
 
 /* The first token of the column whose running sum of weights exceeds the share `uniform` of all;
@@ -198,7 +194,8 @@ __device__ __forceinline__ int32_t draw_token(const float (&weights)[kLaneTokens
   }
   const int32_t token = lane / 4 * kLaneTokens + (drawn < 0 ? last : drawn);
   /* Past rounding: the last that has any weight. */
-  const int from = past != 0 ? __ffs(static_cast<int>(past)) - 1 : 31 - __clz(static_cast<int>(live));
+  const int from =
+      past != 0 ? __ffs(static_cast<int>(past)) - 1 : 31 - __clz(static_cast<int>(live));
   return __shfl_sync(kAllLanes, token, from & 31);
 }
 
@@ -220,18 +217,42 @@ __device__ __forceinline__ Indexed race_column(const float (&logits)[kLaneTokens
 }
 
 /* Of the four owners of a row of requests. */
-__device__ __forceinline__ uint32_t claims_of(uint32_t claims, int j) { return claims >> 4 * j & 0xfu; }
+__device__ __forceinline__ uint32_t claims_of(uint32_t claims, int j) {
+  return claims >> 4 * j & 0xfu;
+}
+
+/* Token of the span drawn for the requests of row j: greedy and sampled ones. `from`: the owner. */
+template <int kNTiles>
+__device__ __forceinline__ int32_t draw_row(SpanTile<kNTiles>& logits,
+                                            int j,
+                                            const SpanRunner& runner,
+                                            const SpanOwner& owner,
+                                            const SpanNoise& noise,
+                                            int from) {
+  const float scaled_top = __shfl_sync(kAllLanes, owner.weight.scaled_top, from);
+  const float top = __shfl_sync(kAllLanes, owner.top, from);
+  const float scale = runner.runner.log2e_per_temperature;
+  float weights[kLaneTokens];
+#pragma unroll
+  for (int i = 0; i < kLaneTokens; ++i) {
+    const float l = span_element<kNTiles>(logits, j / 2, j % 2, i);
+    weights[i] = runner.mode == DrawMode::kGreedy ? (l == top ? 1.f : 0.f)
+                                                  : fast_exp2(fmaf(l, scale, -scaled_top));
+  }
+  return draw_token(weights, __shfl_sync(kAllLanes, noise.second, from));
+}
 
 /* Lets the span run for every request: better leaders go to `keys` (of the warp's requests). */
 template <int kNTiles>
 __device__ __forceinline__ void race_span(SpanTile<kNTiles>& logits,
                                           const SpanRunner* runners,
                                           SpanOwner& owner,
+                                          const SpanNoise& noise,
                                           int32_t step,
                                           int32_t span,
                                           RaceKey* keys) {
   const int lane = threadIdx.x % kWarpSize;
-  const SpanClaim claim = claim_span(owner, step, span);
+  const SpanClaim claim = claim_span(owner, noise);
   const uint32_t claims = __ballot_sync(kAllLanes, claim.may_lead);
   if (claims == 0) return;
   const bool owns_coupled = claim.may_lead && owner.runner->mode == DrawMode::kCoupled;
@@ -240,32 +261,21 @@ __device__ __forceinline__ void race_span(SpanTile<kNTiles>& logits,
 #pragma unroll
   for (int j = 0; j < 2 * kNTiles; ++j) {
     if (claims_of(claims, j) == 0) continue;
-    const int from = 4 * j + lane % 4; /* the owner */
+    const int from = 4 * j + lane % 4;
     const SpanRunner& runner = runners[j / 2 * kGroupReqs + lane % 4 * 2 + j % 2];
-    const float scaled_top = __shfl_sync(kAllLanes, owner.weight.scaled_top, from);
-    const float top = __shfl_sync(kAllLanes, owner.top, from);
-    const float scale = runner.runner.log2e_per_temperature;
     if (claims_of(claims, j) != claims_of(coupled, j)) {
-    float weights[kLaneTokens];
-#pragma unroll
-    for (int i = 0; i < kLaneTokens; ++i) {
-      const float l = span_element<kNTiles>(logits, j / 2, j % 2, i);
-      weights[i] = runner.mode == DrawMode::kGreedy ? (l == top ? 1.f : 0.f)
-                                                    : fast_exp2(fmaf(l, scale, -scaled_top));
-    }
-    const int32_t token =
-        span * kSpan + draw_token(weights, __shfl_sync(kAllLanes, claim.uniform, from));
-    if (lane / 4 == j) best = {claim.score, token};
+      const int32_t token = draw_row<kNTiles>(logits, j, runner, owner, noise, from);
+      if (lane / 4 == j) best = {claim.score, span * kSpan + token};
     }
     if (claims_of(coupled, j) == 0) continue;
     float own[kLaneTokens];
 #pragma unroll
     for (int i = 0; i < kLaneTokens; ++i) own[i] = span_element<kNTiles>(logits, j / 2, j % 2, i);
-    const ZoneNoise zone = {__shfl_sync(kAllLanes, claim.zone.least, from),
-                            __shfl_sync(kAllLanes, claim.zone.least_at, from)};
-    const Indexed raced = race_column(own, runner.runner, step, zone,
-                                      __shfl_sync(kAllLanes, claim.bound, from),
-                                      span * kSpan + lane / 4 * kLaneTokens);
+    const ZoneNoise zone = {__shfl_sync(kAllLanes, noise.first, from),
+                            __float_as_int(__shfl_sync(kAllLanes, noise.second, from))};
+    const Indexed raced =
+        race_column(own, runner.runner, step, zone, __shfl_sync(kAllLanes, claim.score, from),
+                    span * kSpan + lane / 4 * kLaneTokens);
     if (lane / 4 == j && runner.mode == DrawMode::kCoupled) best = raced;
   }
   if (!claim.may_lead) return;

@@ -47,9 +47,9 @@ struct CandidateRows {
 
 template <typename U>
 struct TopArgs {
-  const U* logits;      /* [num_rows, vocab_size], f32 or bf16 */
-  uint32_t* zone_tops;  /* [num_rows, num_zones], see logit_order */
-  RaceKey* keys;        /* [num_rows, num_top] */
+  const U* logits;     /* [num_rows, vocab_size], f32 or bf16 */
+  uint32_t* zone_tops; /* [num_rows, num_zones], see logit_order */
+  RaceKey* keys;       /* [num_rows, num_top] */
   GrammarMask mask;
   CandidateRows ahead[2];
   int64_t stride_row;
@@ -75,8 +75,8 @@ __device__ __forceinline__ void load_allowed(const TopArgs<U>& args,
   const int32_t left = args.vocab_size - token;
   if (args.aligned_rows && left >= TopPolicy::kLaneTokens) {
     if constexpr (sizeof(U) == 4) {
-      load_vec(logits, *reinterpret_cast<float(*)[4]>(&values[0]));
-      load_vec(logits + 4, *reinterpret_cast<float(*)[4]>(&values[4]));
+      load_vec(logits, *reinterpret_cast<float (*)[4]>(&values[0]));
+      load_vec(logits + 4, *reinterpret_cast<float (*)[4]>(&values[4]));
     } else {
       load_vec(logits, values);
     }
@@ -122,17 +122,30 @@ __global__ void __launch_bounds__(TopPolicy::kNumThreads) zone_top_kernel(TopArg
   }
 }
 
-/* Sum over the CTA of a small count; every thread gets it. */
-__device__ __forceinline__ int cta_count(int count) {
-  __shared__ int scratch[TopPolicy::kNumWarps];
-  return cta_reduce<TopPolicy::kNumThreads>(count, SumOp{}, 0, scratch);
-}
+/* Counts over the CTA, one barrier each: calls alternate between two places. */
+struct CtaCounter {
+  int (&counts)[2][TopPolicy::kNumWarps]; /* shared */
+  int turn;
+
+  /* Sum of the threads' counts; every thread gets it. */
+  __device__ __forceinline__ int sum(int count) {
+    turn ^= 1;
+    count = __reduce_add_sync(kAllLanes, count);
+    if (threadIdx.x % kWarpSize == 0) counts[turn][threadIdx.x / kWarpSize] = count;
+    __syncthreads();
+    int total = 0;
+#pragma unroll
+    for (int warp = 0; warp < TopPolicy::kNumWarps; ++warp) total += counts[turn][warp];
+    return total;
+  }
+};
 
 /* The largest multiple of 2^kLowBit in Key that at least `quota` keys reach, 0 if there is none;
  * count(t) is how many keys reach t. */
 template <int kLowBit, typename Key, typename Count>
 __device__ __forceinline__ Key largest_reached(int quota, Count count) {
   Key reached = 0;
+#pragma unroll 1
   for (int bit = static_cast<int>(sizeof(Key)) * 8 - 1; bit >= kLowBit; --bit) {
     const Key trial = reached | Key{1} << bit;
     if (count(trial) >= quota) reached = trial;
@@ -160,13 +173,15 @@ __device__ __forceinline__ void visit_zones(
 struct TopShared {
   uint16_t zones[TopPolicy::kMaxZones];
   RaceKey survivors[TopPolicy::kMaxSurvivors];
+  int counts[2][TopPolicy::kNumWarps];
   int num_zones;
   int num_survivors;
 };
 
 /* Zones whose maximum reaches `bound` into shared.zones. */
-__device__ __forceinline__ void list_zones(
-    const uint32_t (&tops)[TopPolicy::kZonesPerThread], uint32_t bound, TopShared& shared) {
+__device__ __forceinline__ void list_zones(const uint32_t (&tops)[TopPolicy::kZonesPerThread],
+                                           uint32_t bound,
+                                           TopShared& shared) {
 #pragma unroll
   for (int i = 0; i < TopPolicy::kZonesPerThread; ++i) {
     if (tops[i] == 0 || tops[i] < bound) continue;
@@ -193,8 +208,8 @@ __device__ __forceinline__ void collect(const TopArgs<U>& args,
 __device__ __forceinline__ void prefetch_row(const CandidateRows& rows, int32_t token) {
   constexpr int kLineBytes = 128;
   if (rows.weights == nullptr) return;
-  const char* row = static_cast<const char*>(rows.weights) +
-                    static_cast<int64_t>(token) * rows.row_bytes;
+  const char* row =
+      static_cast<const char*>(rows.weights) + static_cast<int64_t>(token) * rows.row_bytes;
   for (int at = 0; at < rows.row_bytes; at += kLineBytes) {
     asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(row + at)));
   }
@@ -216,12 +231,13 @@ __global__ void __launch_bounds__(TopPolicy::kNumThreads) select_top_kernel(TopA
     const int32_t zone = i * Policy::kNumThreads + static_cast<int32_t>(threadIdx.x);
     tops[i] = zone < args.num_zones ? __ldcg(args.zone_tops + row * args.num_zones + zone) : 0u;
   }
+  CtaCounter counter{shared.counts, 0};
   constexpr int kLowBit = 16; /* a bf16 is these; of an f32 the rest is rounded down */
   const uint32_t bound = largest_reached<kLowBit, uint32_t>(num_top, [&](uint32_t trial) {
     int count = 0;
 #pragma unroll
     for (int i = 0; i < Policy::kZonesPerThread; ++i) count += tops[i] >= trial;
-    return cta_count(count);
+    return counter.sum(count);
   });
   list_zones(tops, bound, shared); /* a barrier lies between this and the zero above */
   __syncthreads();
@@ -231,7 +247,7 @@ __global__ void __launch_bounds__(TopPolicy::kNumThreads) select_top_kernel(TopA
       int count = 0;
       visit_zones(args, row, shared.zones, shared.num_zones,
                   [&](RaceKey key) { count += key >= trial; });
-      return cta_count(count);
+      return counter.sum(count);
     });
     __syncthreads();
     if (threadIdx.x == 0) shared.num_survivors = 0;

@@ -44,11 +44,11 @@ struct WalkArgs {
   const int32_t* anchor_positions;
   const float* temperature;
   const uint64_t* seeds;
-  const int32_t* rules;      /* nullptr: none is coupled */
-  const int32_t* top_k;      /* these three: nullptr: off */
+  const int32_t* rules; /* nullptr: none is coupled */
+  const int32_t* top_k; /* these three: nullptr: off */
   const float* top_p;
   const float* min_p;
-  int32_t* draft_tokens; /* [num_reqs, draft_len] */
+  int32_t* draft_tokens;     /* [num_reqs, draft_len] */
   int32_t* candidate_tokens; /* [num_reqs * draft_len, num_top + num_bigram] */
   float* candidate_logits;
   GrammarMask mask;
@@ -98,17 +98,16 @@ struct Walk {
   const WalkArgs<T, U>& args;
   int32_t req;
   int32_t num_candidates;
-  float* latent;          /* shared */
-  Candidate* candidates;  /* shared, [num_steps, num_candidates] */
-  Runner runner;          /* position: of the launch's first step */
+  float* latent;         /* shared */
+  Candidate* candidates; /* shared, [num_steps, num_candidates] */
+  Runner runner;         /* position: of the launch's first step */
 
   __device__ __forceinline__ Walk(const WalkArgs<T, U>& args, float4* shared)
       : args(args),
         req(static_cast<int32_t>(blockIdx.x)),
         num_candidates(args.num_top + args.num_bigram),
         latent(reinterpret_cast<float*>(shared)),
-        candidates(
-            reinterpret_cast<Candidate*>(latent + walk_latent_floats(args.in.markov_rank))),
+        candidates(reinterpret_cast<Candidate*>(latent + walk_latent_floats(args.in.markov_rank))),
         runner{args.seeds[req], args.temperature[req], 0.f,
                args.anchor_positions[req] + 1 + args.first_step, draft_purpose(args.rules, req)} {}
 
@@ -168,9 +167,10 @@ struct Walk {
       if (args.latent != nullptr) {
         latent[j] = args.latent[static_cast<int64_t>(req) * rank + j];
       } else {
-        latent[j] = known ? Element<T>::to_float(
-                                args.in.markov_w1[static_cast<int64_t>(previous) * rank + j])
-                          : 0.f;
+        latent[j] =
+            known
+                ? Element<T>::to_float(args.in.markov_w1[static_cast<int64_t>(previous) * rank + j])
+                : 0.f;
       }
     }
   }
@@ -226,8 +226,7 @@ __device__ __forceinline__ float dot_row(const T* row, const float* latent, int3
   constexpr int kChunk = kChunkSize<kVec>;
   float sum = 0.f;
 #pragma unroll 4
-  for (int32_t column =
-           static_cast<int32_t>(threadIdx.x) % WalkPolicy::kLanesPerRow * kChunk;
+  for (int32_t column = static_cast<int32_t>(threadIdx.x) % WalkPolicy::kLanesPerRow * kChunk;
        column < rank; column += WalkPolicy::kLanesPerRow * kChunk) {
     float weight[kChunk];
     float input[kChunk];
@@ -274,7 +273,8 @@ struct LawFilter {
 
 template <typename T, typename U>
 __device__ __forceinline__ LawFilter law_filter(const WalkArgs<T, U>& args, int32_t req) {
-  return {args.top_k == nullptr ? 0 : args.top_k[req], args.top_p == nullptr ? 1.f : args.top_p[req],
+  return {args.top_k == nullptr ? 0 : args.top_k[req],
+          args.top_p == nullptr ? 1.f : args.top_p[req],
           args.min_p == nullptr ? 0.f : args.min_p[req]};
 }
 

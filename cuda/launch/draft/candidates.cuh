@@ -153,8 +153,7 @@ class DraftCandidates {
     shape.shared_bytes = walk_shared_bytes(p_.markov_rank, p_.num_top + p_.num_bigram, num_steps);
     shape.dependent = latent == nullptr;
     const bool vec = p_.markov_rank % 8 == 0 && aligned_16({p_.markov_w2});
-    const bool ahead = vec && args.markov_w2 != nullptr &&
-                       p_.markov_rank <= WalkPolicy::kAheadRank;
+    const bool ahead = vec && args.markov_w2 != nullptr && p_.markov_rank <= WalkPolicy::kAheadRank;
     return launch("walk_kernel",
                   ahead ? walk_kernel<T, U, true, true>
                         : (vec ? walk_kernel<T, U, true, false> : walk_kernel<T, U, false, false>),

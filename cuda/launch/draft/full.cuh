@@ -14,8 +14,8 @@ constexpr int32_t kMaxFullDraftLen = 16;
 
 /* Offsets in bytes; what a head does not need has no size. */
 struct FullLayout {
-  size_t keys;     /* RaceKey [draft_len, num_reqs] */
-  size_t arrivals; /* uint32 [batches of kMaxReqs requests, draft_len] */
+  size_t keys;      /* RaceKey [draft_len, num_reqs] */
+  size_t arrivals;  /* uint32 [batches, draft_len] */
   size_t races_end; /* of both, which start at zero */
   size_t shares;    /* SpanWeight [draft_len, num_reqs, shares] */
   size_t states[2]; /* f32 [num_reqs, markov_rank]: rnn */
@@ -35,7 +35,7 @@ inline FullLayout full_layout(const dspark_draft_full_params& p) {
     return offset;
   };
   const size_t num_rows = static_cast<size_t>(p.num_reqs) * p.draft_len;
-  const size_t num_batches = ceil_div<size_t>(p.num_reqs, FullPolicy::kMaxReqs);
+  const size_t num_batches = ceil_div<size_t>(p.num_reqs, kGroupReqs); /* at most */
   const size_t num_shares = std::min(num_full_spans(p), kMaxShares);
   layout.keys = carve(num_rows * sizeof(RaceKey));
   layout.arrivals = carve(num_batches * p.draft_len * sizeof(uint32_t));
@@ -52,10 +52,10 @@ inline dspark_status check_full_sizes(const dspark_draft_full_params& p) {
   DSPARK_TRY(check_head_sizes(p));
   DSPARK_TRY(check_range("draft_len", p.draft_len, 0, kMaxFullDraftLen));
   if (p.head == DSPARK_HEAD_NONE) return DSPARK_OK;
-  DSPARK_CHECK_ARG(
-      p.markov_rank <= FullPolicy::kMaxRank && p.markov_rank % kLowRankStep == 0,
-      DSPARK_ERROR_UNSUPPORTED_SHAPE, "markov_rank: expected a multiple of %d up to %d, got %d",
-      kLowRankStep, FullPolicy::kMaxRank, p.markov_rank);
+  DSPARK_CHECK_ARG(p.markov_rank <= FullPolicy::kMaxRank && p.markov_rank % kLowRankStep == 0,
+                   DSPARK_ERROR_UNSUPPORTED_SHAPE,
+                   "markov_rank: expected a multiple of %d up to %d, got %d", kLowRankStep,
+                   FullPolicy::kMaxRank, p.markov_rank);
   return DSPARK_OK;
 }
 
@@ -70,9 +70,8 @@ inline dspark_status check_full_pointers(const dspark_draft_full_params& p) {
   DSPARK_TRY(check_aligned("markov_w1", p.markov_w1, kRowAlignment));
   DSPARK_TRY(check_aligned("markov_w2", p.markov_w2, kRowAlignment));
   DSPARK_TRY(check_pointer("latents", p.latents, kRowAlignment));
-  return p.w2_dtype == DSPARK_DTYPE_F8_E4M3
-             ? check_pointer("w2_scales", p.w2_scales, sizeof(float))
-             : DSPARK_OK;
+  return p.w2_dtype == DSPARK_DTYPE_F8_E4M3 ? check_pointer("w2_scales", p.w2_scales, sizeof(float))
+                                            : DSPARK_OK;
 }
 
 /* How warps share a launch of num_reqs requests. */
@@ -97,9 +96,9 @@ constexpr FullShape full_shape(int32_t vocab_size,
                                int32_t num_reqs,
                                int32_t max_ctas,
                                size_t shared_bytes) {
-  constexpr int32_t kWeightSlots = 3;
+  constexpr int32_t kMinWeightSlots = 2;
   constexpr int32_t kMinLogitSlots = 2;
-  constexpr int32_t kMaxLogitBytes = 72 * 1024;
+  constexpr int32_t kMaxLogitBytes = 56 * 1024;
   const FullTeams teams = full_teams(num_reqs);
   FullShape s = {};
   s.num_reqs = num_reqs;
@@ -107,23 +106,29 @@ constexpr FullShape full_shape(int32_t vocab_size,
   s.padded_reqs = teams.num_sets * teams.groups_per_warp * kGroupReqs;
   s.num_spans = ceil_div(vocab_size, kSpan);
   s.spans_per_share = ceil_div(s.num_spans, std::min(max_ctas, kMaxShares));
-  s.weight_slots = rank == 0 ? 0 : kWeightSlots;
   s.weight_row_bytes = rank == 0 ? 0 : rank * weight_size + FullPolicy::kPadBytes;
   s.logit_row_bytes = kSpan * logit_size + FullPolicy::kPadBytes;
-  const int32_t turns = FullPolicy::kNumWarps / teams.num_sets;
+  s.latent_row_bytes = rank == 0 ? 0 : rank * 2 + FullPolicy::kPadBytes;
+  const int32_t turns = full_warps(teams.groups_per_warp) / teams.num_sets;
   const int32_t fitting = kMaxLogitBytes / (s.padded_reqs * s.logit_row_bytes);
-  s.logit_slots = std::max(std::min(turns + 2, fitting), kMinLogitSlots);
+  s.logit_slots =
+      std::max(std::min({turns + 2, fitting, FullPolicy::kMaxSlots}), kMinLogitSlots);
   const int64_t left =
       static_cast<int64_t>(shared_bytes) - static_cast<int64_t>(full_shared_bytes(s));
-  if (rank == 0 || left < 0) {
+  if (rank == 0) {
     s.num_resident = left < 0 ? -1 : 0;
+    return s;
+  }
+  const int64_t span_bytes = static_cast<int64_t>(kSpan) * s.weight_row_bytes;
+  const int64_t num_places = left < 0 ? 0 : left / span_bytes;
+  if (num_places >= s.spans_per_share) {
+    s.num_resident = s.spans_per_share; /* without a ring */
+  } else if (num_places < kMinWeightSlots) {
+    s.num_resident = -1;
   } else {
-    const int64_t span_bytes = static_cast<int64_t>(kSpan) * s.weight_row_bytes;
-    s.num_resident = std::min<int64_t>(left / span_bytes, s.spans_per_share);
-    if (left + s.weight_slots * span_bytes >= s.spans_per_share * span_bytes) {
-      s.num_resident = s.spans_per_share; /* without a ring */
-      s.weight_slots = 0;
-    }
+    const int32_t wanted = weight_size == 1 ? FullPolicy::kByteSlots : FullPolicy::kHalfSlots;
+    s.weight_slots = static_cast<int32_t>(std::min<int64_t>(wanted, num_places));
+    s.num_resident = static_cast<int32_t>(num_places) - s.weight_slots;
   }
   return s;
 }
@@ -136,20 +141,45 @@ class DraftFull {
       : p_(params), stream_(stream), layout_(full_layout(params)) {}
 
   dspark_status run() const {
+    int shared_bytes = 0;
+    int num_sms = 0;
+    int cooperative = 0;
+    DSPARK_TRY(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_bytes));
+    DSPARK_TRY(device_attribute(cudaDevAttrMultiProcessorCount, &num_sms));
+    DSPARK_TRY(device_attribute(cudaDevAttrCooperativeLaunch, &cooperative));
+    const auto shape_of = [&](int32_t num_reqs) {
+      const int32_t rank = p_.head == DSPARK_HEAD_NONE ? 0 : p_.markov_rank;
+      return full_shape(p_.vocab_size, rank, sizeof(W), p_.logits_dtype == DSPARK_DTYPE_F32 ? 4 : 2,
+                        num_reqs, num_sms, shared_bytes - sizeof(FullState));
+    };
+    int32_t batch = FullPolicy::kMaxReqs;
+    while (batch > kGroupReqs && shape_of(batch).num_resident < 0) batch /= 2;
+    DSPARK_CHECK_ARG(shape_of(batch).num_resident >= 0 && cooperative != 0,
+                     DSPARK_ERROR_UNSUPPORTED_DEVICE,
+                     "dspark_draft_full: expected cooperative launches and more than %d bytes of "
+                     "shared memory per CTA",
+                     shared_bytes);
     DSPARK_TRY(check_cuda("cudaMemsetAsync",
                           cudaMemsetAsync(at<char>(layout_.keys), 0,
                                           layout_.races_end - layout_.keys, stream_)));
-    for (int32_t first = 0; first < p_.num_reqs; first += FullPolicy::kMaxReqs) {
-      const int32_t num_reqs = std::min(p_.num_reqs - first, FullPolicy::kMaxReqs);
-      switch (full_teams(num_reqs).groups_per_warp) {
-        case 1:
-          DSPARK_TRY(run_batch<1>(first, num_reqs));
-          break;
-        case 2:
-          DSPARK_TRY(run_batch<2>(first, num_reqs));
-          break;
-        default:
-          DSPARK_TRY(run_batch<4>(first, num_reqs));
+    const int32_t num_steps = has_latent_kernel(p_.head) ? 1 : p_.draft_len;
+    for (int32_t step = 0; step < p_.draft_len; step += num_steps) {
+      if (has_latent_kernel(p_.head)) DSPARK_TRY(latents_of_step(step));
+      for (int32_t first = 0; first < p_.num_reqs; first += batch) {
+        FullArgs<T, W> args = full_args(first);
+        args.shape = shape_of(std::min(p_.num_reqs - first, batch));
+        args.first_step = step;
+        args.num_steps = num_steps;
+        switch (full_teams(args.shape.num_reqs).groups_per_warp) {
+          case 1:
+            DSPARK_TRY(run_batch<1>(args));
+            break;
+          case 2:
+            DSPARK_TRY(run_batch<2>(args));
+            break;
+          default:
+            DSPARK_TRY(run_batch<4>(args));
+        }
       }
     }
     return DSPARK_OK;
@@ -162,42 +192,21 @@ class DraftFull {
   }
 
   template <int kNTiles>
-  dspark_status run_batch(int32_t first_req, int32_t num_reqs) const {
+  dspark_status run_batch(const FullArgs<T, W>& args) const {
     constexpr const char* kName = "full_kernel";
     const auto kernel = full_kernel<T, W, kNTiles>;
-    int shared_bytes = 0;
-    int num_sms = 0;
-    int cooperative = 0;
-    DSPARK_TRY(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_bytes));
-    DSPARK_TRY(device_attribute(cudaDevAttrMultiProcessorCount, &num_sms));
-    DSPARK_TRY(device_attribute(cudaDevAttrCooperativeLaunch, &cooperative));
-    FullArgs<T, W> args = full_args(first_req);
-    args.shape = full_shape(p_.vocab_size, args.markov_w2 == nullptr ? 0 : p_.markov_rank,
-                            sizeof(W), args.f32_logits ? 4 : 2, num_reqs, num_sms,
-                            shared_bytes - sizeof(FullState));
-    DSPARK_CHECK_ARG(args.shape.num_resident >= 0 && cooperative != 0,
-                     DSPARK_ERROR_UNSUPPORTED_DEVICE,
-                     "dspark_draft_full: expected cooperative launches and more than %d bytes of "
-                     "shared memory per CTA",
-                     shared_bytes);
     LaunchShape shape;
     shape.grid = dim3(ceil_div(args.shape.num_spans, args.shape.spans_per_share));
-    shape.cta = dim3(FullPolicy::kNumThreads);
+    shape.cta = dim3(full_warps(kNTiles) * kWarpSize);
     shape.shared_bytes = full_shared_bytes(args.shape);
     shape.cooperative = true;
     int max_ctas = 0;
-    DSPARK_TRY(resident_ctas(kName, kernel, FullPolicy::kNumThreads, shape.shared_bytes, &max_ctas));
+    DSPARK_TRY(resident_ctas(kName, kernel, static_cast<int>(shape.cta.x), shape.shared_bytes,
+                             &max_ctas));
     DSPARK_CHECK_ARG(static_cast<int>(shape.grid.x) <= max_ctas, DSPARK_ERROR_UNSUPPORTED_DEVICE,
                      "dspark_draft_full: expected room for %u CTAs at once, found %d", shape.grid.x,
                      max_ctas);
-    args.num_steps = has_latent_kernel(p_.head) ? 1 : p_.draft_len;
-    for (args.first_step = 0; args.first_step < p_.draft_len; args.first_step += args.num_steps) {
-      if (has_latent_kernel(p_.head) && first_req == 0) {
-        DSPARK_TRY(latents_of_step(args.first_step));
-      }
-      DSPARK_TRY(launch(kName, kernel, shape, stream_, args));
-    }
-    return DSPARK_OK;
+    return launch(kName, kernel, shape, stream_, args);
   }
 
   dspark_status latents_of_step(int32_t step) const {
@@ -239,7 +248,7 @@ class DraftFull {
     args.confidence_vec = p_.hidden_size % 8 == 0 && aligned_16({p_.hidden, p_.confidence_weight});
     args.keys = at<RaceKey>(layout_.keys);
     args.arrivals =
-        at<uint32_t>(layout_.arrivals) + first_req / FullPolicy::kMaxReqs * p_.draft_len;
+        at<uint32_t>(layout_.arrivals) + first_req / kGroupReqs * p_.draft_len;
     args.shares = at<SpanWeight>(layout_.shares);
     args.first_req = first_req;
     return args;
