@@ -177,11 +177,10 @@ __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
                               shared_address(cta.shared.latents) + first_q * shape.latent_row_bytes,
                               args.in.markov_rank, shape.weight_row_bytes, tile);
     if (streams) {
-      cta.release(cta.state.weights + weight_slot,
-                  [&] {
-                    cta.fill_weight_slot(weight_slot, weight_fill / shape.weight_slots + 1, step,
-                                         i + shape.weight_slots);
-                  });
+      cta.release(cta.state.weights + weight_slot, [&] {
+        cta.fill_weight_slot(weight_slot, weight_fill / shape.weight_slots + 1, step,
+                             i + shape.weight_slots);
+      });
     }
   } else {
     multiply_span<kNTiles, W>(0, 0, 0, 0, tile);

@@ -22,7 +22,7 @@ struct FullPolicy {
 
 /* Warps of a CTA whose warps hold so many groups of 8 requests: what the registers allow. */
 __host__ __device__ constexpr int full_warps(int groups_per_warp) {
-  return groups_per_warp == 1 ? 20 : 16;
+  return groups_per_warp == 1 ? 20 : groups_per_warp == 2 ? 16 : 12;
 }
 
 /* Sizes that host and device agree on; see FullPlan in launch/draft/full.cuh. */
@@ -81,7 +81,7 @@ struct FullShared {
   uint32_t weights;
   uint32_t logits;
   unsigned char* latents; /* [padded_reqs], rows of latent_row_bytes */
-  SpanWeight* spans; /* [spans_per_share, padded_reqs] of this step */
+  SpanWeight* spans;      /* [spans_per_share, padded_reqs] of this step */
   const unsigned char* base;
 };
 
@@ -111,9 +111,7 @@ struct FullCta {
   int32_t num_spans;  /* of the share */
   int32_t num_stream; /* of these, through the ring: the first ones */
 
-  __device__ __forceinline__ FullCta(const FullArgs<T, W>& args,
-                                     FullState& state,
-                                     float4* dynamic)
+  __device__ __forceinline__ FullCta(const FullArgs<T, W>& args, FullState& state, float4* dynamic)
       : args(args), state(state) {
     const FullShape& s = args.shape;
     const uint32_t weight_span = kSpan * s.weight_row_bytes;
@@ -224,13 +222,12 @@ struct FullCta {
       const int32_t rows_at_once = kWarpSize / pieces;
       const int32_t row_bytes = args.shape.logit_row_bytes;
       int32_t q = lane / pieces;
-      uint32_t to = shared.logits + (slot * args.shape.padded_reqs + q) * row_bytes +
-                    lane % pieces * 16;
-      const unsigned char* from =
-          logit_row(q, step) + static_cast<int64_t>(first_span + span) * kSpan * element +
-          lane % pieces * 16;
-      const int64_t stride =
-          rows_at_once * args.in.draft_len * args.stride_logits_row * element;
+      uint32_t to =
+          shared.logits + (slot * args.shape.padded_reqs + q) * row_bytes + lane % pieces * 16;
+      const unsigned char* from = logit_row(q, step) +
+                                  static_cast<int64_t>(first_span + span) * kSpan * element +
+                                  lane % pieces * 16;
+      const int64_t stride = rows_at_once * args.in.draft_len * args.stride_logits_row * element;
 #pragma unroll 4
       for (; q < args.shape.num_reqs; q += rows_at_once) {
         if (takes_part(q, step)) copy_async_16(to, from, true);

@@ -103,11 +103,8 @@ using LatentWords = uint32_t[kNTiles][4];
 /* dots += W2 rows of a span . latents. `rows`, `latents`: shared addresses of this lane's rows.
  * kWhole: the rank is kMaxRank, and the loop has no branches. */
 template <int kNTiles, typename W, bool kWhole>
-__device__ __forceinline__ void multiply_steps(uint32_t rows,
-                                               uint32_t latents,
-                                               int32_t rank,
-                                               int32_t row_bytes,
-                                               SpanTile<kNTiles>& dots) {
+__device__ __forceinline__ void multiply_steps(
+    uint32_t rows, uint32_t latents, int32_t rank, int32_t row_bytes, SpanTile<kNTiles>& dots) {
   using Latent = typename LowRank<W>::Latent;
   constexpr bool kBytes = LowRank<W>::kScaled;
   if (kWhole) {

@@ -119,8 +119,9 @@ __device__ __forceinline__ void weigh_span(SpanTile<kNTiles>& logits,
 
 /* An owner's noise for a span, made while the span is on its way. */
 struct SpanNoise {
-  float first;  /* sampled: log2 of the exponential; coupled: the least E of the zone */
-  float second; /* sampled: the uniform; greedy: 0, the first of the largest; coupled: bits of whose */
+  float first; /* sampled: log2 of the exponential; coupled: the least E of the zone */
+  float
+      second; /* sampled: the uniform; greedy: 0, the first of the largest; coupled: bits of whose */
 };
 
 __device__ __forceinline__ SpanNoise span_noise(const SpanOwner& owner,
@@ -134,9 +135,9 @@ __device__ __forceinline__ SpanNoise span_noise(const SpanOwner& owner,
         zone_noise(runner.seed, span / (kZone / kSpan), position, runner.purpose);
     return {zone.least, __int_as_float(zone.least_at)};
   }
-  const uint4 words =
-      philox4x32_10(runner.seed, make_uint4(static_cast<uint32_t>(span),
-                                            static_cast<uint32_t>(position), runner.purpose, 2u));
+  const uint4 words = philox4x32_10(
+      runner.seed,
+      make_uint4(static_cast<uint32_t>(span), static_cast<uint32_t>(position), runner.purpose, 2u));
   return {fast_log2(exponential_from_word(words.x)),
           (static_cast<float>(words.y) + 0.5f) * kTwoPowMinus32};
 }
@@ -199,7 +200,8 @@ __device__ __forceinline__ int32_t draw_token(const float (&weights)[kLaneTokens
   return __shfl_sync(kAllLanes, token, from & 31);
 }
 
-/* The best coupled score of a request's column. */
+/* The best coupled score of a request's column. Before anything is known to have been reached, the
+ * largest logits of the lanes run first and set the bound for the others. */
 __device__ __forceinline__ Indexed race_column(const float (&logits)[kLaneTokens],
                                                Runner runner,
                                                int32_t step,
@@ -208,6 +210,17 @@ __device__ __forceinline__ Indexed race_column(const float (&logits)[kLaneTokens
                                                int32_t first_token) {
   Indexed best = empty_race();
   runner.position += step;
+  if (__any_sync(kAllLanes, bound == -INFINITY)) {
+    Indexed largest = empty_race();
+#pragma unroll
+    for (int i = 0; i < kLaneTokens; ++i) race_step(largest, logits[i], first_token + i);
+    if (largest.index != kNoRunner && runner.temperature > 0.f) {
+      const float exponential = token_exponential(runner, zone, largest.index);
+      best = {race_score_logit(largest.value, runner.temperature, exponential), largest.index};
+    }
+    best = column_reduce(best, ArgmaxOp{});
+    bound = fmaxf(bound, screen_bound(best.value, runner.temperature));
+  }
 #pragma unroll
   for (int i = 0; i < kLaneTokens; i += kQuad) {
     race_screened(best, make_float4(logits[i], logits[i + 1], logits[i + 2], logits[i + 3]), runner,

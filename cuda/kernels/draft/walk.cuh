@@ -82,14 +82,8 @@ __host__ __device__ constexpr size_t walk_shared_bytes(int32_t rank,
 /* T log E of a token of the race, 0 where the temperature is. */
 __device__ __forceinline__ float token_noise(const Runner& runner, int32_t token) {
   if (!(runner.temperature > 0.f)) return 0.f;
-  const uint4 noise = philox_quad(runner.seed, static_cast<uint32_t>(token) / kQuad,
-                                  runner.position, runner.purpose);
-  const uint32_t words[kQuad] = {noise.x, noise.y, noise.z, noise.w};
-  uint32_t word = words[0];
-#pragma unroll
-  for (int j = 1; j < kQuad; ++j) word = token % kQuad == j ? words[j] : word;
   const ZoneNoise zone = zone_noise(runner.seed, token / kZone, runner.position, runner.purpose);
-  return runner.temperature * logf(zone_exponential(zone, token % kZone, word));
+  return runner.temperature * logf(token_exponential(runner, zone, token));
 }
 
 /* A walk's request. */

@@ -111,8 +111,7 @@ constexpr FullShape full_shape(int32_t vocab_size,
   s.latent_row_bytes = rank == 0 ? 0 : rank * 2 + FullPolicy::kPadBytes;
   const int32_t turns = full_warps(teams.groups_per_warp) / teams.num_sets;
   const int32_t fitting = kMaxLogitBytes / (s.padded_reqs * s.logit_row_bytes);
-  s.logit_slots =
-      std::max(std::min({turns + 2, fitting, FullPolicy::kMaxSlots}), kMinLogitSlots);
+  s.logit_slots = std::max(std::min({turns + 2, fitting, FullPolicy::kMaxSlots}), kMinLogitSlots);
   const int64_t left =
       static_cast<int64_t>(shared_bytes) - static_cast<int64_t>(full_shared_bytes(s));
   if (rank == 0) {
@@ -159,9 +158,9 @@ class DraftFull {
                      "dspark_draft_full: expected cooperative launches and more than %d bytes of "
                      "shared memory per CTA",
                      shared_bytes);
-    DSPARK_TRY(check_cuda("cudaMemsetAsync",
-                          cudaMemsetAsync(at<char>(layout_.keys), 0,
-                                          layout_.races_end - layout_.keys, stream_)));
+    DSPARK_TRY(check_cuda(
+        "cudaMemsetAsync",
+        cudaMemsetAsync(at<char>(layout_.keys), 0, layout_.races_end - layout_.keys, stream_)));
     const int32_t num_steps = has_latent_kernel(p_.head) ? 1 : p_.draft_len;
     for (int32_t step = 0; step < p_.draft_len; step += num_steps) {
       if (has_latent_kernel(p_.head)) DSPARK_TRY(latents_of_step(step));
@@ -201,8 +200,8 @@ class DraftFull {
     shape.shared_bytes = full_shared_bytes(args.shape);
     shape.cooperative = true;
     int max_ctas = 0;
-    DSPARK_TRY(resident_ctas(kName, kernel, static_cast<int>(shape.cta.x), shape.shared_bytes,
-                             &max_ctas));
+    DSPARK_TRY(
+        resident_ctas(kName, kernel, static_cast<int>(shape.cta.x), shape.shared_bytes, &max_ctas));
     DSPARK_CHECK_ARG(static_cast<int>(shape.grid.x) <= max_ctas, DSPARK_ERROR_UNSUPPORTED_DEVICE,
                      "dspark_draft_full: expected room for %u CTAs at once, found %d", shape.grid.x,
                      max_ctas);
@@ -247,8 +246,7 @@ class DraftFull {
     args.confidence_with_markov = p_.confidence_with_markov != 0;
     args.confidence_vec = p_.hidden_size % 8 == 0 && aligned_16({p_.hidden, p_.confidence_weight});
     args.keys = at<RaceKey>(layout_.keys);
-    args.arrivals =
-        at<uint32_t>(layout_.arrivals) + first_req / kGroupReqs * p_.draft_len;
+    args.arrivals = at<uint32_t>(layout_.arrivals) + first_req / kGroupReqs * p_.draft_len;
     args.shares = at<SpanWeight>(layout_.shares);
     args.first_req = first_req;
     return args;
