@@ -3,7 +3,7 @@
  *
  *   dot(v)  = W2[v] . latent        mma.m16n8k16 over k in steps of 16 from 0, f32 accumulation
  *   l(v)    = U(v) + dot(v)         16-bit W2: one f32 addition
- *   l(v)    = fma(dot(v), scale[v], U(v))      fp8 W2 (e4m3), a scale for each row
+ *   l(v)    = U(v) + dot(v) * scale[v]         fp8 W2 (e4m3), a scale for each row: two roundings
  *
  * The head sweeps tiles of W2 and keeps no logits; acceptance comes back for single tokens and must
  * find the numbers that the draft was drawn from. An element of a product depends on its own row and
@@ -81,10 +81,16 @@ __device__ __forceinline__ uint2 latent_words(const typename LowRank<W>::Latent*
                     *reinterpret_cast<const uint32_t*>(pair + LowRank<W>::kSecondPair));
 }
 
-/* l(v) of U(v) and the dot; `scale` is read with fp8 only. */
+/* What is added to U(v); `scale` is read with fp8 only. */
+template <typename W>
+__device__ __forceinline__ float low_rank_bias(float dot, float scale) {
+  return LowRank<W>::kScaled ? __fmul_rn(dot, scale) : dot;
+}
+
+/* l(v) of U(v) and the dot. */
 template <typename W>
 __device__ __forceinline__ float low_rank_logit(float base, float dot, float scale) {
-  return LowRank<W>::kScaled ? fmaf(dot, scale, base) : base + dot;
+  return __fadd_rn(base, low_rank_bias<W>(dot, scale));
 }
 
 /* Dots of 16 rows of W2 with 8 latents, by a warp: lane (g, c) brings rows g and g + 8 and latent g

@@ -444,7 +444,7 @@ dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* param
  *               confidence_k as in dspark_draft_head; l_k(v) = -inf where mask forbids v.
  *               The draft law handed on: q_k(v) = exp(l_k(v) / temperature - log_normalizers[k]),
  *               log_normalizer = ln sum_v exp(l_k(v) / temperature) (of exp(l_k) at temperature 0),
- *               l_k(v) = U_k(v) + W2[v] . latents[k] (fp8: fma(dot, w2_scales[v], U)) by
+ *               l_k(v) = U_k(v) + W2[v] . latents[k] (fp8: U + dot * w2_scales[v]) by
  *               cuda/common/low_rank_logit.cuh, bit for bit what was drawn from.
  * Shapes        logits [num_reqs * draft_len, vocab_size] = U; w2_scales [vocab_size]; latents
  *               [num_reqs * draft_len, markov_rank]; log_normalizers, draft_tokens, confidence,
@@ -521,7 +521,9 @@ dspark_status DSPARK_FN(dspark_draft_full)(const dspark_draft_full_params* param
  *               num_top largest of U_k (ties: lowest index), joined with the tokens of
  *               bigram_tokens[x_{k-1}]; l_k(v) = U_k(v) + B_k(v) on C_k; x_k sampled from
  *               softmax(l_k / temperature) over C_k with the noise of dspark_draft_head, or argmax
- *               l_k (lowest index wins) at temperature 0; confidence_k as there.
+ *               l_k (lowest index wins) at temperature 0; confidence_k as there. Above temperature
+ *               0 the law on C_k is first cut down by the request's top_k, top_p and min_p, as the
+ *               target's is in dspark_accept: what is cut has the logit -inf.
  * Shapes        as dspark_draft_head; bigram_tokens [vocab_size, num_bigram], each token at most
  *               once per row, negative: none; candidate_tokens, candidate_logits [num_reqs *
  *               draft_len, num_top + num_bigram]: first the top, by falling U, then the bigrams.
@@ -532,8 +534,8 @@ dspark_status DSPARK_FN(dspark_draft_full)(const dspark_draft_full_params* param
  *               candidate_logits f32; tokens int32. Latents, products and sums f32.
  * Layout        logits row stride given; everything else contiguous.
  * Alignment     element alignment of pointers; 16 bytes, stride_logits_row a multiple of 4 and
- *               markov_rank of 8 give the fast path. num_top 1 .. 256 and at most 12288 /
- *               ceil(vocab_size / 8192); num_bigram 0 .. 256; markov_rank <= 1024.
+ *               markov_rank of 8 give the fast path. num_top 1 .. 256; num_bigram 0 .. 256;
+ *               markov_rank <= 1024; vocab_size <= 2^18.
  * Aliasing      none allowed. The logits are not written.
  * Workspace     dspark_draft_candidates_workspace_size bytes, 256-byte aligned; contents do not
  *               matter.
@@ -577,6 +579,10 @@ typedef struct dspark_draft_candidates_params {
   int64_t stride_logits_row;
   const int32_t* rules; /* [num_reqs] DSPARK_RULE_*; may be NULL: none is coupled */
   const int32_t* mask;  /* may be NULL: everything is allowed */
+  /* NULL in the struct of a caller that ends before them; [num_reqs] each, NULL: off */
+  const int32_t* top_k; /* 0 = off */
+  const float* top_p;   /* 1 = off */
+  const float* min_p;   /* 0 = off */
 } dspark_draft_candidates_params;
 #define DSPARK_DRAFT_CANDIDATES_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_candidates_params)
 /* Host. Reads only sizes. */

@@ -295,7 +295,7 @@ extern "C" dspark_status DSPARK_FN(dspark_draft_candidates_workspace_size)(
 extern "C" dspark_status DSPARK_FN(dspark_draft_candidates)(
     const dspark_draft_candidates_params* params, dspark_stream stream) {
   DSPARK_CHECK_PARAMS(params, mask);
-  const dspark_draft_candidates_params& p = *params;
+  const dspark_draft_candidates_params p = complete(params);
   DSPARK_TRY(check_half_dtype(p.dtype));
   DSPARK_CHECK_ARG(p.logits_dtype == DSPARK_DTYPE_F32 || p.logits_dtype == DSPARK_DTYPE_BF16,
                    DSPARK_ERROR_UNSUPPORTED_DTYPE,

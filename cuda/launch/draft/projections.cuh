@@ -100,12 +100,13 @@ struct LatentBuffers {
   float* states[2]; /* rnn */
 };
 
-/* Latents of one step into buffers.latent. */
+/* Latents of one step into buffers.latent, or into `rows`. */
 template <typename T, typename Params>
 dspark_status compute_latent(const Params& p,
                              const LatentBuffers& buffers,
                              int32_t step,
-                             dspark_stream stream) {
+                             dspark_stream stream,
+                             LatentRows rows = {}) {
   LatentArgs<T> args;
   args.in = head_inputs<T>(p);
   args.proj_weight = static_cast<const T*>(p.proj_weight);
@@ -113,6 +114,7 @@ dspark_status compute_latent(const Params& p,
   args.state_before = step == 0 ? nullptr : buffers.states[(step + 1) % 2];
   args.state_after = buffers.states[step % 2];
   args.latent = buffers.latent;
+  args.rows = rows;
   args.step = step;
   const bool vec = p.markov_rank % 8 == 0 && p.hidden_size % 8 == 0 &&
                    aligned_16({p.hidden, p.markov_w1, p.proj_weight});
