@@ -454,7 +454,7 @@ dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* param
  *               fp8 F16: vanilla W1[x_{k-1}] (fp8: as F16, limited to its range), gated and rnn
  *               their latent rounded once. Products exact, sums f32; normalisers to 1e-6.
  * Layout        logits row stride given; everything else contiguous. Columns from draft_lens[r] on
- *               are not written.
+ *               are not written, but for latents of gated and rnn.
  * Alignment     markov_w1, markov_w2, latents 16 bytes; markov_rank a multiple of 16, at most 256.
  *               logits at 16 bytes with rows of a multiple of 16 bytes are read fastest.
  * Aliasing      none allowed.

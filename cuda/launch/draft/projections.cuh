@@ -25,6 +25,13 @@ inline bool has_latent_kernel(dspark_head_kind head) {
   return head == DSPARK_HEAD_GATED || head == DSPARK_HEAD_RNN;
 }
 
+inline dspark_status check_logits_dtype(dspark_dtype dtype) {
+  DSPARK_CHECK_ARG(
+      dtype == DSPARK_DTYPE_F32 || dtype == DSPARK_DTYPE_BF16, DSPARK_ERROR_UNSUPPORTED_DTYPE,
+      "logits_dtype: expected DSPARK_DTYPE_F32 (0) or DSPARK_DTYPE_BF16 (1), got %d", dtype);
+  return DSPARK_OK;
+}
+
 /* The sizes that both forms have. */
 template <typename Params>
 dspark_status check_head_sizes(const Params& p) {
