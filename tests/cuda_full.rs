@@ -178,7 +178,7 @@ impl Case {
                 sys::DSPARK_DTYPE_BF16
             },
             w2_dtype: if self.fp8 {
-                sys::DSPARK_DTYPE_F8_E4M3
+                sys::DSPARK_DTYPE_E4M3
             } else {
                 sys::DSPARK_DTYPE_BF16
             },

@@ -138,7 +138,7 @@ impl DraftHead {
         let weights = copy * self.vocab_size * RANK;
         let (w2_dtype, markov_w2) = match &self.markov_w2 {
             W2::Bf16(w2) => (sys::DSPARK_DTYPE_BF16, w2.ptr(weights).cast()),
-            W2::Fp8(w2) => (sys::DSPARK_DTYPE_F8_E4M3, w2.ptr(weights).cast()),
+            W2::Fp8(w2) => (sys::DSPARK_DTYPE_E4M3, w2.ptr(weights).cast()),
         };
         sys::dspark_draft_full_params {
             struct_size: struct_size::<sys::dspark_draft_full_params>(),

@@ -67,7 +67,7 @@ typedef int32_t dspark_dtype;
 #define DSPARK_DTYPE_F32 0
 #define DSPARK_DTYPE_BF16 1
 #define DSPARK_DTYPE_F16 2
-#define DSPARK_DTYPE_F8_E4M3 3 /* draft: markov_w2 alone */
+#define DSPARK_DTYPE_E4M3 3 /* OCP e4m3fn: KV caches and the draft head's markov_w2 alone */
 
 /* A CUDA stream (CUstream / cudaStream_t); 0 is the legacy default stream. */
 typedef struct CUstream_st* dspark_stream;
@@ -261,17 +261,21 @@ dspark_status DSPARK_FN(dspark_qk_norm_rope_append)(const dspark_qk_norm_rope_ap
  * Shapes        q, out [num_rows, num_q_heads, head_dim]; k_cache, v_cache [num_pages, page_size,
  *               num_kv_heads, head_dim]; k_block, v_block [num_rows, num_kv_heads, head_dim];
  *               page_table [num_reqs, max_pages_per_req] int32; tree_mask [num_rows, 2].
- * Dtypes        `dtype` (BF16, F16); scores, softmax and accumulation f32; tree_mask uint32.
+ * Dtypes        `dtype` (BF16, F16); the cache of dspark_verify_attention also E4M3 (kv_dtype), with
+ *               a factor per KV head: q and the probabilities then meet it in f16, q cut at +-65504;
+ *               scores, softmax and accumulation f32; tree_mask uint32.
  * Layout        NHD: head_dim contiguous; q and out heads contiguous (head stride head_dim), row
  *               strides given; cache by stride_cache_{page,slot,head}; k_block/v_block heads
  *               contiguous, row stride given.
- * Alignment     pointers 16 bytes, strides multiples of 8; head_dim in {64, 128}; num_q_heads a
- *               multiple of num_kv_heads, group size 1..16; any page_size >= 1. With tree_mask at
- *               most 64 rows a request, and a window of 0 or at least 64.
+ * Alignment     pointers and strides 16 bytes; head_dim in {64, 128, 256}; num_q_heads a multiple of
+ *               num_kv_heads, group size 1..16; any page_size >= 1 (multiples of 16 are read fastest
+ *               on sm_90). With tree_mask at most 64 rows a request, and a window of 0 or at least
+ *               64.
  * Aliasing      none allowed.
  * Workspace     dspark_attention_workspace_size bytes, 256-byte aligned; contents do not matter. It
  *               depends on the current device; for decode steps not on the context.
- * Determinism   bitwise from run to run for the same params and lengths. With batch_invariant = 1 a
+ * Determinism   bitwise from run to run for the same params and lengths; on sm_90, with pages of a
+ *               multiple of 16, also for other bounds max_seq_len. With batch_invariant = 1 a
  *               request's result is bitwise independent of the other requests and of the bounds in
  *               the params; otherwise the work is cut evenly over the batch, which is faster.
  * Stream/graph  capture-safe; replays for any lengths up to max_seq_len. Requests without rows cost
@@ -316,7 +320,9 @@ typedef struct dspark_attention_params {
   int32_t window;            /* 0: none */
   float softcap;             /* 0: none */
   int32_t batch_invariant;   /* 0 or 1 */
-  int32_t reserved;          /* 0 */
+  dspark_dtype kv_dtype;     /* of k_cache, v_cache: 0 (as `dtype`) or E4M3 */
+  const float* k_scale;      /* [num_kv_heads], E4M3 only: K = k_scale * k_cache; may be NULL: 1 */
+  const float* v_scale;
 } dspark_attention_params;
 #define DSPARK_ATTENTION_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_attention_params)
 /* Host. Bytes of workspace that the launch with these params needs; reads only sizes, no pointer.
@@ -327,6 +333,50 @@ dspark_status DSPARK_FN(dspark_verify_attention)(const dspark_attention_params* 
                                                  dspark_stream stream);
 dspark_status DSPARK_FN(dspark_draft_attention)(const dspark_attention_params* params,
                                                 dspark_stream stream);
+
+/*
+ * Computes      after a tree was accepted: the cache slots of the accepted rows move together. With
+ *               row_1 < row_2 < .. the rows 1 + j whose accept_flags[r, j] is not 0: slot seq_lens[r]
+ *               + i = slot seq_lens[r] + row_i, K and V, in every layer; i = 1, 2 .. Slot seq_lens[r],
+ *               the anchor's, stays. seq_lens as in the attention, before the commit.
+ * Shapes        accept_flags [num_reqs, draft_len]; seq_lens [num_reqs]; page_table [num_reqs,
+ *               max_pages_per_req]; k_cache, v_cache [num_layers, num_pages, page_size, num_kv_heads,
+ *               head_dim].
+ * Dtypes        cache kv_dtype (BF16, F16, E4M3); ints int32.
+ * Layout        cache by stride_cache_{layer,page,slot,head}, head_dim contiguous.
+ * Alignment     cache pointers and strides 16 bytes; head_dim in {64, 128, 256}; draft_len <= 63.
+ * Aliasing      in place.
+ * Workspace     none.
+ * Determinism   bitwise.
+ * Stream/graph  capture-safe. Slots whose page id is negative, or past max_pages_per_req, are
+ *               neither read nor written.
+ * Errors        null or misaligned pointers, unknown kv_dtype, unsupported head_dim, page_size = 0,
+ *               sizes < 0, draft_len > 63.
+ */
+typedef struct dspark_commit_tree_params {
+  uint32_t struct_size;
+  dspark_dtype kv_dtype;
+  int32_t num_reqs;
+  int32_t num_layers;
+  int32_t draft_len;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t page_size;
+  int32_t max_pages_per_req;
+  int32_t reserved; /* 0 */
+  const int32_t* accept_flags;
+  const int32_t* seq_lens;
+  const int32_t* page_table;
+  void* k_cache;
+  void* v_cache;
+  int64_t stride_cache_layer;
+  int64_t stride_cache_page;
+  int64_t stride_cache_slot;
+  int64_t stride_cache_head;
+} dspark_commit_tree_params;
+#define DSPARK_COMMIT_TREE_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_commit_tree_params)
+dspark_status DSPARK_FN(dspark_commit_tree)(const dspark_commit_tree_params* params,
+                                            dspark_stream stream);
 
 /* ------------------------------------------------------------------------------------------------
  * draft: the semi-autoregressive head

@@ -299,10 +299,10 @@ extern "C" dspark_status DSPARK_FN(dspark_draft_full)(const dspark_draft_full_pa
   const dspark_draft_full_params& p = *params;
   DSPARK_TRY(check_half_dtype(p.dtype));
   DSPARK_TRY(check_logits_dtype(p.logits_dtype));
-  const bool fp8 = p.w2_dtype == DSPARK_DTYPE_F8_E4M3;
+  const bool fp8 = p.w2_dtype == DSPARK_DTYPE_E4M3;
   DSPARK_CHECK_ARG(
       fp8 || p.w2_dtype == p.dtype || p.head == DSPARK_HEAD_NONE, DSPARK_ERROR_UNSUPPORTED_DTYPE,
-      "w2_dtype: expected dtype (%d) or DSPARK_DTYPE_F8_E4M3 (3), got %d", p.dtype, p.w2_dtype);
+      "w2_dtype: expected dtype (%d) or DSPARK_DTYPE_E4M3 (3), got %d", p.dtype, p.w2_dtype);
   DSPARK_TRY(check_full_sizes(p));
   if (p.num_reqs == 0 || p.draft_len == 0) return DSPARK_OK;
   DSPARK_TRY(check_full_pointers(p));

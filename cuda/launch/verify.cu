@@ -85,7 +85,7 @@ dspark_status check_low_rank_law(const dspark_accept_params& p) {
   DSPARK_TRY(check_pointer("draft_latents", p.draft_latents, 16));
   DSPARK_TRY(check_range("draft_markov_rank", p.draft_markov_rank, kLowRankStep, kMaxRank));
   DSPARK_TRY(check_multiple("draft_markov_rank", p.draft_markov_rank, kLowRankStep));
-  if (p.draft_w2_dtype != DSPARK_DTYPE_F8_E4M3) return check_half_dtype(p.draft_w2_dtype);
+  if (p.draft_w2_dtype != DSPARK_DTYPE_E4M3) return check_half_dtype(p.draft_w2_dtype);
   return check_pointer("draft_w2_scales", p.draft_w2_scales, sizeof(float));
 }
 

@@ -47,6 +47,8 @@ export! {
     dspark_verify_attention => dspark_verify_attention_cu(params: *const sys::dspark_attention_params, stream: sys::dspark_stream) -> sys::dspark_status;
     /// Attention of a draft block.
     dspark_draft_attention => dspark_draft_attention_cu(params: *const sys::dspark_attention_params, stream: sys::dspark_stream) -> sys::dspark_status;
+    /// Moves the accepted rows of a tree together in the cache.
+    dspark_commit_tree => dspark_commit_tree_cu(params: *const sys::dspark_commit_tree_params, stream: sys::dspark_stream) -> sys::dspark_status;
     /// Workspace of the semi-autoregressive head.
     dspark_draft_head_workspace_size => dspark_draft_head_workspace_size_cu(params: *const sys::dspark_draft_head_params, bytes: *mut usize) -> sys::dspark_status;
     /// The semi-autoregressive head.
