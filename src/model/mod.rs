@@ -17,6 +17,7 @@ mod fields;
 mod identity;
 mod mtp;
 mod pair;
+mod random_weights;
 mod rope;
 pub mod selfcheck;
 mod stack;
