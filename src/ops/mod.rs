@@ -14,6 +14,7 @@ pub mod cuda;
 mod mapped_file;
 mod rows;
 mod sampling;
+mod schedule;
 mod tensor;
 
 pub use accept::{
@@ -22,6 +23,7 @@ pub use accept::{
 pub use mapped_file::MappedFile;
 pub use rows::{MAX_TREE_ROWS, RowMap};
 pub use sampling::{Purpose, Rule, SamplingParams, TokenEdit, TokenEdits};
+pub use schedule::{ScheduleInputs, ScheduleRule, Scheduled};
 pub use tensor::{Dtype, HostTensor};
 
 use crate::error::Result;
@@ -327,6 +329,13 @@ pub trait Ops: Sized {
         let values = self.read_logits(logits)?;
         let rows = values.chunks_exact(logits.cols().max(1)).zip(temperature);
         Ok(rows.map(|(row, &t)| top_probability(row, t)).collect())
+    }
+
+    /// How many drafts of each request are verified, bit for bit as the host decides it (`dspark::schedule::decide`);
+    /// `None` where the host is to do so.
+    fn schedule(&mut self, inputs: &ScheduleInputs<'_>) -> Result<Option<Scheduled>> {
+        let _ = inputs;
+        Ok(None)
     }
 
     /// Target law and acceptance of the contract block of `dspark_accept` (cuda/include/dspark.h), which the reference

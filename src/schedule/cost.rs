@@ -167,8 +167,6 @@ impl StepCost {
 
     /// The profiled terms of a step: verify, context, draft.
     fn terms(&self, shape: StepShape) -> [f64; 3] {
-        let above = self.buckets.partition_point(|&b| b < shape.num_tokens);
-        let rows = self.buckets.get(above).copied().unwrap_or(shape.num_tokens);
         let entries = shape.context_tokens as f64;
         let draft = match &self.draft {
             Some(draft) if shape.num_drafted > 0 => {
@@ -177,13 +175,28 @@ impl StepCost {
             _ => 0.0,
         };
         let context = self.seconds_per_context_token * entries;
-        [self.verify.seconds(rows), context, draft]
+        [self.verify_seconds(shape.num_tokens), context, draft]
     }
 
     /// Seconds of a step; never falling in any of its numbers.
     pub fn seconds(&self, shape: StepShape) -> f64 {
         let terms = self.terms(shape);
         terms.iter().zip(self.factors()).map(|(t, f)| t * f).sum()
+    }
+
+    /// [`StepCost::seconds`] of steps that differ from `shape` in their rows alone.
+    pub fn seconds_by_rows(&self, shape: StepShape) -> impl Fn(usize) -> f64 {
+        let [_, context, draft] = self.terms(shape);
+        let [by_rows, by_context, by_draft] = self.factors();
+        let rest = [context * by_context, draft * by_draft];
+        move |num_tokens| self.verify_seconds(num_tokens) * by_rows + rest[0] + rest[1]
+    }
+
+    /// The target's pass at no context, as profiled.
+    fn verify_seconds(&self, num_tokens: usize) -> f64 {
+        let above = self.buckets.partition_point(|&b| b < num_tokens);
+        self.verify
+            .seconds(self.buckets.get(above).copied().unwrap_or(num_tokens))
     }
 
     /// Steps per second with `num_tokens` tokens of `num_reqs` requests in the verify pass, at no context.

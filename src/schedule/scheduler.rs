@@ -7,9 +7,10 @@ use super::cost::{StepCost, StepShape};
 use super::estimator::Estimator;
 use super::online::OnlineSts;
 use super::policy::Policy;
-use super::rank::{Ranking, Ticks};
+use super::rank::{Ticks, decide};
 use super::survival::{calibrate, survival, validate_temperatures};
 use crate::error::{Error, Result};
+use crate::ops::{ScheduleInputs, ScheduleRule, Scheduled};
 
 /// What follows live outcomes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -90,6 +91,9 @@ struct Pending {
     raw: Vec<f32>,
     calibrated: Vec<f32>,
 }
+
+/// Who makes the decision of a step: [`decide`] or a device that comes to the same.
+pub type Decide<'a> = &'a mut dyn FnMut(&ScheduleInputs<'_>) -> Result<Scheduled>;
 
 /// The best number of drafts of a step, for the step after the next.
 #[derive(Clone, Copy, Debug)]
@@ -222,6 +226,14 @@ impl Scheduler {
     /// # Errors
     /// The policy needs confidences, temperatures or a cost that are not there.
     pub fn plan(&mut self, batch: &Batch<'_>) -> Result<Plan> {
+        self.plan_by(batch, &mut decide)
+    }
+
+    /// [`Scheduler::plan`] with the ranking and the search done by `decide`.
+    ///
+    /// # Errors
+    /// As [`Scheduler::plan`], and those of `decide`.
+    pub fn plan_by(&mut self, batch: &Batch<'_>, decide: Decide<'_>) -> Result<Plan> {
         self.pending = None;
         let draft_len = batch.draft_len;
         let limits: Vec<usize> = batch.limits.iter().map(|&l| l.min(draft_len)).collect();
@@ -247,7 +259,7 @@ impl Scheduler {
             return Err(Error::argument("confidence", expected, raw.len()));
         }
         let calibrated = self.calibrated(raw, draft_len)?;
-        let verify_lens = self.choose(&calibrated, draft_len, &limits, batch.context_tokens)?;
+        let verify_lens = self.choose(&calibrated, &limits, batch, decide)?;
         self.pending = Some(Pending {
             slots: batch.slots.to_vec(),
             draft_len,
@@ -282,11 +294,12 @@ impl Scheduler {
     fn choose(
         &mut self,
         calibrated: &[f32],
-        draft_len: usize,
         limits: &[usize],
-        context_tokens: usize,
+        batch: &Batch<'_>,
+        decide: Decide<'_>,
     ) -> Result<Vec<usize>> {
-        match self.policy {
+        let (draft_len, num_reqs) = (batch.draft_len, limits.len());
+        let rule = match self.policy {
             Policy::Fixed => return Ok(limits.to_vec()),
             Policy::Threshold(x) => {
                 let rows = calibrated.chunks_exact(draft_len).zip(limits);
@@ -294,43 +307,45 @@ impl Scheduler {
                     .map(|(row, &limit)| row[..limit].iter().take_while(|&&c| c >= x).count())
                     .collect());
             }
-            Policy::Algorithm1 | Policy::Delayed | Policy::Global => {}
-        }
+            Policy::Algorithm1 => ScheduleRule::FirstFall,
+            Policy::Delayed => self.delayed(),
+            Policy::Global => ScheduleRule::Best,
+        };
         let cost = self.cost.as_ref().ok_or_else(|| {
             let expected = format!("a measured step cost for `{}`", self.policy);
             Error::argument("schedule", expected, "none")
         })?;
-        let num_reqs = limits.len();
-        let ranking = Ranking::new(&survival(calibrated, draft_len), draft_len, limits);
-        let ticks = Ticks::new(num_reqs * draft_len, |num_drafts| {
-            cost.seconds(StepShape {
-                num_drafted: num_reqs,
-                num_tokens: num_reqs + num_drafts,
-                context_tokens,
-            })
+        let seconds = cost.seconds_by_rows(StepShape {
+            num_drafted: num_reqs,
+            num_tokens: num_reqs,
+            context_tokens: batch.context_tokens,
         });
-        let num_drafts = match self.policy {
-            Policy::Delayed => self.delayed(&ranking, &ticks, num_reqs),
-            Policy::Global => ranking.best(&ticks),
-            _ => ranking.first_fall(&ticks),
-        };
-        Ok(ranking.verify_lens(num_drafts))
+        let ticks = Ticks::new(num_reqs * draft_len, |n| seconds(num_reqs + n));
+        let scheduled = decide(&ScheduleInputs {
+            rule,
+            confidence: calibrated,
+            temperature: None,
+            limits,
+            ticks: ticks.as_slice(),
+        })?;
+        if self.policy == Policy::Delayed {
+            self.capacities.push_back(Capacity {
+                num_drafts: scheduled.best,
+                num_reqs,
+            });
+        }
+        Ok(scheduled.verify_lens)
     }
 
-    /// The capacity of the step before the last, scaled to this one; Algorithm 1 while there is none.
-    fn delayed(&mut self, ranking: &Ranking, ticks: &Ticks, num_reqs: usize) -> usize {
-        let num_drafts = match self.capacities.len() {
+    /// The capacity of the step before the last; Algorithm 1 while there is none.
+    fn delayed(&mut self) -> ScheduleRule {
+        let held = match self.capacities.len() {
             DELAY => self.capacities.pop_front(),
             _ => None,
         };
-        self.capacities.push_back(Capacity {
-            num_drafts: ranking.best(ticks),
-            num_reqs,
-        });
-        match num_drafts {
-            Some(held) => ranking.scaled_capacity(held.num_drafts, held.num_reqs, ticks),
-            None => ranking.first_fall(ticks),
-        }
+        held.map_or(ScheduleRule::FirstFall, |held| {
+            ScheduleRule::Capacity(held.num_drafts, held.num_reqs)
+        })
     }
 
     /// Takes in what became of the last plan's requests, in its order; before the next plan, whose confidences would

@@ -18,8 +18,12 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::model::{Drafter, ProposeBatch, Target};
-use crate::ops::{AcceptBatch, AcceptExtras, DraftLaw, Ops, RowMap, Rule, SamplingParams};
-use crate::schedule::{Adapt, Batch, Evidence, Graded, Scheduler, StepCost, StepShape};
+use crate::ops::{
+    AcceptBatch, AcceptExtras, DraftLaw, Ops, RowMap, Rule, SamplingParams, ScheduleInputs,
+};
+use crate::schedule::{
+    Adapt, Batch, Decide, Evidence, Graded, Scheduler, StepCost, StepShape, decide,
+};
 
 /// A target, a drafter (or none: plain decoding) and a rule for how many drafts to verify.
 pub struct DecodeStep<O: Ops> {
@@ -121,7 +125,11 @@ impl<O: Ops> DecodeStep<O> {
         let start = Instant::now();
         let context_tokens = context_tokens(seqs);
         let proposal = self.propose(ops, seqs)?;
-        let verify_lens = self.schedule(seqs, &proposal)?;
+        let mut by = |inputs: &ScheduleInputs<'_>| match ops.schedule(inputs)? {
+            Some(scheduled) => Ok(scheduled),
+            None => decide(inputs),
+        };
+        let verify_lens = self.schedule_by(seqs, &proposal, &mut by)?;
         let verified = self.verify(ops, seqs, &proposal, &verify_lens)?;
         let rounds = self.commit(ops, seqs, &proposal, &verified)?;
         let shape = StepShape {
@@ -197,6 +205,16 @@ impl<O: Ops> DecodeStep<O> {
     /// # Errors
     /// Those of [`Scheduler::plan`]; a policy that peeks with a request whose output depends on what is verified.
     pub fn schedule(&mut self, seqs: &[&mut Sequence], proposal: &Proposal) -> Result<Vec<usize>> {
+        self.schedule_by(seqs, proposal, &mut decide)
+    }
+
+    /// [`DecodeStep::schedule`] with the decision made by `decide`.
+    fn schedule_by(
+        &mut self,
+        seqs: &[&mut Sequence],
+        proposal: &Proposal,
+        decide: Decide<'_>,
+    ) -> Result<Vec<usize>> {
         let start = Instant::now();
         let max_position = self.target.max_position();
         let limits: Vec<usize> = seqs
@@ -206,13 +224,14 @@ impl<O: Ops> DecodeStep<O> {
         let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
         seqs.iter()
             .try_for_each(|seq| self.check_sampling(&seq.sampling))?;
-        let plan = self.scheduler.plan(&Batch {
+        let batch = Batch {
             slots: &slots,
             limits: &limits,
             draft_len: proposal.draft_len,
             confidence: proposal.confidence.as_deref(),
             context_tokens: context_tokens(seqs),
-        })?;
+        };
+        let plan = self.scheduler.plan_by(&batch, decide)?;
         self.predicted = plan.predicted;
         self.times.schedule += start.elapsed();
         Ok(plan.verify_lens)

@@ -360,13 +360,15 @@ pub struct SimulateArgs {
         default_value = "algorithm1,delayed"
     )]
     pub rules: Vec<Policy>,
-    /// How requests come: closed (always as many as the load), poisson:RATE, or waves:TOKENS:LOW.
+    /// How requests come: closed (always as many as the load); poisson:RATE (requests a second, at most the load at
+    /// once, the others wait); bursts:CALM:BUSY:SECONDS (the rate jumps between two); waves:TOKENS:LOW (the load and LOW
+    /// requests in turns of equal work) or tides:SECONDS:LOW (in turns of equal time).
     #[arg(long, value_name = "HOW", default_value = "closed", value_parser = crate::simulate::parse_arrivals)]
     pub arrivals: Arrivals,
     /// Tokens drafted in a round [default: as recorded].
     #[arg(long, value_name = "N")]
     pub draft_len: Option<usize>,
-    /// Steps to run.
+    /// Steps to run (with poisson and bursts: as many requests as full batches serve in them).
     #[arg(long, default_value_t = 2000, value_name = "N")]
     pub steps: usize,
     /// Tokens of a request, on average.

@@ -23,7 +23,7 @@ use half::bf16;
 
 use super::{
     AcceptBatch, Accepted, AttentionSpec, DraftHead, Drafted, HostTensor, KvGeometry, KvSink, Ops,
-    RopeSpec, RowMap, SamplingParams,
+    RopeSpec, RowMap, SamplingParams, ScheduleInputs, Scheduled,
 };
 use crate::device::{Device, Gemm, Growing};
 use crate::error::{Error, Result};
@@ -33,7 +33,6 @@ pub use cache::KvCache;
 pub use matrix::{DeviceMatrix, Norm};
 pub use rope::Rope;
 pub use rows::Rows;
-pub use schedule::{ScheduleInputs, ScheduleRule, Scheduled};
 pub use verify::Committed;
 
 /// Room for the packed arguments of a few hundred requests, in 32-bit words, before the first growth.
@@ -336,6 +335,10 @@ impl Ops for Cuda {
             draft_len,
         };
         self.run_head(head, logits, hidden, &requests)
+    }
+
+    fn schedule(&mut self, inputs: &ScheduleInputs<'_>) -> Result<Option<Scheduled>> {
+        self.schedule_if_many(inputs)
     }
 
     fn accept(&mut self, batch: &AcceptBatch<'_, Self>) -> Result<Accepted> {
