@@ -1,5 +1,5 @@
-//! The demo pair's recorded rounds on the cost of Qwen3-8B's shape on an H100 (derived; `source` in the file says from
-//! what): the schedule against no drafts, every fixed length and an oracle; calibration before and after.
+//! The demo pair's recorded rounds on the measured cost of Qwen3-8B's shape on an H100: the schedule against no drafts,
+//! every fixed length and an oracle; calibration before and after.
 
 use std::path::Path;
 
@@ -244,10 +244,9 @@ fn the_shipped_temperatures_calibrate_the_recorded_rounds() {
     let rounds = rounds(&["math", "code", "chat"]);
     for fit in sts::report(&rounds, &temperatures()) {
         println!("{fit:?}");
-        // Position 1 misses the 2 % that the others keep: it is biased in a way that no temperature mends. On these
-        // few rounds perfect predictions of it would show an error of 2 to 3 %.
-        let most = if fit.position == 1 { 0.035 } else { 0.02 };
-        assert!(fit.after.ece <= most, "{fit:?}");
+        assert!(fit.after.ece <= 0.02, "{fit:?}");
+        // What is left is mostly chance: right predictions would show an error, too, on so few rounds.
+        assert!(fit.after.ece <= fit.after.ece_floor + 0.008, "{fit:?}");
         assert!(fit.after.brier <= fit.before.brier + 1e-3, "{fit:?}");
     }
 }
@@ -281,17 +280,21 @@ fn online_errors(scheduler: &mut Scheduler, rounds: &[RecordedRound]) -> Vec<f64
 
 #[test]
 fn online_temperatures_follow_from_code_to_chat() {
-    let run = |adapt: Adapt, offline: f32| {
+    let run = |adapt: Adapt, offline: &[f32]| {
         let mut scheduler =
-            Scheduler::new(Policy::Threshold(0.5), Some(vec![offline; DRAFT_LEN])).unwrap();
+            Scheduler::new(Policy::Threshold(0.5), Some(offline.to_vec())).unwrap();
         scheduler.set_adapt(adapt);
         online_errors(&mut scheduler, &rounds(&["code"]));
         online_errors(&mut scheduler, &rounds(&["chat"]))
     };
-    // Offline temperatures that are far off: what is learnt must make up for them.
-    let (wrong, learnt) = (run(Adapt::OFF, 0.4), run(Adapt::ON, 0.4));
-    println!("chat after code, ECE by position: fixed {wrong:.3?}, online {learnt:.3?}");
-    assert!(learnt[0] < 0.045 && learnt[0] < wrong[0] / 3.0);
-    let mean = |errors: &[f64]| errors.iter().sum::<f64>() / errors.len() as f64;
-    assert!(mean(&learnt) < 0.02, "{learnt:?}");
+    // Offline temperatures of the drafter's own, and ones that are far off: what is learnt must make up for them.
+    let own = temperatures();
+    for (offline, name) in [(own, "shipped"), (vec![0.4; DRAFT_LEN], "wrong")] {
+        let (kept, learnt) = (run(Adapt::OFF, &offline), run(Adapt::ON, &offline));
+        println!("chat after code, {name} temperatures, ECE by position: kept {kept:.4?}, online {learnt:.4?}");
+        assert!(learnt.iter().all(|&ece| ece <= 0.02), "{name}: {learnt:?}");
+        if name == "wrong" {
+            assert!(learnt[0] < kept[0] / 5.0, "{kept:?}, {learnt:?}");
+        }
+    }
 }

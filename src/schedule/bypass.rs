@@ -1,10 +1,11 @@
-//! Whether drafting pays at all.
+//! Which requests drafting pays for.
 //!
 //! Drafting costs time before any confidence is known, so that it is decided from the past: every request keeps a
-//! running mean of its survivals (half predicted, half what came true), and the step is planned on these means with and
-//! without the draft. Where drafting does not promise 1 % more, the step drafts nothing; from time to time it drafts all
-//! the same, to see whether the text has changed. Probes come so seldom that they cost about half a percent, and ever
-//! more seldom while they find nothing.
+//! running mean of its survivals (half predicted, half what came true), and the step is planned on these means: with a
+//! draft for all requests, for those alone that are worth their share of the draft, and for none. Where drafting does
+//! not promise 1 % more, the step drafts nothing. From time to time the others draft all the same, to see whether their
+//! text has changed. Probes come so seldom that they cost about half a percent, and ever more seldom while they find
+//! nothing.
 
 use super::cost::{StepCost, StepShape};
 use super::rank::{GUARD, Ranking, Ticks};
@@ -28,7 +29,7 @@ const PROBE_SHARE: f64 = 0.005;
 const PROBE_STEPS: u32 = 16;
 const MOST_DOUBLINGS: u32 = 4;
 
-/// Mean survivals of one request.
+/// Mean survivals.
 #[derive(Clone, Debug)]
 struct Means {
     survival: Vec<f32>,
@@ -44,16 +45,55 @@ impl Means {
     }
 }
 
+/// One request.
+#[derive(Clone, Debug, Default)]
+struct Slot {
+    /// `None` before its first round.
+    means: Option<Means>,
+    probing: Probing,
+}
+
+/// When the next probe is due.
+#[derive(Clone, Copy, Debug, Default)]
+struct Probing {
+    /// Steps since the last draft.
+    idle_steps: u32,
+    /// Probes in a row that found nothing.
+    failures: u32,
+}
+
+impl Probing {
+    /// Counts a step that should not draft; whether it is one to probe in, `distance` steps after the last.
+    fn is_due(&mut self, distance: u32) -> bool {
+        if self.idle_steps < distance << self.failures {
+            self.idle_steps += 1;
+            return false;
+        }
+        self.idle_steps = 0;
+        self.failures = (self.failures + 1).min(MOST_DOUBLINGS);
+        true
+    }
+}
+
+/// A set of requests to draft for, and what that promises.
+#[derive(Clone, Debug)]
+struct Choice {
+    drafts: Vec<bool>,
+    /// Expected tokens a second.
+    rate: f64,
+    /// Seconds of the step with the best number of drafts.
+    seconds: f64,
+    num_drafts: usize,
+}
+
 /// The past of every slot.
 #[derive(Clone, Debug)]
 pub(super) struct Bypass {
     draft_len: usize,
-    slots: Vec<Option<Means>>,
+    slots: Vec<Slot>,
     pooled: Means,
-    /// Steps without drafts since the last one with them.
-    idle_steps: u32,
-    /// Probes in a row that found nothing.
-    failures: u32,
+    /// Of steps that draft for nobody.
+    all: Probing,
 }
 
 impl Bypass {
@@ -66,8 +106,7 @@ impl Bypass {
                 survival: hope,
                 rounds: PRIOR_ROUNDS,
             },
-            idle_steps: 0,
-            failures: 0,
+            all: Probing::default(),
         }
     }
 
@@ -77,42 +116,35 @@ impl Bypass {
 
     /// Forgets the request that had the slot.
     pub(super) fn forget(&mut self, slot: usize) {
-        if let Some(means) = self.slots.get_mut(slot) {
-            *means = None;
+        if let Some(slot) = self.slots.get_mut(slot) {
+            *slot = Slot::default();
         }
     }
 
-    /// Whether the step should draft. Says so once a step.
+    fn means(&self, slot: usize) -> &[f32] {
+        match self.slots.get(slot) {
+            Some(Slot {
+                means: Some(means), ..
+            }) => &means.survival,
+            _ => &self.pooled.survival,
+        }
+    }
+
+    fn slot_mut(&mut self, slot: usize) -> &mut Slot {
+        if self.slots.len() <= slot {
+            self.slots.resize(slot + 1, Slot::default());
+        }
+        &mut self.slots[slot]
+    }
+
+    /// Which requests the step should draft for. Says so once a step.
     pub(super) fn drafts(
         &mut self,
         slots: &[usize],
         context_tokens: usize,
         cost: &StepCost,
-    ) -> bool {
-        let (pays, extra) = self.outlook(slots, context_tokens, cost);
-        let distance = (extra / PROBE_SHARE) as u32;
-        let distance = distance.max(PROBE_STEPS) << self.failures;
-        if pays {
-            self.failures = 0;
-        } else if self.idle_steps < distance {
-            self.idle_steps += 1;
-            return false;
-        } else {
-            self.failures = (self.failures + 1).min(MOST_DOUBLINGS);
-        }
-        self.idle_steps = 0;
-        true
-    }
-
-    /// Whether drafting promises 1 % more tokens a second, and the share of a plain step that the draft takes.
-    fn outlook(&self, slots: &[usize], context_tokens: usize, cost: &StepCost) -> (bool, f64) {
+    ) -> Vec<bool> {
         let num_reqs = slots.len();
-        let means = |slot: usize| match self.slots.get(slot) {
-            Some(Some(means)) => &means.survival,
-            _ => &self.pooled.survival,
-        };
-        let survival: Vec<f32> = slots.iter().flat_map(|&s| means(s)).copied().collect();
-        let ranking = Ranking::new(&survival, self.draft_len, &vec![self.draft_len; num_reqs]);
         let seconds = |num_drafted: usize, num_drafts: usize| {
             cost.seconds(StepShape {
                 num_drafted,
@@ -120,13 +152,93 @@ impl Bypass {
                 context_tokens,
             })
         };
-        let ticks = Ticks::new(ranking.len(), |n| seconds(num_reqs, n));
-        let best = ranking.best(&ticks);
         let plain = seconds(0, 0);
-        let with = ranking.expected_tokens(best) / seconds(num_reqs, best);
-        let without = num_reqs as f64 / plain;
-        let pays = with > without * (1.0 + 1.0 / GUARD as f64);
-        (pays, seconds(num_reqs, 0) / plain - 1.0)
+        let none = num_reqs as f64 / plain;
+        let all = self.outlook(slots, vec![true; num_reqs], &seconds);
+        let some = self.outlook(slots, self.worthy(slots, &all, &seconds), &seconds);
+        // The fewer only where it is surely better: a request that drafts is one that is learnt from.
+        let guard = 1.0 + 1.0 / GUARD as f64;
+        let best = if some.rate > all.rate * guard { some } else { all };
+        let mut drafts = best.drafts;
+        if best.rate <= none * guard {
+            drafts = vec![false; num_reqs];
+        }
+        self.probe(slots, &mut drafts, &seconds);
+        drafts
+    }
+
+    /// The best that drafting for these requests promises.
+    fn outlook(
+        &self,
+        slots: &[usize],
+        drafts: Vec<bool>,
+        seconds: &dyn Fn(usize, usize) -> f64,
+    ) -> Choice {
+        let survival: Vec<f32> = slots.iter().flat_map(|&s| self.means(s)).copied().collect();
+        let limits = drafts.iter().map(|&d| usize::from(d) * self.draft_len);
+        let limits: Vec<usize> = limits.collect();
+        let num_drafted = drafts.iter().filter(|&&d| d).count();
+        let ranking = Ranking::new(&survival, self.draft_len, &limits);
+        let ticks = Ticks::new(ranking.len(), |n| seconds(num_drafted, n));
+        let num_drafts = ranking.best(&ticks);
+        let seconds = seconds(num_drafted, num_drafts);
+        Choice {
+            drafts,
+            rate: ranking.expected_tokens(num_drafts) / seconds,
+            seconds,
+            num_drafts,
+        }
+    }
+
+    /// The requests whose drafts are worth what they cost: the survivals that pay for their rows, against a share of
+    /// the draft, both at the rate that drafting for all promises.
+    fn worthy(
+        &self,
+        slots: &[usize],
+        all: &Choice,
+        seconds: &dyn Fn(usize, usize) -> f64,
+    ) -> Vec<bool> {
+        let num_reqs = slots.len();
+        let half = num_reqs / 2;
+        let per_request = (seconds(num_reqs, all.num_drafts) - seconds(half, all.num_drafts))
+            / (num_reqs - half) as f64;
+        let per_row = (seconds(num_reqs, all.num_drafts + num_reqs) - all.seconds) / num_reqs as f64;
+        let worth = |slot: &usize| {
+            let gains = self.means(*slot).iter().map(|&a| f64::from(a));
+            let gain: f64 = gains.map(|a| (a - all.rate * per_row).max(0.0)).sum();
+            gain > all.rate * per_request
+        };
+        slots.iter().map(worth).collect()
+    }
+
+    /// Adds the requests that a probe is due for.
+    fn probe(
+        &mut self,
+        slots: &[usize],
+        drafts: &mut [bool],
+        seconds: &dyn Fn(usize, usize) -> f64,
+    ) {
+        let num_drafted = drafts.iter().filter(|&&d| d).count();
+        if num_drafted == slots.len() {
+            self.all = Probing::default();
+        }
+        let extra = seconds(slots.len(), 0) / seconds(num_drafted, 0) - 1.0;
+        let distance = ((extra / PROBE_SHARE) as u32).max(PROBE_STEPS);
+        if num_drafted == 0 {
+            // One draft for all of them costs hardly more than one for a few.
+            let due = self.all.is_due(distance);
+            drafts.fill(due);
+            return;
+        }
+        self.all = Probing::default();
+        for (&slot, drafts) in slots.iter().zip(drafts) {
+            let probing = &mut self.slot_mut(slot).probing;
+            if *drafts {
+                *probing = Probing::default();
+            } else {
+                *drafts = probing.is_due(distance);
+            }
+        }
     }
 
     /// Takes in a drafted round of a slot: its survivals, and how far it was verified and accepted.
@@ -151,13 +263,11 @@ impl Bypass {
                 }
             })
             .collect();
-        if self.slots.len() <= slot {
-            self.slots.resize(slot + 1, None);
-        }
-        let means = self.slots[slot].get_or_insert_with(|| Means {
+        let prior = Means {
             survival: self.pooled.survival.clone(),
             rounds: PRIOR_ROUNDS,
-        });
+        };
+        let means = self.slot_mut(slot).means.get_or_insert(prior);
         means.add(&sample, MEMORY);
         self.pooled.add(&sample, POOLED_MEMORY);
     }

@@ -53,7 +53,8 @@ pub enum Evidence {
 pub struct Batch<'a> {
     /// Stable slots.
     pub slots: &'a [usize],
-    /// The most drafts of each that may be verified: what the context and the reserved pages leave.
+    /// The most drafts of each that may be verified: what the context and the reserved pages leave; 0 of a request that
+    /// was not drafted for.
     pub limits: &'a [usize],
     /// Tokens drafted for each.
     pub draft_len: usize,
@@ -83,6 +84,9 @@ pub struct Graded {
     pub excluded: bool,
 }
 
+/// In the place of a slot whose round teaches nothing about its request.
+const NO_SLOT: usize = usize::MAX;
+
 /// The confidences of the last plan, until the round is graded.
 #[derive(Clone, Debug)]
 struct Pending {
@@ -99,7 +103,8 @@ pub type Decide<'a> = &'a mut dyn FnMut(&ScheduleInputs<'_>) -> Result<Scheduled
 #[derive(Clone, Copy, Debug)]
 struct Capacity {
     num_drafts: usize,
-    num_reqs: usize,
+    /// Requests that were drafted for.
+    num_drafted: usize,
 }
 
 /// Steps between the confidences a [`Policy::Delayed`] capacity is computed from and the step it is used in.
@@ -196,26 +201,27 @@ impl Scheduler {
         }
         if let Some(pending) = &mut self.pending {
             let same = pending.slots.iter_mut().filter(|held| **held == slot);
-            same.for_each(|held| *held = usize::MAX);
+            same.for_each(|held| *held = NO_SLOT);
         }
     }
 
-    /// Whether the next step of these requests should draft. To be asked once a step, before drafting.
-    pub fn drafts(&mut self, slots: &[usize], draft_len: usize, context_tokens: usize) -> bool {
-        let Some(cost) = &self.cost else { return true };
+    /// For which of these requests the next step should draft. To be asked once a step, before drafting.
+    pub fn drafts(
+        &mut self,
+        slots: &[usize],
+        draft_len: usize,
+        context_tokens: usize,
+    ) -> Vec<bool> {
+        let all = vec![true; slots.len()];
+        let Some(cost) = &self.cost else { return all };
         if !self.adapt.bypass || !self.policy.needs_cost() || draft_len == 0 || slots.is_empty() {
-            return true;
+            return all;
         }
-        if self
-            .bypass
-            .as_ref()
-            .is_none_or(|b| b.draft_len() < draft_len)
-        {
-            self.bypass = Some(Bypass::new(draft_len));
-        }
-        self.bypass
-            .as_mut()
-            .is_none_or(|bypass| bypass.drafts(slots, context_tokens, cost))
+        let bypass = match &mut self.bypass {
+            Some(bypass) if bypass.draft_len() >= draft_len => bypass,
+            stale => stale.insert(Bypass::new(draft_len)),
+        };
+        bypass.drafts(slots, context_tokens, cost)
     }
 
     /// How many drafts of each request are verified.
@@ -260,8 +266,10 @@ impl Scheduler {
         }
         let calibrated = self.calibrated(raw, draft_len)?;
         let verify_lens = self.choose(&calibrated, &limits, batch, decide)?;
+        // Nothing is learnt about a request that was not drafted for.
+        let slot_of = |(&slot, &limit): (&usize, &usize)| if limit > 0 { slot } else { NO_SLOT };
         self.pending = Some(Pending {
-            slots: batch.slots.to_vec(),
+            slots: batch.slots.iter().zip(&limits).map(slot_of).collect(),
             draft_len,
             raw: raw.to_vec(),
             calibrated: calibrated.clone(),
@@ -299,6 +307,7 @@ impl Scheduler {
         decide: Decide<'_>,
     ) -> Result<Vec<usize>> {
         let (draft_len, num_reqs) = (batch.draft_len, limits.len());
+        let num_drafted = limits.iter().filter(|&&limit| limit > 0).count();
         let rule = match self.policy {
             Policy::Fixed => return Ok(limits.to_vec()),
             Policy::Threshold(x) => {
@@ -308,7 +317,7 @@ impl Scheduler {
                     .collect());
             }
             Policy::Algorithm1 => ScheduleRule::FirstFall,
-            Policy::Delayed => self.delayed(),
+            Policy::Delayed => self.delayed(num_drafted, num_reqs),
             Policy::Global => ScheduleRule::Best,
         };
         let cost = self.cost.as_ref().ok_or_else(|| {
@@ -316,7 +325,7 @@ impl Scheduler {
             Error::argument("schedule", expected, "none")
         })?;
         let seconds = cost.seconds_by_rows(StepShape {
-            num_drafted: num_reqs,
+            num_drafted,
             num_tokens: num_reqs,
             context_tokens: batch.context_tokens,
         });
@@ -331,21 +340,29 @@ impl Scheduler {
         if self.policy == Policy::Delayed {
             self.capacities.push_back(Capacity {
                 num_drafts: scheduled.best,
-                num_reqs,
+                num_drafted,
             });
         }
         Ok(scheduled.verify_lens)
     }
 
-    /// The capacity of the step before the last; Algorithm 1 while there is none.
-    fn delayed(&mut self) -> ScheduleRule {
+    /// The capacity of the drafted step before the last, for as many requests as are drafted for now; Algorithm 1 while
+    /// there is none.
+    fn delayed(&mut self, num_drafted: usize, num_reqs: usize) -> ScheduleRule {
         let held = match self.capacities.len() {
             DELAY => self.capacities.pop_front(),
             _ => None,
         };
-        held.map_or(ScheduleRule::FirstFall, |held| {
-            ScheduleRule::Capacity(held.num_drafts, held.num_reqs)
-        })
+        match held {
+            None => ScheduleRule::FirstFall,
+            Some(held) if num_drafted == num_reqs => {
+                ScheduleRule::Capacity(held.num_drafts, held.num_drafted)
+            }
+            Some(held) => {
+                let scaled = held.num_drafts * num_drafted + held.num_drafted / 2;
+                ScheduleRule::Capacity(scaled / held.num_drafted.max(1), num_reqs)
+            }
+        }
     }
 
     /// Takes in what became of the last plan's requests, in its order; before the next plan, whose confidences would
@@ -359,7 +376,7 @@ impl Scheduler {
         for ((outcome, &slot), (raw, calibrated)) in outcomes.iter().zip(&pending.slots).zip(rows) {
             let (verify_len, num_accepted) = (outcome.verify_len, outcome.num_accepted);
             if let Some(bypass) = &mut self.bypass
-                && slot != usize::MAX
+                && slot != NO_SLOT
             {
                 let survival = survival(calibrated, pending.draft_len);
                 bypass.add(slot, &survival, verify_len, num_accepted);

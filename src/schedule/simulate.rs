@@ -394,33 +394,33 @@ impl Simulation<'_> {
             .map(|live| &self.requests[live.request].rounds[live.next_round])
             .collect();
         let context_tokens = live.iter().map(|live| live.context).sum();
-        let choice = match (rule, scheduler) {
+        // For each request the drafts that are verified; `None` where nothing is drafted.
+        let choice: Vec<Option<usize>> = match (rule, scheduler) {
             (Rule::Policy(_), Some(scheduler)) => {
                 self.scheduled(scheduler, live, &rounds, context_tokens)?
             }
-            (Rule::Length(len), _) => Some(vec![len.min(self.draft_len); live.len()]),
+            (Rule::Length(len), _) => vec![Some(len.min(self.draft_len)); live.len()],
             (Rule::Oracle, _) => self.oracle(&rounds, context_tokens),
-            _ => None,
+            _ => vec![None; live.len()],
         };
         let num_drafts: usize = choice.iter().flatten().sum();
+        let num_drafted = choice.iter().flatten().count();
         let seconds = self.cost.seconds(StepShape {
-            num_drafted: if choice.is_some() { live.len() } else { 0 },
+            num_drafted,
             num_tokens: live.len() + num_drafts,
             context_tokens,
         });
         report.seconds += seconds;
         report.request_seconds += seconds * live.len() as f64;
         report.num_rounds += live.len() as u64;
+        report.num_drafted += num_drafted as u64;
         report.num_verified += num_drafts as u64;
         for (r, live) in live.iter_mut().enumerate() {
-            let accepted = choice
-                .as_ref()
-                .map_or(0, |lens| lens[r].min(rounds[r].num_accepted));
+            let accepted = choice[r].map_or(0, |len| len.min(rounds[r].num_accepted));
             // The oracle has looked at the round also where it drafts nothing.
-            if choice.is_some() || rule == Rule::Oracle {
+            if choice[r].is_some() || rule == Rule::Oracle {
                 live.next_round = (live.next_round + 1) % self.requests[live.request].rounds.len();
             }
-            report.num_drafted += u64::from(choice.is_some());
             let committed = 1 + accepted;
             live.tokens_left = live.tokens_left.saturating_sub(committed);
             live.context += committed;
@@ -430,26 +430,35 @@ impl Simulation<'_> {
         Ok(())
     }
 
-    /// `verify_lens` by the scheduler; `None` when it does not draft.
+    /// The scheduler's choice.
     fn scheduled(
         &self,
         scheduler: &mut Scheduler,
         live: &[Live],
         rounds: &[&RecordedRound],
         context_tokens: usize,
-    ) -> Result<Option<Vec<usize>>> {
+    ) -> Result<Vec<Option<usize>>> {
         let slots: Vec<usize> = live.iter().map(|live| live.slot).collect();
-        if !scheduler.drafts(&slots, self.draft_len, context_tokens) {
-            return Ok(None);
+        let drafts = scheduler.drafts(&slots, self.draft_len, context_tokens);
+        if !drafts.contains(&true) {
+            return Ok(vec![None; live.len()]);
         }
+        // As in the real step, requests without a draft take part with nothing to verify.
+        let limits: Vec<usize> = drafts
+            .iter()
+            .map(|&drafts| if drafts { self.draft_len } else { 0 })
+            .collect();
         let confidence: Vec<f32> = rounds
             .iter()
-            .flat_map(|round| &round.confidence[..self.draft_len])
-            .copied()
+            .zip(&drafts)
+            .flat_map(|(round, &drafts)| {
+                let row = round.confidence[..self.draft_len].iter();
+                row.map(move |&c| if drafts { c } else { 0.0 })
+            })
             .collect();
         let plan = scheduler.plan(&Batch {
             slots: &slots,
-            limits: &vec![self.draft_len; live.len()],
+            limits: &limits,
             draft_len: self.draft_len,
             confidence: Some(&confidence),
             context_tokens,
@@ -461,12 +470,17 @@ impl Simulation<'_> {
         };
         let outcomes: Vec<Graded> = plan.verify_lens.iter().zip(rounds).map(grade).collect();
         scheduler.grade(&outcomes);
-        Ok(Some(plan.verify_lens))
+        let lens = plan.verify_lens.into_iter().zip(drafts);
+        Ok(lens.map(|(len, drafts)| drafts.then_some(len)).collect())
     }
 
-    /// The choice of the most tokens a second, outcomes known: only drafts that will be accepted, if any pay.
-    fn oracle(&self, rounds: &[&RecordedRound], context_tokens: usize) -> Option<Vec<usize>> {
+    /// The choice of the most tokens a second, outcomes known: only drafts that will be accepted, made for the requests
+    /// that have the most of them, if any pay.
+    fn oracle(&self, rounds: &[&RecordedRound], context_tokens: usize) -> Vec<Option<usize>> {
         let num_reqs = rounds.len();
+        let accepted = |r: usize| rounds[r].num_accepted.min(self.draft_len);
+        let mut order: Vec<usize> = (0..num_reqs).collect();
+        order.sort_by_key(|&r| std::cmp::Reverse(accepted(r)));
         let rate = |num_drafted: usize, num_drafts: usize| {
             let shape = StepShape {
                 num_drafted,
@@ -475,18 +489,25 @@ impl Simulation<'_> {
             };
             (num_reqs + num_drafts) as f64 / self.cost.seconds(shape)
         };
-        let accepted = |round: &RecordedRound| round.num_accepted.min(self.draft_len);
-        let most: usize = rounds.iter().map(|round| accepted(round)).sum();
-        let best = (0..=most).max_by(|&a, &b| rate(num_reqs, a).total_cmp(&rate(num_reqs, b)))?;
-        if rate(num_reqs, best) <= rate(0, 0) {
-            return None;
+        let (mut best, mut best_rate, mut num_drafts) = ((0, 0), rate(0, 0), 0);
+        for (i, &r) in order.iter().enumerate() {
+            num_drafts += accepted(r);
+            if rate(i + 1, num_drafts) > best_rate {
+                (best, best_rate) = ((i + 1, num_drafts), rate(i + 1, num_drafts));
+            }
         }
-        let mut left = best;
-        let lens = rounds.iter().map(|round| {
-            let len = accepted(round).min(left);
+        // A row may cost more than its token is worth.
+        let (num_drafted, most) = best;
+        let better = |&a: &usize, &b: &usize| {
+            rate(num_drafted, a).total_cmp(&rate(num_drafted, b))
+        };
+        let mut left = (0..=most).max_by(better).unwrap_or(0);
+        let mut choice = vec![None; num_reqs];
+        for &r in &order[..num_drafted] {
+            let len = accepted(r).min(left);
             left -= len;
-            len
-        });
-        Some(lens.collect())
+            choice[r] = Some(len);
+        }
+        choice
     }
 }

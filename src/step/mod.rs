@@ -157,7 +157,7 @@ impl<O: Ops> DecodeStep<O> {
         let pays = self
             .scheduler
             .drafts(&slots, self.draft_len, context_tokens(seqs));
-        if pays {
+        if pays.contains(&true) {
             self.draft(ops, seqs)
         } else {
             Ok(Proposal::default())
