@@ -557,6 +557,7 @@ fn a_step_is_priced_by_bucket_context_and_draft_and_never_falls() {
             num_drafted,
             num_tokens,
             context_tokens,
+            drafted_context_tokens: context_tokens,
         })
     };
     assert_eq!(seconds(0, 5, 0), seconds(0, 8, 0), "one bucket");

@@ -281,8 +281,7 @@ fn online_errors(scheduler: &mut Scheduler, rounds: &[RecordedRound]) -> Vec<f64
 #[test]
 fn online_temperatures_follow_from_code_to_chat() {
     let run = |adapt: Adapt, offline: &[f32]| {
-        let mut scheduler =
-            Scheduler::new(Policy::Threshold(0.5), Some(offline.to_vec())).unwrap();
+        let mut scheduler = Scheduler::new(Policy::Threshold(0.5), Some(offline.to_vec())).unwrap();
         scheduler.set_adapt(adapt);
         online_errors(&mut scheduler, &rounds(&["code"]));
         online_errors(&mut scheduler, &rounds(&["chat"]))
@@ -291,7 +290,9 @@ fn online_temperatures_follow_from_code_to_chat() {
     let own = temperatures();
     for (offline, name) in [(own, "shipped"), (vec![0.4; DRAFT_LEN], "wrong")] {
         let (kept, learnt) = (run(Adapt::OFF, &offline), run(Adapt::ON, &offline));
-        println!("chat after code, {name} temperatures, ECE by position: kept {kept:.4?}, online {learnt:.4?}");
+        println!(
+            "chat after code, {name} temperatures, ECE by position: kept {kept:.4?}, online {learnt:.4?}"
+        );
         assert!(learnt.iter().all(|&ece| ece <= 0.02), "{name}: {learnt:?}");
         if name == "wrong" {
             assert!(learnt[0] < kept[0] / 5.0, "{kept:?}, {learnt:?}");

@@ -53,7 +53,7 @@ struct Slot {
     probing: Probing,
 }
 
-/// When the next probe is due.
+/// Of a request that drafting does not pay for.
 #[derive(Clone, Copy, Debug, Default)]
 struct Probing {
     /// Steps since the last draft.
@@ -62,16 +62,11 @@ struct Probing {
     failures: u32,
 }
 
-impl Probing {
-    /// Counts a step that should not draft; whether it is one to probe in, `distance` steps after the last.
-    fn is_due(&mut self, distance: u32) -> bool {
-        if self.idle_steps < distance << self.failures {
-            self.idle_steps += 1;
-            return false;
-        }
-        self.idle_steps = 0;
-        self.failures = (self.failures + 1).min(MOST_DOUBLINGS);
-        true
+impl Slot {
+    /// Whether its mean is mostly that of others.
+    fn is_unknown(&self) -> bool {
+        let rounds = self.means.as_ref().map_or(0.0, |means| means.rounds);
+        rounds < 2.0 * PRIOR_ROUNDS
     }
 }
 
@@ -92,8 +87,7 @@ pub(super) struct Bypass {
     draft_len: usize,
     slots: Vec<Slot>,
     pooled: Means,
-    /// Of steps that draft for nobody.
-    all: Probing,
+    steps_since_probe: u32,
 }
 
 impl Bypass {
@@ -106,7 +100,7 @@ impl Bypass {
                 survival: hope,
                 rounds: PRIOR_ROUNDS,
             },
-            all: Probing::default(),
+            steps_since_probe: 0,
         }
     }
 
@@ -150,6 +144,7 @@ impl Bypass {
                 num_drafted,
                 num_tokens: num_reqs + num_drafts,
                 context_tokens,
+                drafted_context_tokens: context_tokens * num_drafted / num_reqs,
             })
         };
         let plain = seconds(0, 0);
@@ -158,7 +153,11 @@ impl Bypass {
         let some = self.outlook(slots, self.worthy(slots, &all, &seconds), &seconds);
         // The fewer only where it is surely better: a request that drafts is one that is learnt from.
         let guard = 1.0 + 1.0 / GUARD as f64;
-        let best = if some.rate > all.rate * guard { some } else { all };
+        let best = if some.rate > all.rate * guard {
+            some
+        } else {
+            all
+        };
         let mut drafts = best.drafts;
         if best.rate <= none * guard {
             drafts = vec![false; num_reqs];
@@ -202,7 +201,8 @@ impl Bypass {
         let half = num_reqs / 2;
         let per_request = (seconds(num_reqs, all.num_drafts) - seconds(half, all.num_drafts))
             / (num_reqs - half) as f64;
-        let per_row = (seconds(num_reqs, all.num_drafts + num_reqs) - all.seconds) / num_reqs as f64;
+        let per_row =
+            (seconds(num_reqs, all.num_drafts + num_reqs) - all.seconds) / num_reqs as f64;
         let worth = |slot: &usize| {
             let gains = self.means(*slot).iter().map(|&a| f64::from(a));
             let gain: f64 = gains.map(|a| (a - all.rate * per_row).max(0.0)).sum();
@@ -211,7 +211,8 @@ impl Bypass {
         slots.iter().map(worth).collect()
     }
 
-    /// Adds the requests that a probe is due for.
+    /// Adds requests to be looked at: those that hardly anything is known about, and those that were not drafted for in
+    /// a long time. They wait until a probe of all of them takes its share of the steps since the last.
     fn probe(
         &mut self,
         slots: &[usize],
@@ -219,25 +220,33 @@ impl Bypass {
         seconds: &dyn Fn(usize, usize) -> f64,
     ) {
         let num_drafted = drafts.iter().filter(|&&d| d).count();
-        if num_drafted == slots.len() {
-            self.all = Probing::default();
+        let distance = |num_probed: usize| {
+            let extra = seconds(num_drafted + num_probed, 0) / seconds(num_drafted, 0) - 1.0;
+            ((extra / PROBE_SHARE) as u32).max(PROBE_STEPS)
+        };
+        let all = distance(slots.len() - num_drafted);
+        let mut due = Vec::new();
+        for (r, (&slot, &drafts)) in slots.iter().zip(drafts.iter()).enumerate() {
+            let slot = self.slot_mut(slot);
+            if drafts {
+                slot.probing = Probing::default();
+            } else {
+                slot.probing.idle_steps += 1;
+                if slot.is_unknown() || slot.probing.idle_steps > all << slot.probing.failures {
+                    due.push(r);
+                }
+            }
         }
-        let extra = seconds(slots.len(), 0) / seconds(num_drafted, 0) - 1.0;
-        let distance = ((extra / PROBE_SHARE) as u32).max(PROBE_STEPS);
-        if num_drafted == 0 {
-            // One draft for all of them costs hardly more than one for a few.
-            let due = self.all.is_due(distance);
-            drafts.fill(due);
+        self.steps_since_probe += 1;
+        if due.is_empty() || self.steps_since_probe <= distance(due.len()) {
             return;
         }
-        self.all = Probing::default();
-        for (&slot, drafts) in slots.iter().zip(drafts) {
-            let probing = &mut self.slot_mut(slot).probing;
-            if *drafts {
-                *probing = Probing::default();
-            } else {
-                *drafts = probing.is_due(distance);
-            }
+        self.steps_since_probe = 0;
+        for r in due {
+            drafts[r] = true;
+            let probing = &mut self.slot_mut(slots[r]).probing;
+            probing.idle_steps = 0;
+            probing.failures = (probing.failures + 1).min(MOST_DOUBLINGS);
         }
     }
 

@@ -71,6 +71,8 @@ pub struct StepShape {
     pub num_tokens: usize,
     /// Cache entries of all requests together.
     pub context_tokens: usize,
+    /// Cache entries of the requests drafted for.
+    pub drafted_context_tokens: usize,
 }
 
 /// Seconds of a whole step.
@@ -167,14 +169,14 @@ impl StepCost {
 
     /// The profiled terms of a step: verify, context, draft.
     fn terms(&self, shape: StepShape) -> [f64; 3] {
-        let entries = shape.context_tokens as f64;
         let draft = match &self.draft {
             Some(draft) if shape.num_drafted > 0 => {
+                let entries = shape.drafted_context_tokens as f64;
                 draft.seconds(shape.num_drafted) + self.draft_seconds_per_context_token * entries
             }
             _ => 0.0,
         };
-        let context = self.seconds_per_context_token * entries;
+        let context = self.seconds_per_context_token * shape.context_tokens as f64;
         [self.verify_seconds(shape.num_tokens), context, draft]
     }
 
@@ -204,7 +206,7 @@ impl StepCost {
         1.0 / self.seconds(StepShape {
             num_drafted: num_reqs,
             num_tokens,
-            context_tokens: 0,
+            ..StepShape::default()
         })
     }
 

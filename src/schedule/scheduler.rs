@@ -328,6 +328,7 @@ impl Scheduler {
             num_drafted,
             num_tokens: num_reqs,
             context_tokens: batch.context_tokens,
+            drafted_context_tokens: batch.context_tokens * num_drafted / num_reqs,
         });
         let ticks = Ticks::new(num_reqs * draft_len, |n| seconds(num_reqs + n));
         let scheduled = decide(&ScheduleInputs {

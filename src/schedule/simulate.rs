@@ -409,6 +409,7 @@ impl Simulation<'_> {
             num_drafted,
             num_tokens: live.len() + num_drafts,
             context_tokens,
+            drafted_context_tokens: context_tokens * num_drafted / live.len(),
         });
         report.seconds += seconds;
         report.request_seconds += seconds * live.len() as f64;
@@ -486,6 +487,7 @@ impl Simulation<'_> {
                 num_drafted,
                 num_tokens: num_reqs + num_drafts,
                 context_tokens,
+                drafted_context_tokens: context_tokens * num_drafted / num_reqs,
             };
             (num_reqs + num_drafts) as f64 / self.cost.seconds(shape)
         };
@@ -498,9 +500,7 @@ impl Simulation<'_> {
         }
         // A row may cost more than its token is worth.
         let (num_drafted, most) = best;
-        let better = |&a: &usize, &b: &usize| {
-            rate(num_drafted, a).total_cmp(&rate(num_drafted, b))
-        };
+        let better = |&a: &usize, &b: &usize| rate(num_drafted, a).total_cmp(&rate(num_drafted, b));
         let mut left = (0..=most).max_by(better).unwrap_or(0);
         let mut choice = vec![None; num_reqs];
         for &r in &order[..num_drafted] {

@@ -140,6 +140,7 @@ impl<O: Ops> DecodeStep<O> {
             },
             num_tokens: verified.map.num_rows(),
             context_tokens,
+            drafted_context_tokens: context_tokens,
         };
         self.scheduler
             .observe_step(shape, start.elapsed().as_secs_f64());
