@@ -213,7 +213,7 @@ impl<O: Ops> DecodeStep<O> {
     ) -> Result<(Duration, Duration)> {
         ops.synchronize()?;
         let start = Instant::now();
-        let proposal = self.draft(ops, seqs)?;
+        let proposal = self.draft(ops, seqs, seqs.len())?;
         ops.synchronize()?;
         let drafted = start.elapsed();
         let start = Instant::now();

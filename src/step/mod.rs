@@ -8,6 +8,7 @@
 //! is all four. Greedy and sampled sequences mix freely; with nothing to verify a round is plain decoding.
 
 mod measure;
+mod order;
 mod prefill;
 mod sequence;
 
@@ -117,14 +118,52 @@ impl<O: Ops> DecodeStep<O> {
         self.times
     }
 
-    /// One round of every sequence: propose, schedule, verify, commit.
+    /// One round of every sequence: propose where the schedule expects a gain, schedule, verify, commit.
     ///
     /// # Errors
     /// Those of the phases. The sequences are then as they were before the round, unless `commit` failed.
     pub fn round(&mut self, ops: &mut O, seqs: &mut [&mut Sequence]) -> Result<Vec<Round>> {
+        let drafts = self.drafts(seqs);
+        self.round_with(ops, seqs, &drafts)
+    }
+
+    /// A round that drafts for the sequences with `drafts [num_seqs]`; the others are decoded plainly in the same pass.
+    ///
+    /// # Errors
+    /// As [`DecodeStep::round`].
+    pub fn round_with(
+        &mut self,
+        ops: &mut O,
+        seqs: &mut [&mut Sequence],
+        drafts: &[bool],
+    ) -> Result<Vec<Round>> {
         let start = Instant::now();
+        let order = order::drafting_first(drafts);
+        let num_drafted = drafts.iter().filter(|&&drafts| drafts).count();
+        let rounds = self
+            .ordered_round(ops, &mut order::reordered(seqs, &order), num_drafted, start)
+            .map_err(|error| error.in_batch(|r| order[r]))?;
+        Ok(order::in_order(rounds, &order))
+    }
+
+    /// For which sequences the next round should draft. To be asked once a round.
+    fn drafts(&mut self, seqs: &[&mut Sequence]) -> Vec<bool> {
+        let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
+        self.scheduler
+            .drafts(&slots, self.draft_len, context_tokens(seqs))
+    }
+
+    /// A round in which the first `num_drafted` sequences are drafted for.
+    fn ordered_round(
+        &mut self,
+        ops: &mut O,
+        seqs: &mut [&mut Sequence],
+        num_drafted: usize,
+        start: Instant,
+    ) -> Result<Vec<Round>> {
         let context_tokens = context_tokens(seqs);
-        let proposal = self.propose(ops, seqs)?;
+        let drafted_context_tokens = seqs[..num_drafted].iter().map(|seq| seq.seq_len()).sum();
+        let proposal = self.draft(ops, seqs, num_drafted)?;
         let mut by = |inputs: &ScheduleInputs<'_>| match ops.schedule(inputs)? {
             Some(scheduled) => Ok(scheduled),
             None => decide(inputs),
@@ -133,41 +172,36 @@ impl<O: Ops> DecodeStep<O> {
         let verified = self.verify(ops, seqs, &proposal, &verify_lens)?;
         let rounds = self.commit(ops, seqs, &proposal, &verified)?;
         let shape = StepShape {
-            num_drafted: if proposal.draft_len > 0 {
-                seqs.len()
-            } else {
-                0
-            },
+            num_drafted: proposal.num_drafted,
             num_tokens: verified.map.num_rows(),
             context_tokens,
-            drafted_context_tokens: context_tokens,
+            drafted_context_tokens,
         };
         self.scheduler
             .observe_step(shape, start.elapsed().as_secs_f64());
         Ok(rounds)
     }
 
-    /// Drafts for every sequence. The draft is shorter than `draft_len` where the reserved pages of a sequence end
-    /// earlier, and empty without a drafter or where the schedule expects no gain from drafting. Drafts past the
-    /// model's context are made and never verified.
+    /// Drafts for every sequence, or for none where the schedule expects no gain from drafting for any. The draft is
+    /// shorter than `draft_len` where the reserved pages of a sequence end earlier, and empty without a drafter. Drafts
+    /// past the model's context are made and never verified.
     ///
     /// # Errors
     /// A sequence that was not prefilled; what the drafter refuses.
     pub fn propose(&mut self, ops: &mut O, seqs: &[&mut Sequence]) -> Result<Proposal> {
-        let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
-        let pays = self
-            .scheduler
-            .drafts(&slots, self.draft_len, context_tokens(seqs));
-        if pays.contains(&true) {
-            self.draft(ops, seqs)
-        } else {
-            Ok(Proposal::default())
-        }
+        let pays = self.drafts(seqs).contains(&true);
+        self.draft(ops, seqs, if pays { seqs.len() } else { 0 })
     }
 
-    /// Drafts for every sequence, whether it pays or not.
-    fn draft(&mut self, ops: &mut O, seqs: &[&mut Sequence]) -> Result<Proposal> {
+    /// Drafts for the first `num_drafted` sequences, whether it pays or not.
+    fn draft(
+        &mut self,
+        ops: &mut O,
+        seqs: &[&mut Sequence],
+        num_drafted: usize,
+    ) -> Result<Proposal> {
         let start = Instant::now();
+        let (num_reqs, seqs) = (seqs.len(), &seqs[..num_drafted]);
         let room = |seq: &&mut Sequence| seq.pages.capacity().saturating_sub(seq.seq_len() + 1);
         let draft_len = seqs.iter().map(room).min().unwrap_or(0).min(self.draft_len);
         let Some(drafter) = self.drafter.as_mut().filter(|_| draft_len > 0) else {
@@ -194,11 +228,17 @@ impl<O: Ops> DecodeStep<O> {
             _ => drafted.confidence,
         };
         self.times.propose += start.elapsed();
-        Ok(Proposal {
+        let mut proposal = Proposal {
             draft_len,
+            num_drafted,
             tokens: drafted.tokens,
             confidence,
-        })
+        };
+        proposal.tokens.resize(num_reqs * draft_len, 0);
+        if let Some(confidence) = &mut proposal.confidence {
+            confidence.resize(num_reqs * draft_len, 0.0);
+        }
+        Ok(proposal)
     }
 
     /// How many drafts of each sequence are verified: the scheduler's choice, never past the model's context.
@@ -218,10 +258,11 @@ impl<O: Ops> DecodeStep<O> {
     ) -> Result<Vec<usize>> {
         let start = Instant::now();
         let max_position = self.target.max_position();
-        let limits: Vec<usize> = seqs
-            .iter()
-            .map(|seq| max_position.saturating_sub(seq.seq_len() + 1))
-            .collect();
+        let limit = |(r, seq): (usize, &&mut Sequence)| match r < proposal.num_drafted {
+            true => max_position.saturating_sub(seq.seq_len() + 1),
+            false => 0,
+        };
+        let limits: Vec<usize> = seqs.iter().enumerate().map(limit).collect();
         let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
         seqs.iter()
             .try_for_each(|seq| self.check_sampling(&seq.sampling))?;
@@ -308,6 +349,14 @@ impl<O: Ops> DecodeStep<O> {
             Some(drafter) if proposal.draft_len > 0 => drafter.law(),
             _ => DraftLaw::PointMass,
         };
+        let padded;
+        let law = match law {
+            DraftLaw::Sparse(law) if proposal.num_drafted < seqs.len() => {
+                padded = law.padded(proposal.tokens.len());
+                DraftLaw::Sparse(&padded)
+            }
+            law => law,
+        };
         let edits = sequence::edits(seqs.iter().map(|seq| &**seq));
         let accepted = ops.accept(&AcceptBatch {
             target: self.target.logits(),
@@ -342,9 +391,7 @@ impl<O: Ops> DecodeStep<O> {
         verified: &Verified,
     ) -> Result<Vec<Round>> {
         let start = Instant::now();
-        let draft_len = proposal.draft_len;
         let predicted = self.predicted.take().unwrap_or_default();
-        let predicted_of = |r: usize| predicted.get(r * draft_len..(r + 1) * draft_len);
         let mut next_tokens = vec![0; verified.map.num_rows()];
         let mut rounds = Vec::with_capacity(seqs.len());
         for (r, seq) in seqs.iter_mut().enumerate() {
@@ -360,7 +407,7 @@ impl<O: Ops> DecodeStep<O> {
             rounds.push(Round {
                 draft_tokens: proposal.tokens_of(r).to_vec(),
                 confidence: proposal.confidence_of(r).to_vec(),
-                predicted: predicted_of(r).unwrap_or_default().to_vec(),
+                predicted: proposal.row_of(&predicted, r).to_vec(),
                 verify_len: rows.len() - 1,
                 num_accepted,
                 committed,
