@@ -1,7 +1,7 @@
 //! The order in which drafts are admitted, and how many of them pay. All of it is integer arithmetic, so that any
 //! machine, in any order of summation, comes to the same decision.
 //!
-//! Survivals are counted in units of 2^-17 and step costs in ticks of at most 2^30 ([`Ticks`]); throughputs
+//! Survivals are counted in units of 1 / 65535 and step costs in ticks of at most 2^30 ([`Ticks`]); throughputs
 //! `tau / ticks` are compared by cross-multiplying. Drafts are ranked by survival, largest first, ties by request, then
 //! position: nothing but survivals and places enters. Survivals do not rise along a request, so the first n of the
 //! ranking are prefixes.
@@ -10,8 +10,8 @@ use super::survival::{calibrate, survival};
 use crate::error::{Error, Result};
 use crate::ops::{ScheduleInputs, ScheduleRule, Scheduled};
 
-/// A survival of 1.
-const ONE: u32 = 1 << 17;
+/// A survival of 1: what 16 bits hold, so that a device can sort by them.
+const ONE: u32 = 65_535;
 
 /// The largest tick count.
 const MAX_TICKS: f64 = (1_u32 << 30) as f64;

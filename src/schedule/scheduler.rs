@@ -125,6 +125,7 @@ pub struct Scheduler {
     pending: Option<Pending>,
     /// The longest draft seen, which the state above is sized for.
     longest: usize,
+    bad_confidences: u64,
 }
 
 impl Scheduler {
@@ -153,6 +154,7 @@ impl Scheduler {
             capacities: VecDeque::new(),
             pending: None,
             longest: 0,
+            bad_confidences: 0,
         })
     }
 
@@ -192,6 +194,12 @@ impl Scheduler {
             Some(online) => Some(online.temperatures()),
             None => self.temperatures.as_deref(),
         }
+    }
+
+    /// Confidences so far that were no probabilities (NaN, or outside 0 to 1). They count as 0 or as the nearer end: a
+    /// drafter or a kernel is broken, the output is not.
+    pub fn bad_confidences(&self) -> u64 {
+        self.bad_confidences
     }
 
     /// A new request has the slot: what its predecessor's rounds said about it is forgotten.
@@ -264,6 +272,8 @@ impl Scheduler {
             let expected = format!("{} x {draft_len} values", limits.len());
             return Err(Error::argument("confidence", expected, raw.len()));
         }
+        let bad = raw.iter().filter(|c| !(0.0..=1.0).contains(*c)).count();
+        self.bad_confidences += bad as u64;
         let calibrated = self.calibrated(raw, draft_len)?;
         let verify_lens = self.choose(&calibrated, &limits, batch, decide)?;
         // Nothing is learnt about a request that was not drafted for.
