@@ -79,10 +79,10 @@ impl<O: Ops> DecodeStep<O> {
             .and_then(|()| {
                 let mut seqs: Vec<&mut Sequence> = scratch.iter_mut().collect();
                 let lens = vec![0; seqs.len()];
-                let short = self.time_points(ops, &mut seqs, &lens, CONTEXT)?;
+                let short = self.time_points(ops, &mut seqs, &lens, false)?;
                 let chunk = (max_num_reqs * rows / seqs.len()).max(1);
                 let context = self.fill_context(ops, &mut seqs, longest - rows, chunk)?;
-                let long = self.time_points(ops, &mut seqs, &lens, context)?;
+                let long = self.time_points(ops, &mut seqs, &lens, false)?;
                 let entries = (seqs.len() * (context - CONTEXT)).max(1) as f64;
                 let slope = |low: f64, high: f64| (high - low).max(0.0) / entries;
                 Ok([slope(short.1, long.1), slope(short.0, long.0)])
@@ -145,14 +145,23 @@ impl<O: Ops> DecodeStep<O> {
                 result => result?,
             }
             scratch.push(Sequence::new(slot, pages, SamplingParams::default()));
-            let chunk = PrefillChunk {
-                sequence: &mut scratch[slot],
+        }
+        self.restart(ops, &mut scratch.iter_mut().collect::<Vec<_>>())
+    }
+
+    /// Takes scratch sequences back to [`CONTEXT`] entries, by way of the beginning: drafters remember where they are.
+    fn restart(&mut self, ops: &mut O, seqs: &mut [&mut Sequence]) -> Result<()> {
+        let chunks = seqs.iter_mut().map(|sequence| {
+            sequence.pages.rollback(0);
+            sequence.anchor = None;
+            PrefillChunk {
+                sequence,
                 tokens: &[0; CONTEXT],
                 next: None,
-            };
-            self.prefill(ops, &mut [chunk])?;
-        }
-        Ok(())
+            }
+        });
+        let mut chunks: Vec<PrefillChunk<'_>> = chunks.collect();
+        self.prefill(ops, &mut chunks).map(|_| ())
     }
 
     fn time_steps(
@@ -173,7 +182,7 @@ impl<O: Ops> DecodeStep<O> {
             let verify_lens: Vec<usize> = (0..num_reqs)
                 .map(|r| (num_tokens - num_reqs + r) / num_reqs)
                 .collect();
-            let (drafted, verified) = self.time_points(ops, &mut seqs, &verify_lens, CONTEXT)?;
+            let (drafted, verified) = self.time_points(ops, &mut seqs, &verify_lens, true)?;
             draft.push((num_reqs, drafted));
             verify.push((num_tokens, verified));
         }
@@ -184,17 +193,18 @@ impl<O: Ops> DecodeStep<O> {
         Ok(StepCost::new(CostTable::new(verify)?, draft))
     }
 
-    /// Median seconds of a draft, and of the verify pass and the commit behind it.
+    /// Median seconds of a draft, and of the verify pass and the commit behind it; with a context beyond [`CONTEXT`], to
+    /// which no way leads back, of the pass alone.
     fn time_points(
         &mut self,
         ops: &mut O,
         seqs: &mut [&mut Sequence],
         verify_lens: &[usize],
-        context: usize,
+        commits: bool,
     ) -> Result<(f64, f64)> {
         let (mut drafted, mut verified) = (Vec::new(), Vec::new());
         for repeat in 0..=REPEATS {
-            let (draft, verify) = self.time_step(ops, seqs, verify_lens, context)?;
+            let (draft, verify) = self.time_step(ops, seqs, verify_lens, commits)?;
             if repeat > 0 {
                 drafted.push(draft);
                 verified.push(verify);
@@ -203,14 +213,15 @@ impl<O: Ops> DecodeStep<O> {
         Ok((median(drafted), median(verified)))
     }
 
-    /// Times of one draft, and of one verify pass with its commit, which are then forgotten.
+    /// Times of one draft, and of one verify pass and its commit, which are then forgotten.
     fn time_step(
         &mut self,
         ops: &mut O,
         seqs: &mut [&mut Sequence],
         verify_lens: &[usize],
-        context: usize,
+        commits: bool,
     ) -> Result<(Duration, Duration)> {
+        let lens: Vec<usize> = seqs.iter().map(|seq| seq.seq_len()).collect();
         ops.synchronize()?;
         let start = Instant::now();
         let proposal = self.draft(ops, seqs, seqs.len())?;
@@ -218,11 +229,16 @@ impl<O: Ops> DecodeStep<O> {
         let drafted = start.elapsed();
         let start = Instant::now();
         let pass = self.verify(ops, seqs, &proposal, verify_lens)?;
-        self.commit(ops, seqs, &proposal, &pass)?;
+        if commits {
+            self.commit(ops, seqs, &proposal, &pass)?;
+        }
         ops.synchronize()?;
         let verified = start.elapsed();
-        for seq in seqs {
-            seq.pages.rollback(context);
+        if commits {
+            self.restart(ops, seqs)?;
+        }
+        for (seq, len) in seqs.iter_mut().zip(lens) {
+            seq.pages.rollback(len);
         }
         Ok((drafted, verified))
     }
