@@ -264,6 +264,41 @@ fn seeds_decide() {
 }
 
 #[test]
+fn logprobs_come_after_the_answer() {
+    let (target, draft) = (target("qwen3_bf16"), drafter("qwen3_vanilla"));
+    let [ids, greedy] = golden("qwen3_bf16", 1);
+    let trace = TempFile::new("");
+    for more in [&[][..], &["--draft", &draft]] {
+        let args = ["generate", "--target", &target, "--prompt-ids", &ids];
+        let rest = ["--max-new-tokens", "6", "--trace", trace.path()];
+        let run = |n: &str| stdout(&[&args[..], &rest, more, &["--logprobs", n]].concat());
+        let printed = run("2");
+        let lines: Vec<&str> = printed.lines().collect();
+        let tokens: Vec<&str> = greedy.split(',').take(6).collect();
+        assert_eq!((lines[0], lines.len()), (&*tokens.join(","), 7));
+        for (line, token) in lines[1..].iter().zip(&tokens) {
+            // Greedy: the token is the likeliest one.
+            let [logprob, rest] = line.trim_start().split("  ").collect::<Vec<_>>()[..2]
+                .try_into()
+                .unwrap();
+            assert!(
+                logprob.parse::<f32>().unwrap() <= 0.0 && rest == *token,
+                "{line}"
+            );
+            assert!(line.contains(&format!("| {token} {logprob}, ")), "{line}");
+        }
+        let trace: Value =
+            serde_json::from_str(&std::fs::read_to_string(trace.path()).unwrap()).unwrap();
+        let request = &trace["requests"][0];
+        assert_eq!(request["logprobs"].as_array().unwrap().len(), 6);
+        assert_eq!(
+            run("0").lines().nth(1).unwrap().split("  ").count(),
+            lines[1].split("  ").count() - 1
+        );
+    }
+}
+
+#[test]
 fn statistics_go_to_standard_error() {
     let (target, draft) = (target("qwen3_bf16"), drafter("qwen3_vanilla"));
     let args = [
@@ -325,6 +360,75 @@ fn compare_shows_every_mode() {
     }
 }
 
+/// Every way to decode gives the text of plain decoding under the coupled rule and at temperature 0; other rules do not,
+/// and that is seen.
+#[test]
+fn invariance_holds_where_it_must() {
+    let target = target("qwen3_bf16");
+    let drafts = [("dspark", "qwen3_vanilla"), ("mtp", "qwen3_mtp")]
+        .map(|(mode, name)| format!("{mode}={}", drafter(name)));
+    let lines = (0..12).map(|i| format!("{{\"prompt_ids\": [{}, {}]}}\n", i + 1, 7 * i));
+    let prompts = TempFile::new(&lines.collect::<String>());
+    let mut args = vec![
+        "invariance",
+        "--target",
+        &target,
+        "--prompts",
+        prompts.path(),
+    ];
+    args.extend(drafts.iter().flat_map(|draft| ["--draft", draft]));
+    args.extend([
+        "--max-new-tokens",
+        "16",
+        "--max-num-reqs",
+        "5",
+        "--draft-lens",
+        "2",
+    ]);
+    args.extend(["--schedules", "threshold:0.5,delayed,global"]);
+    args.extend([
+        "--head-forms",
+        "candidates:32,candidates:1",
+        "--alternates",
+        "4",
+    ]);
+    for more in [
+        &["--temperature", "0.7", "--rule", "coupled"][..],
+        &[
+            "--temperature",
+            "1.2",
+            "--top-p",
+            "0.9",
+            "--rule",
+            "coupled",
+            "--presence-penalty",
+            "0.4",
+        ],
+        &["--temperature", "0"],
+    ] {
+        let run = dspark(&[&args[..], more].concat());
+        assert_eq!(run.status, Some(0), "{run:?}");
+        let rows: Vec<&str> = run.stdout.lines().skip(1).collect();
+        // none, dspark and mtp at both sizes, another length of each, three schedules, two forms,
+        // one of them with second choices.
+        assert_eq!(rows.len(), 14, "{}", run.stdout);
+        for row in rows {
+            let figures = row.split(" at once").nth(1).unwrap().split_whitespace();
+            let counts: Vec<&str> = figures.take(5).collect();
+            assert_eq!(counts, ["12", "0", "0", "0.0000", "0.0000"], "{row}");
+        }
+    }
+    // `global` refuses the token rule.
+    let schedules = args.iter().position(|&arg| arg == "--schedules").unwrap();
+    args.drain(schedules..schedules + 2);
+    let run = dspark(&[&args[..], &["--temperature", "0.7", "--rule", "token"]].concat());
+    assert_eq!(run.status, Some(1), "{run:?}");
+    assert!(
+        run.stderr.contains("differ by more than rounding"),
+        "{run:?}"
+    );
+}
+
 #[test]
 fn doctor_looks_at_a_pair() {
     let report = stdout(&["doctor"]);
@@ -372,7 +476,7 @@ fn a_gpu_generates_too() {
 
 #[test]
 fn help_has_examples() {
-    for name in ["generate", "compare", "doctor"] {
+    for name in ["generate", "compare", "invariance", "doctor"] {
         let help = stdout(&[name, "--help"]);
         let example = format!("  dspark {name}");
         assert!(

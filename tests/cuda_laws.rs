@@ -7,8 +7,8 @@ mod common;
 use common::{Rng, Tolerance, assert_close, gpu, logits, mat, norm, reference, weight};
 use dspark::Error;
 use dspark::ops::{
-    AcceptBatch, AcceptExtras, Accepted, ConfidenceHead, DraftHead, DraftLaw, Drafted, HeadKind,
-    Ops, Rule, SamplingParams,
+    AcceptBatch, AcceptExtras, Accepted, ConfidenceHead, DraftBatch, DraftHead, DraftLaw, Drafted,
+    HeadKind, Ops, Rule, SamplingParams,
 };
 use dspark::reference::philox::token_exponential;
 
@@ -135,10 +135,13 @@ impl Head {
                 &head,
                 &mut logits,
                 &hidden,
-                &anchors[which.clone()],
-                &positions[which.clone()],
-                &self.sampling()[which],
-                self.draft_len,
+                &DraftBatch {
+                    anchors: &anchors[which.clone()],
+                    anchor_positions: &positions[which.clone()],
+                    sampling: &self.sampling()[which],
+                    draft_len: self.draft_len,
+                    mask: None,
+                },
             )
             .unwrap();
         HeadResult {
@@ -418,15 +421,14 @@ impl Round {
         let hidden = mat(&mut ops, 8, &vec![0.0; rows * 8]);
         let mut logits = logits(&mut ops, self.vocab_size, &self.draft);
         let anchors = vec![0; self.num_reqs];
-        let drafted = ops.draft_head(
-            &head,
-            &mut logits,
-            &hidden,
-            &anchors,
-            &self.positions,
-            &self.sampling,
-            self.draft_len,
-        );
+        let batch = DraftBatch {
+            anchors: &anchors,
+            anchor_positions: &self.positions,
+            sampling: &self.sampling,
+            draft_len: self.draft_len,
+            mask: None,
+        };
+        let drafted = ops.draft_head(&head, &mut logits, &hidden, &batch);
         drafted.unwrap().tokens
     }
 

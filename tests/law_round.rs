@@ -3,13 +3,13 @@
 
 mod fakes;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
 
 use dspark::kv::PagePool;
 use dspark::model::Drafter;
-use dspark::ops::SamplingParams;
+use dspark::ops::{Rule, SamplingParams};
 use dspark::reference::Reference;
 use dspark::reference::choices::enumerate;
 use dspark::schedule::{Adapt, CostTable, Policy, Scheduler, StepCost};
@@ -22,11 +22,17 @@ use fakes::{
 /// The largest difference from the target's law that counts as none.
 const EXACT: f64 = 1e-9;
 
+/// What a complete output is filled up with, here and in the law it is compared with.
+const AFTER_THE_END: u32 = 0;
+
 /// A broken rule must be off by at least this much.
 const CAUGHT: f64 = 1e-3;
 
 /// A schedule of the test's own: drafts and their number of requests to `verify_lens`.
 type Plan = Rc<dyn Fn(&Proposal, usize) -> Vec<usize>>;
+
+/// Tokens that may follow some; none: they are complete.
+type GrammarOf = Rc<dyn Fn(&[u32]) -> Vec<u32>>;
 
 /// Everything a round depends on.
 #[derive(Clone)]
@@ -41,6 +47,12 @@ struct World {
     /// The one slot that is drafted for; `None` for all of them.
     drafts_for: Option<usize>,
     requests: Vec<(Vec<u32>, SamplingParams)>,
+    /// What every request may generate.
+    grammar: Option<GrammarOf>,
+    /// Second choices that are verified beside the drafts.
+    alternates: usize,
+    /// Second choices that were accepted.
+    num_alternates: Rc<Cell<usize>>,
     /// Every plan that was made.
     plans: Rc<RefCell<BTreeSet<Vec<usize>>>>,
 }
@@ -59,6 +71,9 @@ impl World {
             plan: None,
             drafts_for: None,
             requests: vec![(vec![0, 1, 1], params)],
+            grammar: None,
+            alternates: 0,
+            num_alternates: Rc::default(),
             plans: Rc::default(),
         }
     }
@@ -90,13 +105,18 @@ impl World {
         let scheduler = self.scheduler.clone();
         let mut step =
             DecodeStep::new(Box::new(target), drafter, scheduler, self.draft_len).unwrap();
+        step.set_alternates(self.alternates);
         let mut seqs = self.prefilled(&mut ops, &mut step);
         let mut outputs: Vec<Vec<u32>> = seqs.iter().map(|s| vec![s.anchor.unwrap()]).collect();
         loop {
-            let open: Vec<usize> = (0..seqs.len()).filter(|&r| outputs[r].len() < n).collect();
+            let is_open = |r: &usize| {
+                let complete = |grammar: &GrammarOf| grammar(&outputs[*r]).is_empty();
+                outputs[*r].len() < n && !self.grammar.as_ref().is_some_and(complete)
+            };
+            let open: Vec<usize> = (0..seqs.len()).filter(is_open).collect();
             if open.is_empty() {
                 for tokens in &mut outputs {
-                    tokens.truncate(n);
+                    tokens.resize(n, AFTER_THE_END);
                 }
                 return outputs.concat();
             }
@@ -123,7 +143,16 @@ impl World {
         for (slot, (_, params)) in self.requests.iter().enumerate() {
             let mut pages = pool.table();
             pool.reserve(&mut pages, 16).unwrap();
-            seqs.push(Sequence::new(slot, pages, *params));
+            let mut sequence = Sequence::new(slot, pages, *params);
+            if let Some(grammar) = self.grammar.clone() {
+                let allow = move |committed: &[u32], drafts: &[u32], mask: &mut [u32]| {
+                    for v in grammar(&[committed, drafts].concat()) {
+                        mask[0] |= 1 << v;
+                    }
+                };
+                sequence.grammar = Some(Box::new(allow));
+            }
+            seqs.push(sequence);
         }
         while seqs.iter().any(|seq| seq.anchor.is_none()) {
             let open = seqs
@@ -170,6 +199,9 @@ impl World {
                 step.commit(ops, batch, &proposal, &verified).unwrap()
             }
         };
+        let alternates = rounds.iter().filter(|round| round.alternate.is_some());
+        self.num_alternates
+            .set(self.num_alternates.get() + alternates.count());
         let lens = rounds.iter().map(|round| round.verify_len).collect();
         self.plans.borrow_mut().insert(lens);
         rounds.into_iter().map(|round| round.committed).collect()
@@ -190,7 +222,7 @@ impl World {
     fn exact(&self, n: usize) -> HashMap<Vec<u32>, f64> {
         let mut joint = HashMap::from([(Vec::new(), 1.0)]);
         for (prompt, params) in &self.requests {
-            let own = sequence_law(&self.law, prompt, params, n);
+            let own = sequence_law(&self.grammatical(prompt.len()), prompt, params, n);
             joint = joint
                 .iter()
                 .flat_map(|(before, p)| {
@@ -200,6 +232,26 @@ impl World {
                 .collect();
         }
         joint
+    }
+
+    /// The target's law without what the grammar forbids after a prompt of this length.
+    fn grammatical(&self, prompt_len: usize) -> LogitsOf {
+        let (law, Some(grammar)) = (self.law.clone(), self.grammar.clone()) else {
+            return self.law.clone();
+        };
+        Rc::new(move |history| {
+            let mut allowed = grammar(&history[prompt_len..]);
+            if allowed.is_empty() {
+                allowed.push(AFTER_THE_END);
+            }
+            let mut logits = law(history);
+            for (v, logit) in (0..).zip(&mut logits) {
+                if !allowed.contains(&v) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+            logits
+        })
     }
 
     /// The largest difference of a probability from the target's law.
@@ -336,6 +388,111 @@ fn delayed_schedules() {
         .assert_exact(4);
 }
 
+/// Drafts from candidates alone: the law they were drawn from is truncated, the target's is not.
+#[test]
+fn drafts_from_candidates() {
+    for rule in [Rule::Token, Rule::Block] {
+        for (num_top, draft_len) in [(1, 2), (2, 2), (3, 1), (2, 3)] {
+            let params = SamplingParams {
+                rule,
+                ..sampled(0.9)
+            };
+            let mut world = World::new(4, draft_len, params);
+            world.draft.candidates = Some(num_top);
+            world.assert_exact(2);
+            let mut world = world.policy(Policy::Threshold(0.5));
+            world.grammar = Some(Rc::new(no_ones_in_a_row));
+            world.assert_exact(2);
+        }
+    }
+    let mut world = World::new(4, 2, sampled(1.0));
+    world.draft.candidates = Some(2);
+    world.draft.shift_law = true;
+    world.assert_caught(2);
+}
+
+/// Second choices beside the drafts: a tree, under the rules that have trees, for one request and for two of different
+/// lengths.
+#[test]
+fn second_choices() {
+    for (num_top, draft_len, alternates, n) in
+        [(2, 1, 1, 3), (3, 2, 1, 3), (3, 2, 2, 3), (2, 3, 3, 3)]
+    {
+        for params in [
+            sampled(0.9),
+            SamplingParams {
+                top_k: 2,
+                ..sampled(0.7)
+            },
+            sampled(0.0),
+        ] {
+            let mut world = World::new(3, draft_len, params);
+            world.draft.candidates = Some(num_top);
+            world.alternates = alternates;
+            world.assert_exact(n);
+            assert!(
+                world.num_alternates.get() > 0 || params.temperature == 0.0,
+                "no second choice was ever accepted"
+            );
+            let world = world.policy(Policy::Threshold(0.5));
+            world.assert_exact(n);
+        }
+    }
+    let params = sampled(0.8);
+    let mut world =
+        World::new(2, 2, params).requests(&[(&[0], params), (&[1, 1, 0], sampled(0.0))]);
+    world.draft.candidates = Some(2);
+    world.alternates = 2;
+    world.assert_exact(3);
+    // A law one row off is caught.
+    let mut world = World::new(3, 2, sampled(1.0));
+    world.draft.candidates = Some(3);
+    world.alternates = 2;
+    world.draft.shift_law = true;
+    world.assert_caught(2);
+}
+
+/// After token 1 never 1 again; complete with the second 2.
+fn no_ones_in_a_row(tokens: &[u32]) -> Vec<u32> {
+    let forbidden = |pair: &[u32]| pair == [1, 1];
+    let twos = tokens.iter().filter(|&&t| t == 2).count();
+    if twos >= 2 || tokens.windows(2).any(forbidden) {
+        return Vec::new();
+    }
+    match tokens.last() {
+        Some(1) => vec![0, 2],
+        _ => vec![0, 1, 2],
+    }
+}
+
+#[test]
+fn grammars() {
+    for rule in [Rule::Token, Rule::Block] {
+        let params = SamplingParams {
+            rule,
+            ..sampled(0.8)
+        };
+        for policy in [Policy::Fixed, Policy::Threshold(0.5), Policy::Algorithm1] {
+            for draft_len in [1, 2] {
+                let mut world = World::new(3, draft_len, params).policy(policy);
+                world.grammar = Some(Rc::new(no_ones_in_a_row));
+                world.assert_exact(4);
+            }
+        }
+        let mut world = World::new(3, 3, params);
+        world.grammar = Some(Rc::new(no_ones_in_a_row));
+        world.assert_exact(3);
+    }
+    // Another grammar's law is told apart.
+    let mut world = World::new(3, 2, sampled(0.8));
+    world.grammar = Some(Rc::new(no_ones_in_a_row));
+    let got = world.enumerated(3);
+    world.grammar = Some(Rc::new(|tokens| vec![0, 1, 2, 2 - tokens.len() as u32 % 2]));
+    let free = world.exact(3);
+    let gap = |tokens: &Vec<u32>| (got.get(tokens).unwrap_or(&0.0) - free[tokens]).abs();
+    assert!(free.keys().any(|tokens| gap(tokens) > CAUGHT));
+}
+
 #[test]
 fn global_is_refused_where_it_would_bias_the_law() {
     let mut world = World::new(2, 2, sampled(1.0)).policy(Policy::Global);
@@ -409,6 +566,7 @@ fn appendix_a() -> World {
             previous: vec![0.0, -1e4],
         }),
         shift_law: false,
+        candidates: None,
         max_draft_len: 2,
     };
     world

@@ -55,6 +55,7 @@ fn propose(
         anchors: &anchors,
         map: &row_map(&rows),
         sampling: &vec![SamplingParams::default(); requests.len()],
+        constraints: &[],
     };
     drafter.propose(ops, &batch, draft_len).unwrap()
 }
@@ -280,6 +281,7 @@ fn mtp_agrees_with_pytorch() {
         anchors: &anchors,
         map: &row_map(&rows),
         sampling: &[SamplingParams::default(); 3],
+        constraints: &[],
     };
     let drafted = drafter.propose(&mut ops, &batch, 1).unwrap();
     let logits = law(&mut ops, &drafter);
@@ -318,6 +320,7 @@ fn mtp_chains_are_provisional() {
             anchors: &[next[rows - 1]],
             map: &row_map(&[(0, 1, rows)]),
             sampling: &[SamplingParams::default()],
+            constraints: &[],
         };
         drafter.propose(ops, &batch, len).unwrap().tokens
     };

@@ -26,7 +26,7 @@ use self::output::Output;
 use crate::error::{Error, Result};
 use crate::kv::PagePool;
 use crate::model::{Drafter, Target};
-use crate::ops::Ops;
+use crate::ops::{Ops, TokenLogprobs};
 use crate::schedule::{Adapt, Policy, Scheduler, StepCost};
 use crate::step::{DecodeStep, PhaseTimes, PrefillChunk, Round, Sequence};
 
@@ -96,6 +96,24 @@ struct Active {
     first_token: Instant,
 }
 
+impl Active {
+    /// Adds tokens to the output, which the sequence has committed.
+    fn push(
+        &mut self,
+        tokens: &[u32],
+        logprobs: &[TokenLogprobs],
+        num_drafted: usize,
+        vocab_size: usize,
+    ) -> Event {
+        let constraint = self.sequence.constraint();
+        let complete = constraint.is_some_and(|constraint| constraint.is_complete(vocab_size));
+        Event::Tokens {
+            request: self.id,
+            pieces: self.output.push(tokens, logprobs, num_drafted, complete),
+        }
+    }
+}
+
 /// Generates for many requests at once.
 pub struct Engine<O: Ops> {
     ops: O,
@@ -154,6 +172,19 @@ impl<O: Ops> Engine<O> {
     /// What of the schedule follows live outcomes from now on; nothing does before.
     pub fn set_adapt(&mut self, adapt: Adapt) {
         self.step.set_adapt(adapt);
+    }
+
+    /// See [`DecodeStep::set_alternates`]. The models must have been made for as many rows more.
+    ///
+    /// # Errors
+    /// Requests wait or run.
+    pub fn set_alternates(&mut self, alternates: usize) -> Result<()> {
+        if !self.is_idle() {
+            let found = "requests in flight";
+            return Err(Error::argument("alternates", "an idle engine", found));
+        }
+        self.step.set_alternates(alternates);
+        Ok(())
     }
 
     /// Measures what a step costs; `on_point` hears of every point to come and of all there are. The cost is not put to
@@ -216,7 +247,7 @@ impl<O: Ops> Engine<O> {
         let max_tokens = request
             .max_new_tokens
             .min(target.max_position() - prompt_len);
-        let num_entries = prompt_len + max_tokens + self.step.draft_len() + 1;
+        let num_entries = prompt_len + max_tokens + self.step.max_rows_per_req();
         if self.pool.pages_for(num_entries) > self.pool.num_pages() {
             let room = self.pool.num_pages() * self.pool.page_size();
             let expected = format!("prompt, output and draft of at most {room} tokens in all");
@@ -275,8 +306,14 @@ impl<O: Ops> Engine<O> {
             let room = self.step.target().max_position() - prompt_ids.len();
             let mut sequence = Sequence::new(slot, pages, waiting.request.sampling);
             sequence.logit_bias = std::mem::take(&mut waiting.request.logit_bias);
-            sequence.calibrates =
-                !sequence.sampling.has_penalties() && sequence.logit_bias.is_empty();
+            sequence
+                .stop_tokens
+                .clone_from(&waiting.request.stop_tokens);
+            sequence.grammar = waiting.request.grammar.take();
+            sequence.logprobs = waiting.request.logprobs;
+            sequence.calibrates = !sequence.sampling.has_penalties()
+                && sequence.logit_bias.is_empty()
+                && sequence.grammar.is_none();
             let now = Instant::now();
             self.active.push(Active {
                 id: waiting.id,
@@ -317,17 +354,16 @@ impl<O: Ops> Engine<O> {
         if chunks.is_empty() {
             return Ok(());
         }
+        let vocab_size = self.step.target().vocab_size();
         let firsts = self.step.prefill(&mut self.ops, &mut chunks);
         drop(chunks);
         let firsts = firsts.map_err(|e| e.in_batch(|r| self.active[members[r]].id))?;
         for (i, first) in members.into_iter().zip(firsts) {
             let active = &mut self.active[i];
-            if let Some(token) = first {
+            if let Some(first) = first {
                 active.first_token = Instant::now();
-                events.push(Event::Tokens {
-                    request: active.id,
-                    pieces: active.output.push(&[token], 0),
-                });
+                let logprobs: Vec<_> = first.logprobs.into_iter().collect();
+                events.push(active.push(&[first.token], &logprobs, 0, vocab_size));
             }
         }
         Ok(())
@@ -345,16 +381,16 @@ impl<O: Ops> Engine<O> {
         if seqs.is_empty() {
             return Ok(());
         }
+        let vocab_size = self.step.target().vocab_size();
         let rounds = self.step.round(&mut self.ops, &mut seqs);
         let rounds = rounds.map_err(|e| e.in_batch(|r| self.active[members[r]].id))?;
         for (i, round) in members.into_iter().zip(rounds) {
             let active = &mut self.active[i];
             self.totals.add(&round);
             active.stats.rounds.add(&round);
-            events.push(Event::Tokens {
-                request: active.id,
-                pieces: active.output.push(&round.committed, round.num_accepted),
-            });
+            let drafted = round.num_accepted + usize::from(round.alternate.is_some());
+            let committed = &round.committed;
+            events.push(active.push(committed, &round.logprobs, drafted, vocab_size));
             active.rounds.push(round);
         }
         Ok(())
@@ -376,6 +412,7 @@ impl<O: Ops> Engine<O> {
                 completion: Box::new(Completion {
                     prompt_ids: active.prompt_ids,
                     tokens: active.output.tokens,
+                    logprobs: active.output.logprobs,
                     text: active.output.text,
                     reason,
                     rounds: active.rounds,

@@ -2,11 +2,14 @@
 
 use super::request::{FinishReason, Piece, Request, TextStream};
 use super::stop::StopStrings;
+use crate::ops::TokenLogprobs;
 
 /// Takes committed tokens and decides how many of them belong to the output.
 pub struct Output {
     /// Tokens so far.
     pub tokens: Vec<u32>,
+    /// Of the tokens, where the request asked for it.
+    pub logprobs: Vec<TokenLogprobs>,
     /// Text so far.
     pub text: String,
     /// Set when the output is complete.
@@ -23,11 +26,12 @@ impl Output {
     pub fn new(request: &mut Request, room: usize) -> Self {
         Self {
             tokens: Vec::new(),
+            logprobs: Vec::new(),
             text: String::new(),
             reason: None,
             stream: request.text.take(),
             stop_strings: StopStrings::new(std::mem::take(&mut request.stop_strings)),
-            stop_tokens: std::mem::take(&mut request.stop_tokens),
+            stop_tokens: request.stop_tokens.clone(),
             max_tokens: request.max_new_tokens.min(room),
             max_reason: if room < request.max_new_tokens {
                 FinishReason::Context
@@ -37,17 +41,29 @@ impl Output {
         }
     }
 
-    /// Adds what a round committed, the first `num_drafted` being accepted drafts, up to where the output ends.
-    pub fn push(&mut self, committed: &[u32], num_drafted: usize) -> Vec<Piece> {
+    /// Adds what a round committed, the first `num_drafted` being accepted drafts, up to where the output ends: with the
+    /// last token at the latest if `complete`. `logprobs` is empty or has an entry for each token.
+    pub fn push(
+        &mut self,
+        committed: &[u32],
+        logprobs: &[TokenLogprobs],
+        num_drafted: usize,
+        complete: bool,
+    ) -> Vec<Piece> {
         let mut pieces = Vec::with_capacity(committed.len());
         for (i, &token) in committed.iter().enumerate() {
-            let text = self.push_token(token);
+            let mut text = self.push_token(token);
+            if complete && i + 1 == committed.len() && self.reason.is_none() {
+                self.reason = Some(FinishReason::GrammarComplete);
+                text += &self.rest();
+            }
             self.text.push_str(&text);
-            let drafted = i < num_drafted;
+            self.logprobs.extend(logprobs.get(i).cloned());
             pieces.push(Piece {
                 token,
                 text,
-                drafted,
+                drafted: i < num_drafted,
+                logprobs: logprobs.get(i).cloned(),
             });
             if self.reason.is_some() {
                 break;

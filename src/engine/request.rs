@@ -2,7 +2,7 @@
 
 use super::stats::RequestStats;
 use crate::error::{Error, Result};
-use crate::ops::SamplingParams;
+use crate::ops::{Constraint, Grammar, MAX_TOP_LOGPROBS, SamplingParams, TokenLogprobs};
 use crate::step::Round;
 
 /// Names a request of one engine, in order of submission from 0.
@@ -24,6 +24,12 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// Added to the logits of these tokens; a large negative number bans one.
     pub logit_bias: Vec<(u32, f32)>,
+    /// What may be generated. The output ends where the grammar allows nothing more; a stop token ends it before, if the
+    /// grammar allows that.
+    pub grammar: Option<Box<dyn Grammar>>,
+    /// Log-probabilities of the generated tokens under the law they are drawn from, and the likeliest n (at most
+    /// [`MAX_TOP_LOGPROBS`]) beside each; at temperature 0 those of temperature 1.
+    pub logprobs: Option<usize>,
     /// The most tokens to generate; at least 1. The model's context may end the output earlier.
     pub max_new_tokens: usize,
     /// Each of these tokens ends the output. It is the last of the generated tokens and no part of the text.
@@ -41,6 +47,8 @@ impl Request {
             prompt_ids,
             sampling,
             logit_bias: Vec::new(),
+            grammar: None,
+            logprobs: None,
             max_new_tokens,
             stop_tokens: Vec::new(),
             stop_strings: Vec::new(),
@@ -77,6 +85,18 @@ impl Request {
             let expected = format!("a number for token ids below {vocab_size}");
             return Err(Error::argument("logit_bias", expected, id));
         }
+        if let Some(n) = self.logprobs.filter(|&n| n > MAX_TOP_LOGPROBS) {
+            let expected = format!("at most {MAX_TOP_LOGPROBS}");
+            return Err(Error::argument("logprobs", expected, n));
+        }
+        let constraint = self.grammar.as_deref().map(|grammar| Constraint {
+            grammar,
+            committed: &[],
+        });
+        if constraint.is_some_and(|constraint| constraint.is_complete(vocab_size)) {
+            let expected = "one that allows a first token";
+            return Err(Error::argument("grammar", expected, "one that allows none"));
+        }
         if self.max_new_tokens == 0 {
             return Err(Error::argument("max_new_tokens", "at least 1", 0));
         }
@@ -100,6 +120,8 @@ pub enum FinishReason {
     StopToken,
     /// One of the stop strings came.
     StopString,
+    /// The grammar allows nothing more.
+    GrammarComplete,
     /// `max_new_tokens` were generated.
     MaxNewTokens,
     /// The model's context is full.
@@ -107,7 +129,7 @@ pub enum FinishReason {
 }
 
 /// One generated token.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Piece {
     /// The token.
     pub token: u32,
@@ -115,6 +137,8 @@ pub struct Piece {
     pub text: String,
     /// Whether it was drafted and accepted, rather than drawn from the target.
     pub drafted: bool,
+    /// How likely it was, where the request asked for it.
+    pub logprobs: Option<TokenLogprobs>,
 }
 
 /// What happened to a request.
@@ -143,6 +167,9 @@ pub struct Completion {
     pub prompt_ids: Vec<u32>,
     /// The generated tokens, at most `max_new_tokens`; a stop token is the last of them.
     pub tokens: Vec<u32>,
+    /// One entry for each of them where the request asked for it, else empty.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub logprobs: Vec<TokenLogprobs>,
     /// Their text, without stop token and stop string.
     pub text: String,
     /// Why it ended.

@@ -9,7 +9,7 @@ pub struct RoundStats {
     pub num_rounds: u64,
     /// Tokens committed by them, recovered and bonus tokens included, cut outputs in full.
     pub num_committed: u64,
-    /// Rows of the verify passes, anchors included.
+    /// Rows of the verify passes, anchors included; without those past the end of an output.
     pub num_verify_tokens: u64,
     /// `[k]` rounds that drafted position k.
     pub proposed: Vec<u64>,
@@ -127,7 +127,9 @@ mod tests {
             predicted: vec![0.5; 3],
             verify_len,
             num_accepted,
+            alternate: None,
             committed: vec![0; num_accepted + 1],
+            logprobs: Vec::new(),
         }
     }
 

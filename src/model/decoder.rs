@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use super::checkpoint::Checkpoint;
 use super::config::{TargetConfig, TargetFamily};
-use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Taps, Visibility};
+use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Taps, Visibility, new_work};
 use super::{Features, Target};
 use crate::error::{Error, Result};
-use crate::ops::{Matrix, Ops, RowMap};
+use crate::ops::{Matrix, Ops, RowMap, RowMove};
 
 /// The embedding's name in a target.
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -75,6 +75,8 @@ impl<O: Ops> DecoderTarget<O> {
             ids => Some(Taps {
                 ids: ids.to_vec(),
                 out: ops.mat(limits.max_rows, ids.len() * d)?,
+                spare: None,
+                work: new_work(),
             }),
         };
         Ok(Self {
@@ -82,7 +84,7 @@ impl<O: Ops> DecoderTarget<O> {
             stack: DecoderStack::load(ops, &weights, "model.", sizes, shape, limits)?,
             taps,
             selected: ops.mat(limits.max_logit_rows, d)?,
-            logits: ops.logits(limits.max_logit_rows, vocab)?,
+            logits: ops.fixed_logits(limits.max_logit_rows, vocab)?,
             dir: dir.to_owned(),
             config,
         })
@@ -111,6 +113,7 @@ impl<O: Ops> DecoderTarget<O> {
         }
         if let Some(taps) = &mut self.taps {
             taps.ids = tap_ids.to_vec();
+            taps.work = new_work();
         }
         Ok(())
     }
@@ -172,6 +175,10 @@ impl<O: Ops> Target<O> for DecoderTarget<O> {
             }
             None => ops.linear_logits(&self.stack.normed, lm_head, &mut self.logits),
         }
+    }
+
+    fn keep(&mut self, ops: &mut O, map: &RowMap, moves: &[RowMove]) -> Result<()> {
+        self.stack.move_rows(ops, map, moves, self.taps.as_mut())
     }
 
     fn logits(&self) -> &O::Logits {

@@ -10,10 +10,11 @@ use super::checkpoint::Checkpoint;
 use super::config::config_error;
 use super::decoder::{DecoderTarget, EMBEDDING, Vocabulary};
 use super::drafter_config::{DSparkConfig, DrafterConfig};
+use super::head::{BlockHead, BlockStates};
 use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Visibility};
 use super::{Drafter, Features, ProposeBatch};
 use crate::error::{Error, Result};
-use crate::ops::{ConfidenceHead, DraftHead, DraftLaw, Drafted, HeadKind, Matrix, Ops, RowMap};
+use crate::ops::{ConfidenceHead, DraftHead, DraftLaw, Drafted, HeadForm, HeadKind, Ops, RowMap};
 
 /// How a block is laid out. Anything but the default is wrong for a sound checkpoint: the variations are the slips that
 /// checkpoints and their converters are known for (see [`super::selfcheck`]).
@@ -34,10 +35,9 @@ pub struct DSparkDrafter<O: Ops> {
     vocabulary: Vocabulary<O>,
     context: ContextEncoder<O>,
     stack: DecoderStack<O>,
-    head: DraftHead<O>,
+    head: BlockHead<O>,
     /// `[num_reqs * draft_len, d]`: the states that predict.
     selected: O::Mat,
-    logits: O::Logits,
     max_num_reqs: usize,
     max_draft_len: usize,
 }
@@ -128,14 +128,14 @@ impl<O: Ops> DSparkDrafter<O> {
         let max_draft_len = limits.max_draft_len.min(config.block_size);
         let drafts = limits.max_num_reqs * max_draft_len;
         let sizes = &config.decoder;
+        let head = load_head(ops, &weights, &config)?;
         Ok(Self {
             layout: Layout::default(),
             vocabulary: target.vocabulary(),
             context: ContextEncoder::load(ops, &weights, &config, limits.max_rows)?,
             stack: DecoderStack::load(ops, &weights, "", sizes, shape, limits)?,
-            head: load_head(ops, &weights, &config)?,
+            head: BlockHead::new(ops, head, drafts, sizes.vocab_size)?,
             selected: ops.mat(drafts, sizes.hidden_size)?,
-            logits: ops.logits(drafts, sizes.vocab_size)?,
             max_num_reqs: limits.max_num_reqs,
             max_draft_len,
             config,
@@ -183,43 +183,6 @@ impl<O: Ops> DSparkDrafter<O> {
             .flat_map(|r| (0..draft_len).map(move |k| (r * rows + skipped + k) as u32))
             .collect();
         ops.gather_rows(&self.stack.normed, &predicting, &mut self.selected)
-    }
-
-    /// Walks the head with the lagging Markov rows of [`Layout::markov_lag`], one step at a time.
-    fn draft_lagging(
-        &mut self,
-        ops: &mut O,
-        batch: &ProposeBatch<'_>,
-        positions: &[u32],
-        draft_len: usize,
-    ) -> Result<Drafted> {
-        let num_reqs = batch.anchors.len();
-        let mut hidden = ops.mat(num_reqs, self.selected.cols())?;
-        let mut logits = ops.logits(num_reqs, self.logits.cols())?;
-        let mut steps: Vec<Drafted> = Vec::with_capacity(draft_len);
-        for k in 0..draft_len {
-            let rows: Vec<u32> = (0..num_reqs).map(|r| (r * draft_len + k) as u32).collect();
-            ops.gather_rows(&self.selected, &rows, &mut hidden)?;
-            ops.linear_logits(&hidden, &self.vocabulary.lm_head, &mut logits)?;
-            let lagging = match k {
-                0 | 1 => batch.anchors,
-                _ => &steps[k - 2].tokens,
-            };
-            let positions: Vec<u32> = positions.iter().map(|p| p + k as u32).collect();
-            let head = &self.head;
-            let step = ops.draft_head(
-                head,
-                &mut logits,
-                &hidden,
-                lagging,
-                &positions,
-                batch.sampling,
-                1,
-            )?;
-            ops.copy_logits(&logits, &mut self.logits, k, draft_len)?;
-            steps.push(step);
-        }
-        Ok(interleave(&steps, num_reqs))
     }
 }
 
@@ -272,24 +235,24 @@ impl<O: Ops> Drafter<O> for DSparkDrafter<O> {
         check_proposal(batch, draft_len, self.max_draft_len, self.max_num_reqs)?;
         self.run_blocks(ops, batch, draft_len)?;
         let positions = anchor_positions(batch.map);
-        let lm_head = &self.vocabulary.lm_head;
-        ops.linear_logits(&self.selected, lm_head, &mut self.logits)?;
-        if self.layout.markov_lag {
-            return self.draft_lagging(ops, batch, &positions, draft_len);
-        }
-        ops.draft_head(
-            &self.head,
-            &mut self.logits,
-            &self.selected,
-            batch.anchors,
-            &positions,
-            batch.sampling,
+        let states = BlockStates {
+            hidden: &self.selected,
+            lm_head: &*self.vocabulary.lm_head,
+            anchor_positions: &positions,
             draft_len,
-        )
+        };
+        if self.layout.markov_lag {
+            return self.head.walk_stepwise(ops, &states, batch, 2);
+        }
+        self.head.walk(ops, &states, batch)
+    }
+
+    fn set_head_form(&mut self, ops: &mut O, form: HeadForm) -> Result<()> {
+        self.head.set_form(ops, form)
     }
 
     fn law(&self) -> DraftLaw<'_, O> {
-        DraftLaw::Logits(&self.logits)
+        self.head.law()
     }
 }
 
@@ -315,7 +278,8 @@ pub(super) fn check_proposal(
         ("map.requests", batch.map.num_reqs()),
         ("map.rows", batch.map.num_rows()),
     ];
-    for (field, count) in counts {
+    let constraints = Some(("constraints", batch.constraints.len())).filter(|(_, n)| *n > 0);
+    for (field, count) in counts.into_iter().chain(constraints) {
         if count != num_reqs {
             let expected = format!("one per anchor ({num_reqs})");
             return Err(Error::argument(field, expected, count));
@@ -327,20 +291,6 @@ pub(super) fn check_proposal(
 /// Positions of the anchors of a proposal's map.
 pub(super) fn anchor_positions(map: &RowMap) -> Vec<u32> {
     map.positions.iter().map(|&p| p as u32).collect()
-}
-
-/// The drafts of single steps, `[num_reqs]` each, as `[num_reqs * steps]`.
-pub(super) fn interleave(steps: &[Drafted], num_reqs: usize) -> Drafted {
-    let tokens = (0..num_reqs).flat_map(|r| steps.iter().map(move |step| step.tokens[r]));
-    let confidence = (0..num_reqs).flat_map(|r| {
-        steps
-            .iter()
-            .map(move |step| Some(step.confidence.as_ref()?[r]))
-    });
-    Drafted {
-        tokens: tokens.collect(),
-        confidence: confidence.collect(),
-    }
 }
 
 /// The map of blocks of `rows` rows at the anchors of `anchors`.

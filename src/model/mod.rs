@@ -14,6 +14,7 @@ mod decoder;
 mod drafter_config;
 mod dspark;
 mod fields;
+mod head;
 mod identity;
 mod mtp;
 mod pair;
@@ -32,8 +33,9 @@ pub use mtp::MtpDrafter;
 pub use pair::{Pair, load_drafter};
 pub use stack::Limits;
 
-use crate::error::Result;
-use crate::ops::{DraftLaw, Drafted, Ops, RowMap, SamplingParams};
+use crate::error::{Error, Result};
+use crate::ops::grammar::row_masks;
+use crate::ops::{Constraint, DraftLaw, Drafted, HeadForm, Ops, RowMap, RowMove, SamplingParams};
 
 /// What a target pass leaves for the drafter, one row for each row of the pass.
 pub struct Features<'a, O: Ops> {
@@ -61,6 +63,9 @@ pub trait Target<O: Ops> {
     ) -> Result<()>;
     /// Logits of the last pass, one row per asked row.
     fn logits(&self) -> &O::Logits;
+    /// Rows of the last pass, `map`, take the places of rows before them, in the cache and in the features: what is kept of
+    /// a tree becomes the first rows of its request.
+    fn keep(&mut self, ops: &mut O, map: &RowMap, moves: &[RowMove]) -> Result<()>;
     /// Features of all rows of the last pass.
     fn features(&self) -> Features<'_, O>;
 }
@@ -75,6 +80,24 @@ pub struct ProposeBatch<'a> {
     pub map: &'a RowMap,
     /// Sampling parameters.
     pub sampling: &'a [SamplingParams],
+    /// What the requests may generate: drafts that are not allowed are not worth making. Empty where no request has a
+    /// grammar.
+    pub constraints: &'a [Option<Constraint<'a>>],
+}
+
+impl ProposeBatch<'_> {
+    /// The masks of the next step after `steps`, which hold one draft of every request each; `None` where no request has
+    /// a grammar.
+    fn masks_after(&self, steps: &[Drafted], vocab_size: usize) -> Option<Vec<u32>> {
+        let drafts = |r: usize| {
+            steps
+                .iter()
+                .map(|step| step.tokens[r])
+                .collect::<Vec<u32>>()
+        };
+        let drafts: Vec<Vec<u32>> = (0..self.anchors.len()).map(drafts).collect();
+        row_masks(self.constraints, |r| &drafts[r], vocab_size)
+    }
 }
 
 /// A drafter with its own paged cache.
@@ -102,6 +125,18 @@ pub trait Drafter<O: Ops> {
         batch: &ProposeBatch<'_>,
         draft_len: usize,
     ) -> Result<Drafted>;
+    /// Drafts by another form of its head from now on.
+    ///
+    /// # Errors
+    /// A form the drafter does not have.
+    fn set_head_form(&mut self, _ops: &mut O, form: HeadForm) -> Result<()> {
+        match form {
+            HeadForm::Full => Ok(()),
+            HeadForm::Candidates(_) => {
+                Err(Error::argument("head_form", "full for this drafter", form))
+            }
+        }
+    }
     /// The law the last proposal was sampled from.
     fn law(&self) -> DraftLaw<'_, O>;
 }

@@ -11,11 +11,12 @@ use super::checkpoint::Checkpoint;
 use super::config::config_error;
 use super::decoder::{DecoderTarget, Vocabulary};
 use super::drafter_config::{DrafterConfig, MTP_FC};
-use super::dspark::{anchor_positions, check_proposal, interleave};
+use super::dspark::{anchor_positions, check_proposal};
+use super::head::interleave;
 use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Visibility};
 use super::{Drafter, Features, ProposeBatch};
 use crate::error::{Error, Result};
-use crate::ops::{DraftHead, DraftLaw, Drafted, HeadKind, Matrix, Ops, RowMap};
+use crate::ops::{DraftBatch, DraftHead, DraftLaw, Drafted, HeadKind, Matrix, Ops, RowMap};
 
 /// The longest chain: with its anchor it fills the 16 rows a request may bring to a verify pass.
 pub(super) const MAX_DRAFT_LEN: usize = 15;
@@ -241,17 +242,16 @@ impl<O: Ops> Drafter<O> for MtpDrafter<O> {
                 &self.vocabulary.lm_head,
                 &mut self.step_logits,
             )?;
+            let mask = batch.masks_after(&steps, self.logits.cols());
+            let step = DraftBatch {
+                anchors: batch.anchors,
+                anchor_positions: &positions,
+                sampling: batch.sampling,
+                draft_len: 1,
+                mask: mask.as_deref(),
+            };
             let (head, logits) = (&self.head, &mut self.step_logits);
-            let (anchors, sampling) = (batch.anchors, batch.sampling);
-            steps.push(ops.draft_head(
-                head,
-                logits,
-                &self.hidden,
-                anchors,
-                &positions,
-                sampling,
-                1,
-            )?);
+            steps.push(ops.draft_head(head, logits, &self.hidden, &step)?);
             ops.copy_logits(&self.step_logits, &mut self.logits, k, draft_len)?;
         }
         Ok(interleave(&steps, num_reqs))

@@ -225,6 +225,7 @@ impl Text {
             anchors: &tokens,
             map: &map,
             sampling: &vec![SamplingParams::default(); anchors.len()],
+            constraints: &[],
         };
         let draft_len = drafter.max_draft_len();
         let drafted = drafter.propose(ops, &batch, draft_len)?.tokens;

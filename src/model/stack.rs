@@ -5,10 +5,12 @@
 //! follows (`add_rms_norm`), so the stream after layer `i` stands there once layer `i + 1` has been entered: that is
 //! where taps are taken.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::checkpoint::Checkpoint;
 use super::config::DecoderConfig;
 use crate::error::Result;
-use crate::ops::{AttentionSpec, KvSink, Matrix, Ops, RowMap};
+use crate::ops::{AttentionSpec, KvSink, Matrix, Ops, RowMap, RowMove};
 
 /// Sizes of the buffers and caches of a model, fixed when it is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,16 @@ pub(super) enum Visibility {
 pub(super) struct Taps<O: Ops> {
     pub ids: Vec<i32>,
     pub out: O::Mat,
+    /// Room to put the rows in another order, made when that is first asked for.
+    pub spare: Option<O::Mat>,
+    /// The pass with these taps, by number.
+    pub work: u64,
+}
+
+/// A number for work that is the same whenever it is done: no other has it in this process.
+pub(super) fn new_work() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 /// Norms of q and of k, `[head_dim]` each.
@@ -119,6 +131,8 @@ pub(super) struct DecoderStack<O: Ops> {
     pub residual: O::Mat,
     /// `[rows, d]`: input of each part of a layer, and in the end the final-normed states.
     pub normed: O::Mat,
+    /// Room to put the rows of `normed` in another order, made when that is first asked for.
+    spare: Option<O::Mat>,
     delta: O::Mat,
     qkv: O::Mat,
     q: O::Mat,
@@ -127,6 +141,8 @@ pub(super) struct DecoderStack<O: Ops> {
     activated: O::Mat,
     /// `[rows, 2 Hkv D]`: a block's own keys and values; `None` in a causal stack.
     block: Option<O::Mat>,
+    /// The pass without taps and the append of context, by number.
+    work: [u64; 2],
 }
 
 impl<O: Ops> DecoderStack<O> {
@@ -157,6 +173,7 @@ impl<O: Ops> DecoderStack<O> {
             rows: ops.rows()?,
             residual: ops.mat(rows, d)?,
             normed: ops.mat(rows, d)?,
+            spare: None,
             delta: ops.mat(rows, d)?,
             qkv: ops.mat(rows, q_size + 2 * kv_size)?,
             q: ops.mat(rows, q_size)?,
@@ -167,6 +184,7 @@ impl<O: Ops> DecoderStack<O> {
                 Visibility::Causal => None,
                 Visibility::Block => Some(ops.mat(rows, 2 * kv_size)?),
             },
+            work: [new_work(), new_work()],
         })
     }
 
@@ -174,8 +192,45 @@ impl<O: Ops> DecoderStack<O> {
     pub fn run(&mut self, ops: &mut O, map: &RowMap, taps: Option<&mut Taps<O>>) -> Result<()> {
         ops.set_row_map(&mut self.rows, map)?;
         let mut taps = taps;
+        let work = taps.as_ref().map_or(self.work[0], |taps| taps.work);
+        let key = ops.pass_key(&self.rows, work);
+        let rows = map.num_rows();
+        let replayed = ops.recorded(key, &mut |ops| {
+            self.run_layers(ops, rows, taps.as_deref_mut())
+        })?;
+        if replayed {
+            self.set_rows(rows, taps)?;
+        }
+        Ok(())
+    }
+
+    /// What a pass that was replayed leaves on the host.
+    fn set_rows(&mut self, rows: usize, taps: Option<&mut Taps<O>>) -> Result<()> {
+        let outputs = [
+            &mut self.normed,
+            &mut self.delta,
+            &mut self.qkv,
+            &mut self.q,
+            &mut self.attended,
+            &mut self.gate_up,
+            &mut self.activated,
+        ];
+        let more = self.block.iter_mut().chain(taps.map(|taps| &mut taps.out));
+        for mat in outputs.into_iter().chain(more) {
+            mat.set_rows(rows)?;
+        }
+        Ok(())
+    }
+
+    /// All layers over the rows in `residual`, and the final norm.
+    fn run_layers(
+        &mut self,
+        ops: &mut O,
+        rows: usize,
+        mut taps: Option<&mut Taps<O>>,
+    ) -> Result<()> {
         if let Some(taps) = &mut taps {
-            taps.out.set_rows(map.num_rows())?;
+            taps.out.set_rows(rows)?;
         }
         for layer in 0..self.layers.len() {
             self.enter(ops, layer)?;
@@ -250,6 +305,27 @@ impl<O: Ops> DecoderStack<O> {
         ops.linear(&self.activated, &weights.down, &mut self.delta)
     }
 
+    /// Moves rows of the last pass, `map`, to places before them: their keys and values, final-normed states and taps.
+    pub fn move_rows(
+        &mut self,
+        ops: &mut O,
+        map: &RowMap,
+        moves: &[RowMove],
+        taps: Option<&mut Taps<O>>,
+    ) -> Result<()> {
+        ops.move_kv(&mut self.kv, &self.rows, moves)?;
+        let mut index: Vec<u32> = (0..map.num_rows() as u32).collect();
+        for step in moves {
+            let rows = map.rows_of(step.request);
+            index[rows.start + step.to] = (rows.start + step.from) as u32;
+        }
+        reorder(ops, &mut self.normed, &mut self.spare, &index)?;
+        match taps {
+            Some(taps) => reorder(ops, &mut taps.out, &mut taps.spare, &index),
+            None => Ok(()),
+        }
+    }
+
     /// Appends context keys and values to every layer's cache without running any row: `kv_of` are the layers'
     /// `[2 Hkv D, d]` weights, `context [rows, d]` their input, `kv` the buffer between.
     pub fn append_context(
@@ -261,6 +337,22 @@ impl<O: Ops> DecoderStack<O> {
         kv: &mut O::Mat,
     ) -> Result<()> {
         ops.set_row_map(&mut self.rows, map)?;
+        let key = ops.pass_key(&self.rows, self.work[1]);
+        let append = &mut |ops: &mut O| self.append_layers(ops, kv_of, context, kv);
+        if ops.recorded(key, append)? {
+            kv.set_rows(map.num_rows())?;
+        }
+        Ok(())
+    }
+
+    /// The context's keys and values of every layer.
+    fn append_layers(
+        &mut self,
+        ops: &mut O,
+        kv_of: &[O::Weight],
+        context: &O::Mat,
+        kv: &mut O::Mat,
+    ) -> Result<()> {
         for (layer, (weights, kv_weight)) in self.layers.iter().zip(kv_of).enumerate() {
             let norms = weights.qk_norms.as_ref().map(|(q, k)| (q, k));
             ops.linear(context, kv_weight, kv)?;
@@ -272,6 +364,21 @@ impl<O: Ops> DecoderStack<O> {
         }
         Ok(())
     }
+}
+
+/// `mat[i] = mat[index[i]]`, through `spare`; the matrix stays where it is.
+fn reorder<O: Ops>(
+    ops: &mut O,
+    mat: &mut O::Mat,
+    spare: &mut Option<O::Mat>,
+    index: &[u32],
+) -> Result<()> {
+    let spare = match spare {
+        Some(spare) => spare,
+        None => spare.insert(ops.mat(mat.max_rows(), mat.cols())?),
+    };
+    ops.gather_rows(mat, index, spare)?;
+    ops.copy_into(spare, mat, 0, 0)
 }
 
 /// How a stack differs from other stacks, beside its sizes.

@@ -1,5 +1,7 @@
 //! What acceptance is given, what it answers, and the checks that need no device.
 
+use std::borrow::Cow;
+
 use super::{Ops, Rule, SamplingParams, TokenEdits};
 use crate::error::{Error, Result};
 
@@ -56,7 +58,7 @@ pub struct Accepted {
 }
 
 /// How likely a committed token was under the target's law (at temperature 0: under that of temperature 1).
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct TokenLogprobs {
     /// Natural logarithm of its probability.
     pub logprob: f32,
@@ -81,20 +83,54 @@ pub enum DraftLaw<'a, O: Ops> {
 pub struct SparseLaw {
     /// Pairs per draft, at least 1.
     pub num_candidates: usize,
-    /// `[num_reqs * draft_len * num_candidates]`; no token twice for one draft.
+    /// `[num_reqs * draft_len * num_candidates]`; no token twice for one draft, and [`SparseLaw::NO_PAIR`] for a pair that is
+    /// none.
     pub tokens: Vec<u32>,
     /// As `tokens`; -inf for a pair that is none.
     pub logits: Vec<f32>,
 }
 
 impl SparseLaw {
+    /// The token of a pair that is none.
+    pub const NO_PAIR: u32 = u32::MAX;
+
     /// The same for `num_drafts` drafts, of which those behind the last have no law.
-    pub fn padded(&self, num_drafts: usize) -> Self {
+    pub fn padded(&self, num_drafts: usize) -> Cow<'_, Self> {
         let num_pairs = num_drafts * self.num_candidates;
+        if num_pairs <= self.tokens.len() {
+            return Cow::Borrowed(self);
+        }
         let mut padded = self.clone();
-        padded.tokens.resize(num_pairs, 0);
+        padded.tokens.resize(num_pairs, Self::NO_PAIR);
         padded.logits.resize(num_pairs, f32::NEG_INFINITY);
-        padded
+        Cow::Owned(padded)
+    }
+
+    /// The laws of single steps, `[num_reqs]` each, as that of `[num_reqs * steps]` drafts.
+    pub fn interleave(steps: &[Self], num_reqs: usize) -> Self {
+        let num_candidates = steps.first().map_or(0, |step| step.num_candidates);
+        let rows = (0..num_reqs).flat_map(|r| {
+            let pairs = r * num_candidates..(r + 1) * num_candidates;
+            steps.iter().map(move |step| (step, pairs.clone()))
+        });
+        let (mut tokens, mut logits) = (Vec::new(), Vec::new());
+        for (step, pairs) in rows {
+            tokens.extend_from_slice(&step.tokens[pairs.clone()]);
+            logits.extend_from_slice(&step.logits[pairs]);
+        }
+        Self {
+            num_candidates,
+            tokens,
+            logits,
+        }
+    }
+
+    /// As [`Ops::top_probabilities`], of the law of each draft.
+    pub fn top_probabilities(&self, temperature: &[f32]) -> Vec<f32> {
+        let rows = self.logits.chunks_exact(self.num_candidates.max(1));
+        rows.zip(temperature)
+            .map(|(row, &temperature)| super::top_probability(row, temperature))
+            .collect()
     }
 
     /// Checks the law of `num_drafts` drafts.
@@ -108,7 +144,8 @@ impl SparseLaw {
         let num_pairs = num_drafts * self.num_candidates;
         expect("candidate tokens", num_pairs, self.tokens.len())?;
         expect("candidate logits", num_pairs, self.logits.len())?;
-        expect_tokens("candidate tokens", self.tokens.iter(), vocab_size)
+        let pairs = self.tokens.iter().filter(|&&token| token != Self::NO_PAIR);
+        expect_tokens("candidate tokens", pairs, vocab_size)
     }
 }
 
@@ -197,7 +234,11 @@ impl AcceptExtras<'_> {
             expect_tokens("edited token", tokens, vocab_size)?;
         }
         if let Some(mask) = self.mask {
-            expect("mask", num_rows * vocab_size.div_ceil(32), mask.len())?;
+            expect(
+                "mask",
+                num_rows * super::grammar::mask_words(vocab_size),
+                mask.len(),
+            )?;
         }
         if let Some(stops) = self.stop_tokens {
             expect("stop_tokens", num_reqs, stops.len())?;
@@ -212,14 +253,14 @@ impl AcceptExtras<'_> {
     }
 }
 
-fn expect(field: &str, expected: usize, found: usize) -> Result<()> {
+pub(super) fn expect(field: &str, expected: usize, found: usize) -> Result<()> {
     if expected == found {
         return Ok(());
     }
     Err(Error::argument(field, format!("{expected} entries"), found))
 }
 
-fn expect_tokens<'t>(
+pub(super) fn expect_tokens<'t>(
     field: &str,
     mut tokens: impl Iterator<Item = &'t u32>,
     vocab_size: usize,

@@ -2,7 +2,7 @@
 //!
 //! The mental model: a pass works on *rows*, the flattened tokens of all requests. A [`RowMap`] says which rows belong
 //! to which request, where their keys and values live (pages) and at what position they stand. Activations are
-//! matrices `[rows, cols]` in the backend's own type ([`Ops::Mat`]), logits are always f32 ([`Ops::Logits`]).
+//! matrices `[rows, cols]` in the backend's own type ([`Ops::Mat`]), logits are f32 or of that type ([`Ops::Logits`]).
 //! Buffers are made once with a largest row count and used with the current one ([`Matrix::set_rows`]).
 //!
 //! Two backends: `crate::reference::Reference` (plain Rust; oracle of every test and the backend without a GPU) and
@@ -11,6 +11,7 @@
 mod accept;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod grammar;
 mod mapped_file;
 mod rows;
 mod sampling;
@@ -20,8 +21,9 @@ mod tensor;
 pub use accept::{
     AcceptBatch, AcceptExtras, Accepted, DraftLaw, MAX_TOP_LOGPROBS, SparseLaw, TokenLogprobs,
 };
+pub use grammar::{Constraint, Grammar};
 pub use mapped_file::MappedFile;
-pub use rows::{MAX_TREE_ROWS, RowMap};
+pub use rows::{MAX_TREE_ROWS, RowMap, RowMove};
 pub use sampling::{Purpose, Rule, SamplingParams, TokenEdit, TokenEdits};
 pub use schedule::{ScheduleInputs, ScheduleRule, Scheduled};
 pub use tensor::{Dtype, HostTensor};
@@ -41,6 +43,15 @@ pub trait Matrix {
     /// # Errors
     /// `rows > max_rows`.
     fn set_rows(&mut self, rows: usize) -> Result<()>;
+}
+
+/// Refuses more rows than a matrix can hold.
+pub(crate) fn expect_room(rows: usize, max_rows: usize) -> Result<()> {
+    if rows <= max_rows {
+        return Ok(());
+    }
+    let expected = format!("at most {max_rows}");
+    Err(crate::Error::argument("rows", expected, rows))
 }
 
 /// Heads and scaling of one attention layer.
@@ -99,6 +110,62 @@ pub enum HeadKind {
     Rnn,
 }
 
+/// How much of the vocabulary a head looks at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HeadForm {
+    /// All of it.
+    #[default]
+    Full,
+    /// The tokens of the K largest base logits.
+    Candidates(usize),
+}
+
+impl HeadForm {
+    /// The most candidates.
+    pub const MAX_CANDIDATES: usize = 256;
+
+    /// Checks the number of candidates.
+    ///
+    /// # Errors
+    /// None, more than [`HeadForm::MAX_CANDIDATES`], or more than the vocabulary has.
+    pub fn check(self, vocab_size: usize) -> Result<()> {
+        let most = Self::MAX_CANDIDATES.min(vocab_size);
+        match self {
+            Self::Candidates(n) if n == 0 || n > most => {
+                let expected = format!("1 to {most} candidates");
+                Err(crate::Error::argument("head_form", expected, n))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl std::str::FromStr for HeadForm {
+    type Err = crate::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let candidates = text.strip_prefix("candidates:").map(str::parse);
+        match (text, candidates) {
+            ("full", _) => Ok(Self::Full),
+            (_, Some(Ok(n))) => Ok(Self::Candidates(n)),
+            _ => Err(crate::Error::argument(
+                "head_form",
+                "full or candidates:K",
+                text,
+            )),
+        }
+    }
+}
+
+impl std::fmt::Display for HeadForm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Full => f.write_str("full"),
+            Self::Candidates(n) => write!(f, "candidates:{n}"),
+        }
+    }
+}
+
 /// The weights of a semi-autoregressive head, in the backend's types.
 pub struct DraftHead<O: Ops> {
     /// Which recurrence.
@@ -127,6 +194,42 @@ pub struct ConfidenceHead<O: Ops> {
     pub with_markov: bool,
 }
 
+/// The requests of a walk of the head, one entry each.
+#[derive(Clone, Copy, Debug)]
+pub struct DraftBatch<'a> {
+    /// Last committed tokens.
+    pub anchors: &'a [u32],
+    /// Their positions.
+    pub anchor_positions: &'a [u32],
+    /// How the requests sample.
+    pub sampling: &'a [SamplingParams],
+    /// Steps.
+    pub draft_len: usize,
+    /// `[num_reqs * draft_len, ceil(vocab / 32)]`: bit `v % 32` of word `v / 32` set allows token v; `None` allows all.
+    pub mask: Option<&'a [u32]>,
+}
+
+impl DraftBatch<'_> {
+    /// Checks everything against a vocabulary.
+    ///
+    /// # Errors
+    /// Names the argument that does not fit.
+    pub(crate) fn check(&self, vocab_size: usize) -> Result<()> {
+        let num_reqs = self.anchors.len();
+        let expect = accept::expect;
+        expect("anchor_positions", num_reqs, self.anchor_positions.len())?;
+        expect("sampling", num_reqs, self.sampling.len())?;
+        self.sampling
+            .iter()
+            .try_for_each(SamplingParams::validate)?;
+        if let Some(mask) = self.mask {
+            let words = num_reqs * self.draft_len * grammar::mask_words(vocab_size);
+            expect("mask", words, mask.len())?;
+        }
+        accept::expect_tokens("anchor", self.anchors.iter(), vocab_size)
+    }
+}
+
 /// What the head drafted, on the host.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Drafted {
@@ -149,13 +252,17 @@ pub enum KvSink<'a, O: Ops> {
     Block(&'a mut O::Mat),
 }
 
+/// Names a pass: passes of one name are the same work but for what lies in device memory.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PassKey(Vec<u64>);
+
 /// The operations. All shapes are checked; a mismatch is an [`crate::Error::Argument`].
 ///
 /// Methods that return numbers to the host wait for the device; all others may only enqueue.
 pub trait Ops: Sized {
     /// Activation matrix in the backend's activation type (reference f32, CUDA bf16).
     type Mat: Matrix;
-    /// f32 matrix `[rows, vocab]`.
+    /// Matrix `[rows, vocab]`: f32, or of the activation type ([`Ops::fixed_logits`]).
     type Logits: Matrix;
     /// Weight matrix `[out, in]`, kept as stored where the backend can.
     type Weight: Matrix;
@@ -183,8 +290,13 @@ pub trait Ops: Sized {
     fn rope(&mut self, spec: &RopeSpec) -> Result<Self::Rope>;
     /// An activation buffer; `rows()` starts at 0.
     fn mat(&mut self, max_rows: usize, cols: usize) -> Result<Self::Mat>;
-    /// A logits buffer; `rows()` starts at 0.
+    /// A logits buffer in f32; `rows()` starts at 0.
     fn logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits>;
+    /// A logits buffer for what stays as [`Ops::linear_logits`] leaves it (a target's logits, the base logits of candidates):
+    /// of the activation type where that saves memory traffic.
+    fn fixed_logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits> {
+        self.logits(max_rows, vocab_size)
+    }
     /// An empty cache.
     fn kv_cache(&mut self, geometry: &KvGeometry) -> Result<Self::KvCache>;
     /// An empty row map holder, to be filled by [`Ops::set_row_map`].
@@ -244,7 +356,7 @@ pub trait Ops: Sized {
     ) -> Result<()>;
     /// `out = x W^T`.
     fn linear(&mut self, x: &Self::Mat, weight: &Self::Weight, out: &mut Self::Mat) -> Result<()>;
-    /// `out = x W^T` in f32.
+    /// `out = x W^T`, summed in f32 and rounded to what `out` holds.
     fn linear_logits(
         &mut self,
         x: &Self::Mat,
@@ -291,23 +403,57 @@ pub trait Ops: Sized {
         out: &mut Self::Mat,
     ) -> Result<()>;
 
+    /// The keys and values of moved rows take their new places, in every layer; `rows` is the pass that appended them.
+    fn move_kv(
+        &mut self,
+        kv: &mut Self::KvCache,
+        rows: &Self::Rows,
+        moves: &[RowMove],
+    ) -> Result<()>;
+
+    // Passes.
+
+    /// The name of a pass over `rows` that does `work`, a number that stands for the same calls on the same operands
+    /// always. `None` where passes are not recorded.
+    fn pass_key(&self, _rows: &Self::Rows, _work: u64) -> Option<PassKey> {
+        None
+    }
+    /// Calls `work`, or does what it did under this name before without calling it: then true, and the rows of its
+    /// outputs are still to be set. `work` only enqueues, and is called again where that fails.
+    fn recorded(
+        &mut self,
+        _key: Option<PassKey>,
+        work: &mut dyn FnMut(&mut Self) -> Result<()>,
+    ) -> Result<bool> {
+        work(self).map(|()| false)
+    }
+
     // Laws.
 
-    /// Runs the semi-autoregressive head over `draft_len` steps. `logits [num_reqs * draft_len, vocab]` holds the base
-    /// logits and is overwritten with `l = U + B`; the draft law is exactly `softmax(l / temperature)` of what is
-    /// written. `hidden [num_reqs * draft_len, d]`. Draft k of request r (k from 1) is the token at position
-    /// `anchor_positions[r] + k`, sampled with [`Rule::draft_purpose`]; argmax (lowest index wins) at temperature 0.
-    #[allow(clippy::too_many_arguments)] // one operand each; the C ABI has the params struct
+    /// Runs the semi-autoregressive head over the steps of `batch`. `logits [num_reqs * draft_len, vocab]` holds the base
+    /// logits and is overwritten with `l = U + B`, -inf where the mask forbids; the draft law is exactly
+    /// `softmax(l / temperature)` of what is written. `hidden [num_reqs * draft_len, d]`. Draft k of request r (k from 1)
+    /// is the token at position `anchor_positions[r] + k`, sampled with [`Rule::draft_purpose`]; argmax (lowest index
+    /// wins) at temperature 0. A row that is no law yields token 0.
     fn draft_head(
         &mut self,
         head: &DraftHead<Self>,
         logits: &mut Self::Logits,
         hidden: &Self::Mat,
-        anchors: &[u32],
-        anchor_positions: &[u32],
-        sampling: &[SamplingParams],
-        draft_len: usize,
+        batch: &DraftBatch<'_>,
     ) -> Result<Drafted>;
+
+    /// The head over the `num_top` largest base logits of each draft (of those that the mask allows; ties: lowest token),
+    /// with its law truncated to them: what [`Ops::draft_head`] computes, but for no other token, and the logits stay as
+    /// they are. The pairs come by falling base logit; a step without any yields token 0.
+    fn draft_candidates(
+        &mut self,
+        head: &DraftHead<Self>,
+        logits: &Self::Logits,
+        hidden: &Self::Mat,
+        batch: &DraftBatch<'_>,
+        num_top: usize,
+    ) -> Result<(Drafted, SparseLaw)>;
 
     /// The largest probability of `softmax(logits[i] / temperature[i])` for every row; at temperature 0 that of
     /// `softmax(logits[i])`, which says how sure the row is. 0 for a row that is no law.

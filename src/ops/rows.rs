@@ -24,6 +24,17 @@ pub struct RowMap {
     pub tree: Option<Vec<u64>>,
 }
 
+/// A row of a pass that takes the place of a row before it, which is not kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowMove {
+    /// The request.
+    pub request: usize,
+    /// Its row that moves.
+    pub from: usize,
+    /// Where to.
+    pub to: usize,
+}
+
 /// Most rows of a request in a tree.
 pub const MAX_TREE_ROWS: usize = 64;
 
@@ -97,6 +108,43 @@ impl RowMap {
 }
 
 impl RowMap {
+    /// Checks moves within the requests of this map: each to a row before, and none of two rows to or from one place.
+    ///
+    /// # Errors
+    /// Names the move that is none.
+    pub(crate) fn check_moves(&self, moves: &[RowMove]) -> Result<()> {
+        for (i, step) in moves.iter().enumerate() {
+            let rows = if step.request < self.num_reqs() {
+                self.rows_of(step.request).len()
+            } else {
+                0
+            };
+            let again = moves[..i].iter().any(|other| other.request == step.request);
+            if step.to >= step.from || step.from >= rows || again {
+                let expected = "one row of each request, to a row before it";
+                return Err(Error::argument("moves", expected, format!("{step:?}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The page and the slot in it of cache entry `slot` of request `r`.
+    pub(crate) fn place_of(
+        &self,
+        r: usize,
+        slot: usize,
+        page_size: usize,
+    ) -> Result<(usize, usize)> {
+        let pages = &self.page_table[r * self.max_pages_per_req..][..self.max_pages_per_req];
+        match pages.get(slot / page_size) {
+            Some(&page) if page >= 0 => Ok((page as usize, slot % page_size)),
+            _ => {
+                let expected = format!("a page for slot {slot} of request {r}");
+                Err(Error::argument("page_table", expected, "none"))
+            }
+        }
+    }
+
     /// The map of the first `kept[r]` rows of every request, and the flat rows (of `self`) they come from. Requests
     /// that keep none stay, without rows.
     pub fn keep(&self, kept: &[usize]) -> (Self, Vec<u32>) {

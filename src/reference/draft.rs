@@ -9,44 +9,97 @@ use super::pool::Pool;
 use super::tensor::{F32Matrix, expect_len, expect_shape};
 use super::weight::Weight;
 use crate::error::{Error, Result};
-use crate::ops::{DraftHead, Drafted, HeadKind, Matrix, SamplingParams};
+use crate::ops::grammar::{mask_allows, mask_words};
+use crate::ops::{DraftBatch, DraftHead, Drafted, HeadForm, HeadKind, Matrix, SparseLaw};
 
 /// Arguments of [`crate::ops::Ops::draft_head`].
 pub(super) struct DraftPass<'a> {
     pub(super) head: &'a DraftHead<Reference>,
     pub(super) logits: &'a mut F32Matrix,
     pub(super) hidden: &'a F32Matrix,
-    pub(super) anchors: &'a [u32],
-    pub(super) anchor_positions: &'a [u32],
-    pub(super) sampling: &'a [SamplingParams],
-    pub(super) draft_len: usize,
+    pub(super) batch: DraftBatch<'a>,
+    /// Everything but the largest base logits becomes -inf.
+    pub(super) num_top: Option<usize>,
+}
+
+/// [`crate::ops::Ops::draft_candidates`], on a copy of the base logits: `pass.num_top` of each row are the candidates.
+pub(super) fn candidates(
+    pass: DraftPass<'_>,
+    pool: &Pool,
+    choices: &mut dyn Choices,
+) -> Result<(Drafted, SparseLaw)> {
+    let num_candidates = pass.num_top.unwrap_or(pass.logits.cols());
+    HeadForm::Candidates(num_candidates).check(pass.logits.cols())?;
+    let mut tops = Vec::new();
+    let DraftPass {
+        head,
+        hidden,
+        batch,
+        num_top,
+        logits,
+    } = pass;
+    let walk = DraftPass {
+        head,
+        logits: &mut *logits,
+        hidden,
+        batch,
+        num_top,
+    };
+    let drafted = walk.run_noting(pool, choices, &mut tops)?;
+    let mut law = SparseLaw {
+        num_candidates,
+        tokens: vec![SparseLaw::NO_PAIR; tops.len() * num_candidates],
+        logits: vec![f32::NEG_INFINITY; tops.len() * num_candidates],
+    };
+    // Noted step by step; the law goes request by request.
+    let num_reqs = batch.anchors.len();
+    for (i, top) in tops.iter().enumerate() {
+        let row = i % num_reqs * batch.draft_len + i / num_reqs;
+        for (j, &token) in top.iter().enumerate() {
+            law.tokens[row * num_candidates + j] = token as u32;
+            law.logits[row * num_candidates + j] = logits.row(row)[token];
+        }
+    }
+    Ok((drafted, law))
 }
 
 impl DraftPass<'_> {
-    pub(super) fn run(mut self, pool: &Pool, choices: &mut dyn Choices) -> Result<Drafted> {
+    pub(super) fn run(self, pool: &Pool, choices: &mut dyn Choices) -> Result<Drafted> {
+        self.run_noting(pool, choices, &mut Vec::new())
+    }
+
+    /// The same; `tops` takes the candidates of every request of each step in turn.
+    fn run_noting(
+        mut self,
+        pool: &Pool,
+        choices: &mut dyn Choices,
+        tops: &mut Vec<Vec<usize>>,
+    ) -> Result<Drafted> {
         self.check()?;
-        let num_reqs = self.anchors.len();
-        let mut previous = self.anchors.to_vec();
+        let num_reqs = self.batch.anchors.len();
+        let mut previous = self.batch.anchors.to_vec();
         let mut state = vec![0.0; num_reqs * self.head.rank];
         let mut drafted = Drafted {
-            tokens: vec![0; num_reqs * self.draft_len],
+            tokens: vec![0; num_reqs * self.batch.draft_len],
             confidence: self
                 .head
                 .confidence
                 .as_ref()
-                .map(|_| vec![0.0; num_reqs * self.draft_len]),
+                .map(|_| vec![0.0; num_reqs * self.batch.draft_len]),
         };
-        for k in 0..self.draft_len {
+        for k in 0..self.batch.draft_len {
             let embedded = self.embed_previous(&previous);
+            self.forbid(k);
+            self.keep_top(k, tops);
             self.add_bias(pool, k, &embedded, &mut state);
             if let Some(confidence) = &mut drafted.confidence {
                 for (r, value) in self.confidence(pool, k, &embedded).into_iter().enumerate() {
-                    confidence[r * self.draft_len + k] = value;
+                    confidence[r * self.batch.draft_len + k] = value;
                 }
             }
             for (r, token) in previous.iter_mut().enumerate() {
                 *token = self.sample(choices, r, k);
-                drafted.tokens[r * self.draft_len + k] = *token;
+                drafted.tokens[r * self.batch.draft_len + k] = *token;
             }
         }
         Ok(drafted)
@@ -76,10 +129,48 @@ impl DraftPass<'_> {
             HeadKind::Rnn => self.recurrent(pool, k, embedded, state),
         };
         let vocab_size = w2.rows();
-        let mut bias = vec![0.0; self.anchors.len() * vocab_size];
+        let mut bias = vec![0.0; self.batch.anchors.len() * vocab_size];
         linear(pool, &code, w2, &mut bias);
         for (r, bias) in bias.chunks_exact(vocab_size).enumerate() {
-            add(self.logits.row_mut(r * self.draft_len + k), bias);
+            add(self.logits.row_mut(r * self.batch.draft_len + k), bias);
+        }
+    }
+
+    /// Takes the tokens that the mask does not allow out of step `k` of all requests.
+    fn forbid(&mut self, k: usize) {
+        let Some(mask) = self.batch.mask else {
+            return;
+        };
+        let words = mask_words(self.logits.cols());
+        for r in 0..self.batch.anchors.len() {
+            let index = r * self.batch.draft_len + k;
+            let mask = &mask[index * words..][..words];
+            for (v, logit) in self.logits.row_mut(index).iter_mut().enumerate() {
+                if !mask_allows(mask, v as u32) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
+
+    /// Takes everything but the largest base logits out of step `k` of all requests, where that is asked for.
+    fn keep_top(&mut self, k: usize, tops: &mut Vec<Vec<usize>>) {
+        let Some(num_top) = self.num_top else {
+            return;
+        };
+        for r in 0..self.batch.anchors.len() {
+            let row = self.logits.row_mut(r * self.batch.draft_len + k);
+            let mut order: Vec<usize> = (0..row.len())
+                .filter(|&v| row[v] > f32::NEG_INFINITY)
+                .collect();
+            order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+            order.truncate(num_top);
+            let kept: Vec<f32> = order.iter().map(|&v| row[v]).collect();
+            row.fill(f32::NEG_INFINITY);
+            for (&v, logit) in order.iter().zip(kept) {
+                row[v] = logit;
+            }
+            tops.push(order);
         }
     }
 
@@ -121,8 +212,8 @@ impl DraftPass<'_> {
             return Vec::new();
         };
         let mut inputs = Vec::new();
-        (0..self.anchors.len()).for_each(|r| input(r, &mut inputs));
-        let mut out = vec![0.0; self.anchors.len() * weight.rows()];
+        (0..self.batch.anchors.len()).for_each(|r| input(r, &mut inputs));
+        let mut out = vec![0.0; self.batch.anchors.len() * weight.rows()];
         linear(pool, &inputs, weight, &mut out);
         for row in out.chunks_exact_mut(bias.len().max(1)) {
             add(row, bias);
@@ -136,21 +227,21 @@ impl DraftPass<'_> {
             return Vec::new();
         };
         let mut inputs = Vec::new();
-        for r in 0..self.anchors.len() {
+        for r in 0..self.batch.anchors.len() {
             inputs.extend_from_slice(self.hidden_row(r, k));
             if head.with_markov {
                 inputs.extend_from_slice(&embedded[r * self.head.rank..][..self.head.rank]);
             }
         }
-        let mut out = vec![0.0; self.anchors.len()];
+        let mut out = vec![0.0; self.batch.anchors.len()];
         linear(pool, &inputs, &head.weight, &mut out);
         out.iter().map(|logit| sigmoid(logit + head.bias)).collect()
     }
 
     /// Draft `k` (from 0) of request `r`. A row that is no law yields token 0.
     fn sample(&self, choices: &mut dyn Choices, r: usize, k: usize) -> u32 {
-        let logits = self.logits.row(r * self.draft_len + k);
-        let params = &self.sampling[r];
+        let logits = self.logits.row(r * self.batch.draft_len + k);
+        let params = &self.batch.sampling[r];
         let token = if law::defect(logits).is_some() {
             0
         } else if params.temperature == 0.0 {
@@ -158,7 +249,7 @@ impl DraftPass<'_> {
         } else {
             let draw = Draw {
                 seed: params.seed,
-                position: self.anchor_positions[r] + 1 + k as u32,
+                position: self.batch.anchor_positions[r] + 1 + k as u32,
                 purpose: params.rule.draft_purpose(),
                 ordinal: 0,
             };
@@ -168,17 +259,12 @@ impl DraftPass<'_> {
     }
 
     fn hidden_row(&self, r: usize, k: usize) -> &[f32] {
-        self.hidden.row(r * self.draft_len + k)
+        self.hidden.row(r * self.batch.draft_len + k)
     }
 
     fn check(&self) -> Result<()> {
-        let num_reqs = self.anchors.len();
-        expect_len("anchor_positions", self.anchor_positions.len(), num_reqs)?;
-        expect_len("sampling", self.sampling.len(), num_reqs)?;
-        self.sampling
-            .iter()
-            .try_for_each(SamplingParams::validate)?;
-        let rows = num_reqs * self.draft_len;
+        let num_reqs = self.batch.anchors.len();
+        let rows = num_reqs * self.batch.draft_len;
         let vocab_size = self.logits.cols();
         expect_shape("logits", self.logits, rows, vocab_size)?;
         let DraftHead { kind, rank, .. } = *self.head;
@@ -216,18 +302,7 @@ impl DraftPass<'_> {
             let markov = if confidence.with_markov { rank } else { 0 };
             expect_shape("confidence weight", &confidence.weight, 1, width + markov)?;
         }
-        match self
-            .anchors
-            .iter()
-            .find(|&&token| token as usize >= vocab_size)
-        {
-            Some(token) => Err(Error::argument(
-                "anchor",
-                format!("below {vocab_size}"),
-                token,
-            )),
-            None => Ok(()),
-        }
+        self.batch.check(vocab_size)
     }
 }
 

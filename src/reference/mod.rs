@@ -40,8 +40,8 @@ use tensor::{expect_cols, expect_shape};
 
 use crate::error::{Error, Result};
 use crate::ops::{
-    AcceptBatch, Accepted, AttentionSpec, DraftHead, Drafted, HostTensor, KvGeometry, KvSink,
-    Matrix, Ops, RopeSpec, RowMap, SamplingParams,
+    AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
+    KvSink, Matrix, Ops, RopeSpec, RowMap, RowMove, SparseLaw,
 };
 
 /// The backend. See the module's documentation for what its results depend on.
@@ -306,26 +306,52 @@ impl Ops for Reference {
         .run(&self.pool, out)
     }
 
+    fn move_kv(&mut self, kv: &mut KvCache, rows: &RowMap, moves: &[RowMove]) -> Result<()> {
+        rows.check_moves(moves)?;
+        kv.expect_pages(rows)?;
+        for step in moves {
+            let first = rows.seq_lens[step.request] as usize;
+            kv.move_entry(rows, step.request, first + step.from, first + step.to)?;
+        }
+        Ok(())
+    }
+
     fn draft_head(
         &mut self,
         head: &DraftHead<Self>,
         logits: &mut F32Matrix,
         hidden: &F32Matrix,
-        anchors: &[u32],
-        anchor_positions: &[u32],
-        sampling: &[SamplingParams],
-        draft_len: usize,
+        batch: &DraftBatch<'_>,
     ) -> Result<Drafted> {
         DraftPass {
             head,
             logits,
             hidden,
-            anchors,
-            anchor_positions,
-            sampling,
-            draft_len,
+            batch: *batch,
+            num_top: None,
         }
         .run(&self.pool, &mut *self.choices)
+    }
+
+    fn draft_candidates(
+        &mut self,
+        head: &DraftHead<Self>,
+        logits: &F32Matrix,
+        hidden: &F32Matrix,
+        batch: &DraftBatch<'_>,
+        num_top: usize,
+    ) -> Result<(Drafted, SparseLaw)> {
+        draft::candidates(
+            DraftPass {
+                head,
+                logits: &mut logits.clone(),
+                hidden,
+                batch: *batch,
+                num_top: Some(num_top),
+            },
+            &self.pool,
+            &mut *self.choices,
+        )
     }
 
     fn accept(&mut self, batch: &AcceptBatch<'_, Self>) -> Result<Accepted> {

@@ -1,7 +1,7 @@
 //! Matrices and the paged cache of the reference backend, and the shape checks.
 
 use crate::error::{Error, Result};
-use crate::ops::{AttentionSpec, HostTensor, KvGeometry, Matrix, RowMap};
+use crate::ops::{AttentionSpec, HostTensor, KvGeometry, Matrix, RowMap, expect_room};
 
 /// A row-major f32 matrix: activations and logits alike.
 #[derive(Clone, Debug)]
@@ -68,10 +68,7 @@ impl Matrix for F32Matrix {
         self.max_rows
     }
     fn set_rows(&mut self, rows: usize) -> Result<()> {
-        if rows > self.max_rows {
-            let expected = format!("at most {}", self.max_rows);
-            return Err(Error::argument("rows", expected, rows));
-        }
+        expect_room(rows, self.max_rows)?;
         self.rows = rows;
         Ok(())
     }
@@ -155,6 +152,33 @@ impl KvCache {
             }
             None => Ok(()),
         }
+    }
+
+    /// Copies entry `from` of request `r` over its entry `to`, in every layer.
+    pub(super) fn move_entry(
+        &mut self,
+        rows: &RowMap,
+        r: usize,
+        from: usize,
+        to: usize,
+    ) -> Result<()> {
+        let KvGeometry {
+            page_size,
+            num_kv_heads,
+            head_dim,
+            ..
+        } = self.geometry;
+        let len = num_kv_heads * head_dim;
+        let at = |slot| -> Result<usize> {
+            let (page, slot) = rows.place_of(r, slot, page_size)?;
+            Ok((page * page_size + slot) * len)
+        };
+        let (from, to) = (at(from)?, at(to)?);
+        for layer in &mut self.layers {
+            layer.keys.copy_within(from..from + len, to);
+            layer.values.copy_within(from..from + len, to);
+        }
+        Ok(())
     }
 
     /// Checks that `layer` exists.

@@ -9,7 +9,9 @@ use super::law;
 use super::shape::Shape;
 use super::tensor::expect_shape;
 use crate::error::{Error, Result};
-use crate::ops::{AcceptBatch, Accepted, DraftLaw, Matrix, Purpose, SamplingParams, TokenLogprobs};
+use crate::ops::{
+    AcceptBatch, Accepted, DraftLaw, Matrix, Purpose, SamplingParams, SparseLaw, TokenLogprobs,
+};
 
 /// The `next_tokens` entry of a request without rows.
 pub const NO_TOKEN: u32 = u32::MAX;
@@ -126,7 +128,8 @@ impl Window<'_> {
                 }
                 let mut probs = vec![0.0; vocab_size];
                 let pairs = sparse.tokens[range].iter();
-                for (&token, prob) in pairs.zip(law::softmax(logits, temperature)) {
+                let pairs = pairs.zip(law::softmax(logits, temperature));
+                for (&token, prob) in pairs.filter(|(token, _)| **token != SparseLaw::NO_PAIR) {
                     probs[token as usize] += prob;
                 }
                 probs

@@ -1,7 +1,7 @@
 //! Weights, laid out for the products of [`super::gemm`].
 
 use crate::error::{Error, Result};
-use crate::ops::{Dtype, HostTensor, Matrix};
+use crate::ops::{Dtype, HostTensor, Matrix, expect_room};
 
 use super::tensor::expect_bytes;
 
@@ -158,10 +158,7 @@ impl Matrix for Weight {
         self.max_rows
     }
     fn set_rows(&mut self, rows: usize) -> Result<()> {
-        if rows > self.max_rows {
-            let expected = format!("at most {}", self.max_rows);
-            return Err(Error::argument("rows", expected, rows));
-        }
+        expect_room(rows, self.max_rows)?;
         self.rows = rows;
         Ok(())
     }

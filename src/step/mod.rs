@@ -5,26 +5,28 @@
 //! `[x_0, x_1 .. x_l]` of every sequence in one ragged target pass (row k decides position `a + 1 + k`) and accepts a
 //! prefix of n drafts without changing the target's law, and [`DecodeStep::commit`] moves the sequence on: n + 1 more
 //! entries, the recovered or bonus token as anchor, and the drafter sees the rows that stayed. [`DecodeStep::round`]
-//! is all four. Greedy and sampled sequences mix freely; with nothing to verify a round is plain decoding.
+//! is all four. A chain of drafts may have second choices beside it ([`DecodeStep::set_alternates`]). Greedy and sampled sequences mix freely; with nothing to verify a round is plain decoding.
 
+mod extras;
 mod measure;
 mod order;
 mod prefill;
+mod rows;
 mod sequence;
+mod verify;
 
-pub use prefill::PrefillChunk;
+pub use prefill::{FirstToken, PrefillChunk};
 pub use sequence::{PhaseTimes, Proposal, Round, Sequence};
+pub use verify::{Run, Verified};
 
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::model::{Drafter, ProposeBatch, Target};
 use crate::ops::{
-    AcceptBatch, AcceptExtras, DraftLaw, Ops, RowMap, Rule, SamplingParams, ScheduleInputs,
+    Constraint, DraftLaw, MAX_TREE_ROWS, Ops, RowMap, Rule, SamplingParams, ScheduleInputs,
 };
-use crate::schedule::{
-    Adapt, Batch, Decide, Evidence, Graded, Scheduler, StepCost, StepShape, decide,
-};
+use crate::schedule::{Adapt, Batch, Decide, Evidence, Scheduler, StepCost, StepShape, decide};
 
 /// A target, a drafter (or none: plain decoding) and a rule for how many drafts to verify.
 pub struct DecodeStep<O: Ops> {
@@ -32,20 +34,11 @@ pub struct DecodeStep<O: Ops> {
     drafter: Option<Box<dyn Drafter<O>>>,
     scheduler: Scheduler,
     draft_len: usize,
+    /// See [`DecodeStep::set_alternates`].
+    alternates: usize,
     times: PhaseTimes,
     /// Calibrated confidences of the last schedule, until its round is committed.
     predicted: Option<Vec<f32>>,
-}
-
-/// What a verify pass decided; the sequences' tables hold all its rows until [`DecodeStep::commit`].
-#[derive(Debug)]
-pub struct Verified {
-    /// The pass.
-    pub map: RowMap,
-    /// `[num_reqs]` drafts accepted.
-    pub num_accepted: Vec<usize>,
-    /// `[num_reqs]` recovered or bonus tokens.
-    pub next_tokens: Vec<u32>,
 }
 
 impl<O: Ops> DecodeStep<O> {
@@ -83,6 +76,7 @@ impl<O: Ops> DecodeStep<O> {
             drafter,
             scheduler,
             draft_len,
+            alternates: 0,
             times: PhaseTimes::default(),
             predicted: None,
         })
@@ -96,6 +90,18 @@ impl<O: Ops> DecodeStep<O> {
     /// Tokens drafted per request and round.
     pub fn draft_len(&self) -> usize {
         self.draft_len
+    }
+
+    /// Verifies up to `alternates` second choices beside the drafts of each request from now on, one for each of the first
+    /// tokens, where the drafter's law is over candidates, pages, buffers and context have room for their rows, and the
+    /// request decodes by the token or coupled rule, or greedily, without a grammar.
+    pub fn set_alternates(&mut self, alternates: usize) {
+        self.alternates = alternates.min(MAX_TREE_ROWS - 1 - self.draft_len);
+    }
+
+    /// The most rows of a request in a verify pass.
+    pub fn max_rows_per_req(&self) -> usize {
+        1 + self.draft_len + self.alternates
     }
 
     /// The rule for how many drafts to verify.
@@ -210,20 +216,27 @@ impl<O: Ops> DecodeStep<O> {
         let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
         let anchors = anchors(seqs)?;
         let sampling = sampling(seqs);
+        let constraints: Vec<Option<Constraint<'_>>> =
+            seqs.iter().map(|seq| seq.constraint()).collect();
         let map = row_map(seqs, |_| 1)?;
         let batch = ProposeBatch {
             slots: &slots,
             anchors: &anchors,
             map: &map,
             sampling: &sampling,
+            constraints: &constraints,
         };
         let drafted = drafter.propose(ops, &batch, draft_len)?;
+        let temperature: Vec<f32> = sampling
+            .iter()
+            .flat_map(|params| std::iter::repeat_n(params.temperature, draft_len))
+            .collect();
         let confidence = match (self.scheduler.evidence(), drafter.law()) {
             (Evidence::TopProbability, DraftLaw::Logits(logits)) => {
-                let temperature = sampling
-                    .iter()
-                    .flat_map(|params| std::iter::repeat_n(params.temperature, draft_len));
-                Some(ops.top_probabilities(logits, &temperature.collect::<Vec<f32>>())?)
+                Some(ops.top_probabilities(logits, &temperature)?)
+            }
+            (Evidence::TopProbability, DraftLaw::Sparse(law)) => {
+                Some(law.top_probabilities(&temperature))
             }
             _ => drafted.confidence,
         };
@@ -296,150 +309,6 @@ impl<O: Ops> DecodeStep<O> {
             return Err(Error::argument("schedule", expected, found));
         }
         Ok(())
-    }
-
-    /// Runs anchor and first `verify_lens[r]` drafts of every sequence through the target and accepts a prefix.
-    ///
-    /// # Errors
-    /// A `verify_len` beyond the draft, rows that pass the reserved pages or the model's context, logits that are no
-    /// law. The sequences are then as they were.
-    pub fn verify(
-        &mut self,
-        ops: &mut O,
-        seqs: &mut [&mut Sequence],
-        proposal: &Proposal,
-        verify_lens: &[usize],
-    ) -> Result<Verified> {
-        let start = Instant::now();
-        let lens: Vec<usize> = seqs.iter().map(|seq| seq.seq_len()).collect();
-        let verified = self.verify_rows(ops, seqs, proposal, verify_lens);
-        if verified.is_err() {
-            for (seq, &len) in seqs.iter_mut().zip(&lens) {
-                seq.pages.rollback(len);
-            }
-        }
-        self.times.verify += start.elapsed();
-        verified
-    }
-
-    fn verify_rows(
-        &mut self,
-        ops: &mut O,
-        seqs: &mut [&mut Sequence],
-        proposal: &Proposal,
-        verify_lens: &[usize],
-    ) -> Result<Verified> {
-        let max_position = self.target.max_position();
-        let anchors = anchors(seqs)?;
-        let anchor_positions: Vec<u32> = seqs.iter().map(|seq| seq.seq_len() as u32).collect();
-        let map = row_map(seqs, |r| 1 + verify_lens[r])?;
-        let mut ids = Vec::with_capacity(map.num_rows());
-        for (r, seq) in seqs.iter_mut().enumerate() {
-            if verify_lens[r] > proposal.draft_len {
-                let expected = format!("at most {} (the draft)", proposal.draft_len);
-                return Err(Error::argument("verify_len", expected, verify_lens[r]));
-            }
-            ids.push(anchors[r]);
-            ids.extend(&proposal.tokens_of(r)[..verify_lens[r]]);
-            seq.pages.append(1 + verify_lens[r])?;
-            check_context(seq.seq_len(), max_position)?;
-        }
-        self.target.forward(ops, &ids, &map, None)?;
-        let law = match &self.drafter {
-            Some(drafter) if proposal.draft_len > 0 => drafter.law(),
-            _ => DraftLaw::PointMass,
-        };
-        let padded;
-        let law = match law {
-            DraftLaw::Sparse(law) if proposal.num_drafted < seqs.len() => {
-                padded = law.padded(proposal.tokens.len());
-                DraftLaw::Sparse(&padded)
-            }
-            law => law,
-        };
-        let edits = sequence::edits(seqs.iter().map(|seq| &**seq));
-        let accepted = ops.accept(&AcceptBatch {
-            target: self.target.logits(),
-            qo_indptr: &map.qo_indptr,
-            draft_tokens: &proposal.tokens,
-            draft_len: proposal.draft_len,
-            law,
-            anchor_positions: &anchor_positions,
-            sampling: &sampling(seqs),
-            extras: AcceptExtras {
-                edits: edits.as_deref(),
-                ..AcceptExtras::default()
-            },
-        })?;
-        Ok(Verified {
-            map,
-            num_accepted: accepted.num_accepted.iter().map(|&n| n as usize).collect(),
-            next_tokens: accepted.next_tokens,
-        })
-    }
-
-    /// Keeps the accepted rows of the last verify pass, makes the next token the anchor, and shows the drafter the
-    /// rows that stayed.
-    ///
-    /// # Errors
-    /// What the drafter refuses; the sequences have moved on by then.
-    pub fn commit(
-        &mut self,
-        ops: &mut O,
-        seqs: &mut [&mut Sequence],
-        proposal: &Proposal,
-        verified: &Verified,
-    ) -> Result<Vec<Round>> {
-        let start = Instant::now();
-        let predicted = self.predicted.take().unwrap_or_default();
-        let mut next_tokens = vec![0; verified.map.num_rows()];
-        let mut rounds = Vec::with_capacity(seqs.len());
-        for (r, seq) in seqs.iter_mut().enumerate() {
-            let (num_accepted, next) = (verified.num_accepted[r], verified.next_tokens[r]);
-            let mut committed = proposal.tokens_of(r)[..num_accepted].to_vec();
-            committed.push(next);
-            let rows = verified.map.rows_of(r);
-            next_tokens[rows.start..][..committed.len()].copy_from_slice(&committed);
-            seq.pages
-                .rollback(verified.map.seq_lens[r] as usize + committed.len());
-            seq.anchor = Some(next);
-            seq.output.extend(&committed);
-            rounds.push(Round {
-                draft_tokens: proposal.tokens_of(r).to_vec(),
-                confidence: proposal.confidence_of(r).to_vec(),
-                predicted: proposal.row_of(&predicted, r).to_vec(),
-                verify_len: rows.len() - 1,
-                num_accepted,
-                committed,
-            });
-        }
-        let graded = seqs.iter().zip(&rounds).map(|(seq, round)| Graded {
-            verify_len: round.verify_len,
-            num_accepted: round.num_accepted,
-            excluded: !seq.calibrates,
-        });
-        self.scheduler.grade(&graded.collect::<Vec<_>>());
-        let kept: Vec<usize> = rounds.iter().map(|round| round.committed.len()).collect();
-        self.observe(ops, seqs, &verified.map, &kept, &next_tokens)?;
-        self.times.commit += start.elapsed();
-        Ok(rounds)
-    }
-
-    /// Shows the drafter the first `kept[r]` rows of each request of the target's last pass.
-    fn observe(
-        &mut self,
-        ops: &mut O,
-        seqs: &[&mut Sequence],
-        map: &RowMap,
-        kept: &[usize],
-        next_tokens: &[u32],
-    ) -> Result<()> {
-        let Some(drafter) = &mut self.drafter else {
-            return Ok(());
-        };
-        let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
-        let features = self.target.features();
-        drafter.observe(ops, &features, map, &slots, kept, next_tokens)
     }
 
     /// Forgets the time spent so far.

@@ -2,9 +2,11 @@
 
 use std::time::Instant;
 
-use super::{DecodeStep, Sequence, check_context, row_map, sequence};
+use super::extras::Extras;
+use super::{DecodeStep, Sequence, check_context, row_map};
 use crate::error::{Error, Result};
-use crate::ops::{AcceptBatch, AcceptExtras, DraftLaw, Ops};
+use crate::ops::grammar::row_masks;
+use crate::ops::{AcceptBatch, Constraint, DraftLaw, Ops, TokenLogprobs};
 
 /// The next piece of a prompt of one sequence.
 pub struct PrefillChunk<'a> {
@@ -14,6 +16,15 @@ pub struct PrefillChunk<'a> {
     pub tokens: &'a [u32],
     /// The prompt token after this chunk; `None` when the chunk ends the prompt.
     pub next: Option<u32>,
+}
+
+/// The first generated token of a sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FirstToken {
+    /// The token.
+    pub token: u32,
+    /// Where the sequence asked for it.
+    pub logprobs: Option<TokenLogprobs>,
 }
 
 impl<O: Ops> DecodeStep<O> {
@@ -27,7 +38,7 @@ impl<O: Ops> DecodeStep<O> {
         &mut self,
         ops: &mut O,
         chunks: &mut [PrefillChunk<'_>],
-    ) -> Result<Vec<Option<u32>>> {
+    ) -> Result<Vec<Option<FirstToken>>> {
         let start = Instant::now();
         let lens: Vec<usize> = chunks.iter().map(|c| c.sequence.seq_len()).collect();
         for chunk in chunks.iter().filter(|c| c.sequence.seq_len() == 0) {
@@ -37,8 +48,8 @@ impl<O: Ops> DecodeStep<O> {
         match &firsts {
             Ok(firsts) => {
                 for (chunk, first) in chunks.iter_mut().zip(firsts) {
-                    chunk.sequence.anchor = *first;
-                    chunk.sequence.output.extend(first);
+                    chunk.sequence.anchor = first.as_ref().map(|first| first.token);
+                    chunk.sequence.output.extend(chunk.sequence.anchor);
                 }
             }
             Err(_) => {
@@ -56,7 +67,7 @@ impl<O: Ops> DecodeStep<O> {
         &mut self,
         ops: &mut O,
         chunks: &mut [PrefillChunk<'_>],
-    ) -> Result<Vec<Option<u32>>> {
+    ) -> Result<Vec<Option<FirstToken>>> {
         let vocab_size = self.target.vocab_size();
         let max_position = self.target.max_position();
         for chunk in chunks.iter() {
@@ -82,7 +93,7 @@ impl<O: Ops> DecodeStep<O> {
             .collect();
         self.target.forward(ops, &ids, &map, Some(&last_rows))?;
         let mut drawn = self.first_tokens(ops, &seqs, &ends)?.into_iter();
-        let firsts: Vec<Option<u32>> = ends
+        let firsts: Vec<Option<FirstToken>> = ends
             .iter()
             .map(|&end| if end { drawn.next() } else { None })
             .collect();
@@ -92,7 +103,8 @@ impl<O: Ops> DecodeStep<O> {
         next_tokens.rotate_left(1);
         for r in 0..seqs.len() {
             let last = map.qo_indptr[r + 1] as usize - 1;
-            next_tokens[last] = after[r].or(firsts[r]).unwrap_or(0);
+            let first = firsts[r].as_ref().map(|first| first.token);
+            next_tokens[last] = after[r].or(first).unwrap_or(0);
         }
         self.observe(ops, &seqs, &map, &lens, &next_tokens)?;
         Ok(firsts)
@@ -104,7 +116,7 @@ impl<O: Ops> DecodeStep<O> {
         ops: &mut O,
         seqs: &[&mut Sequence],
         ends: &[bool],
-    ) -> Result<Vec<u32>> {
+    ) -> Result<Vec<FirstToken>> {
         let ended = || seqs.iter().zip(ends).filter(|(_, end)| **end);
         let last_positions: Vec<u32> = ended().map(|(s, _)| s.seq_len() as u32 - 1).collect();
         if last_positions.is_empty() {
@@ -112,7 +124,11 @@ impl<O: Ops> DecodeStep<O> {
         }
         let sampling: Vec<_> = ended().map(|(s, _)| s.sampling).collect();
         let qo_indptr: Vec<i32> = (0..=last_positions.len() as i32).collect();
-        let edits = sequence::edits(ended().map(|(seq, _)| &**seq));
+        let ended_seqs: Vec<&Sequence> = ended().map(|(seq, _)| &**seq).collect();
+        let constraints: Vec<Option<Constraint<'_>>> =
+            ended_seqs.iter().map(|seq| seq.constraint()).collect();
+        let mask = row_masks(&constraints, |_| &[], self.target.vocab_size());
+        let extras = Extras::new(ended_seqs.iter().copied(), mask);
         let accepted = ops
             .accept(&AcceptBatch {
                 target: self.target.logits(),
@@ -122,15 +138,18 @@ impl<O: Ops> DecodeStep<O> {
                 law: DraftLaw::PointMass,
                 anchor_positions: &last_positions,
                 sampling: &sampling,
-                extras: AcceptExtras {
-                    edits: edits.as_deref(),
-                    ..AcceptExtras::default()
-                },
+                extras: extras.borrow(),
             })
             .map_err(|e| {
                 e.in_batch(|i| (0..ends.len()).filter(|&r| ends[r]).nth(i).unwrap_or(i))
             })?;
-        Ok(accepted.next_tokens)
+        let mut logprobs = accepted.logprobs.into_iter();
+        let tokens = accepted.next_tokens.into_iter().zip(ended_seqs);
+        let first = |(token, seq): (u32, &Sequence)| FirstToken {
+            token,
+            logprobs: seq.asked_of(logprobs.next().unwrap_or_default()).pop(),
+        };
+        Ok(tokens.map(first).collect())
     }
 }
 

@@ -3,13 +3,12 @@
 use std::time::Duration;
 
 use crate::kv::PageTable;
-use crate::ops::{SamplingParams, TokenEdits};
+use crate::ops::{Constraint, Grammar, SamplingParams, TokenEdits, TokenLogprobs};
 
 /// A request as the step sees it.
 ///
 /// `pages.len()` is the number of cache entries, which is the position of the anchor: while the prompt is being
 /// prefilled there is no anchor yet.
-#[derive(Debug)]
 pub struct Sequence {
     /// Stable slot, `0 .. max_num_reqs`; no two live sequences share one.
     pub slot: usize,
@@ -28,6 +27,12 @@ pub struct Sequence {
     pub output: Vec<u32>,
     /// Added to the logits of these tokens.
     pub logit_bias: Vec<(u32, f32)>,
+    /// A draft that is one of these ends the accepted run.
+    pub stop_tokens: Vec<u32>,
+    /// What may be generated.
+    pub grammar: Option<Box<dyn Grammar>>,
+    /// Log-probabilities of the generated tokens and of the likeliest n beside each.
+    pub logprobs: Option<usize>,
 }
 
 impl Sequence {
@@ -42,11 +47,33 @@ impl Sequence {
             prompt: Vec::new(),
             output: Vec::new(),
             logit_bias: Vec::new(),
+            stop_tokens: Vec::new(),
+            grammar: None,
+            logprobs: None,
         }
     }
 
+    /// Its grammar after what was generated so far.
+    pub fn constraint(&self) -> Option<Constraint<'_>> {
+        self.grammar.as_deref().map(|grammar| Constraint {
+            grammar,
+            committed: &self.output,
+        })
+    }
+
+    /// What it asked for of the log-probabilities of some of its tokens, which were computed for the whole batch.
+    pub(super) fn asked_of(&self, mut logprobs: Vec<TokenLogprobs>) -> Vec<TokenLogprobs> {
+        let Some(num_top) = self.logprobs else {
+            return Vec::new();
+        };
+        for token in &mut logprobs {
+            token.top.truncate(num_top);
+        }
+        logprobs
+    }
+
     /// The tokens whose logits change: the context where a penalty is on, and the biased ones.
-    fn edits(&self) -> TokenEdits {
+    pub(super) fn edits(&self) -> TokenEdits {
         let penalised = self.sampling.has_penalties();
         let (prompt, output): (&[u32], &[u32]) = if penalised {
             (&self.prompt, &self.output)
@@ -60,15 +87,6 @@ impl Sequence {
     pub fn seq_len(&self) -> usize {
         self.pages.len()
     }
-}
-
-/// The edits of a batch; `None` where no sequence has any.
-pub(super) fn edits<'s>(
-    seqs: impl Iterator<Item = &'s Sequence> + Clone,
-) -> Option<Vec<TokenEdits>> {
-    let edited = |seq: &Sequence| seq.sampling.has_penalties() || !seq.logit_bias.is_empty();
-    let any = seqs.clone().any(edited);
-    any.then(|| seqs.map(Sequence::edits).collect())
 }
 
 /// What the drafter proposed for a batch.
@@ -114,12 +132,19 @@ pub struct Round {
     pub confidence: Vec<f32>,
     /// The same after calibration, as the schedule took them.
     pub predicted: Vec<f32>,
-    /// Drafts that were verified.
+    /// Drafts that were verified; up to the one that ended the output, where one did: what came after was not decided.
     pub verify_len: usize,
     /// Drafts that were accepted.
     pub num_accepted: usize,
-    /// The accepted drafts and the recovered or bonus token.
+    /// A second choice that was accepted after them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alternate: Option<u32>,
+    /// The accepted drafts (with the alternate) and the recovered or bonus token; without it where the last draft ended the
+    /// output.
     pub committed: Vec<u32>,
+    /// Of the committed tokens, where the sequence asked for them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub logprobs: Vec<TokenLogprobs>,
 }
 
 /// Host time spent in each phase. A phase that only enqueues on a device leaves its time to the next one that waits.

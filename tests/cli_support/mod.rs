@@ -19,7 +19,7 @@ pub struct Run {
 pub fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dspark"));
     command.args(args).stdin(Stdio::null());
-    let generates = matches!(args.first(), Some(&("generate" | "compare")));
+    let generates = matches!(args.first(), Some(&("generate" | "compare" | "invariance")));
     if generates && !args.contains(&"--device") {
         command.args(["--device", "cpu"]);
     }

@@ -1,4 +1,5 @@
 //! Ways to run the golden checkpoints through the engine, and how equal the tokens must be.
+#![allow(dead_code)] // Each test binary uses its own part.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -143,6 +144,16 @@ impl Setting {
 
     /// Runs all requests and returns their completions in order.
     pub fn run<O: Ops + 'static>(&self, ops: O, requests: &[Ask]) -> Vec<Completion> {
+        self.run_with(ops, requests, |_, _| ())
+    }
+
+    /// The same, with something of its own for each request.
+    pub fn run_with<O: Ops + 'static>(
+        &self,
+        ops: O,
+        requests: &[Ask],
+        change: impl Fn(usize, &mut Request),
+    ) -> Vec<Completion> {
         let mut engine = self.engine(ops, requests);
         let mut done = HashMap::new();
         let mut take = |event| {
@@ -155,7 +166,9 @@ impl Setting {
             }
         };
         for (i, ask) in requests.iter().enumerate() {
-            engine.submit(ask.request()).unwrap();
+            let mut request = ask.request();
+            change(i, &mut request);
+            engine.submit(request).unwrap();
             if matches!(self.batch, Batch::Staggered) {
                 for _ in 0..=i {
                     engine.advance().unwrap().into_iter().for_each(&mut take);

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use dspark::engine::{Completion, Engine, EngineConfig, Event};
+use dspark::engine::{Completion, Engine, EngineConfig, Event, FinishReason};
 use dspark::model::Drafter;
 use dspark::reference::Reference;
 use dspark::schedule::{CostTable, Policy, StepCost};
@@ -115,18 +115,27 @@ impl Outcome {
 /// The first token and the rounds hold the output, and at most the last round goes on after its end.
 fn check_trace(completion: &Completion) {
     let mut all = completion.tokens[..1].to_vec();
+    // Whether the last round so far ended with a draft that ends the output.
+    let mut ended = false;
     for round in &completion.rounds {
-        assert!(all.len() < completion.tokens.len(), "a round after the end");
+        let more = all.len() < completion.tokens.len() && !ended;
+        assert!(more, "a round after the end");
         assert!(round.num_accepted <= round.verify_len);
         assert!(round.verify_len <= round.draft_tokens.len());
         let (drafts, next) = round.committed.split_at(round.num_accepted);
-        assert_eq!(
-            (drafts, next.len()),
-            (&round.draft_tokens[..round.num_accepted], 1)
-        );
+        assert_eq!(drafts, &round.draft_tokens[..round.num_accepted]);
+        let (alternate, next) = next.split_at(usize::from(round.alternate.is_some()));
+        assert!(alternate.first() == round.alternate.as_ref());
+        ended = next.is_empty();
+        assert!(ended || next.len() == 1);
         all.extend(&round.committed);
     }
     assert!(all.starts_with(&completion.tokens));
+    if ended {
+        // A grammar may be complete just where the output may not grow any more.
+        let other = [FinishReason::StopString, FinishReason::Context];
+        assert!(!other.contains(&completion.reason) && all == completion.tokens);
+    }
     let stats = &completion.stats;
     assert_eq!(stats.num_generated, completion.tokens.len());
     assert_eq!(stats.rounds.num_rounds as usize, completion.rounds.len());

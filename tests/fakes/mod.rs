@@ -16,8 +16,10 @@ use std::collections::HashMap;
 
 use dspark::Result;
 use dspark::model::{Drafter, Features, ProposeBatch, Target};
+use dspark::ops::grammar::row_masks;
 use dspark::ops::{
-    ConfidenceHead, DraftHead, DraftLaw, Drafted, Dtype, HeadKind, HostTensor, Ops, RowMap,
+    ConfidenceHead, DraftBatch, DraftHead, DraftLaw, Drafted, Dtype, HeadKind, HostTensor, Ops,
+    RowMap, RowMove, SparseLaw,
 };
 use dspark::reference::Reference;
 
@@ -128,11 +130,20 @@ impl Target<Reference> for FakeTarget {
         for r in 0..map.num_reqs() {
             let window = map.rows_of(r);
             for (i, row) in window.clone().enumerate() {
-                let slot = map.seq_lens[r] as usize + i;
-                assert_eq!(map.positions[row] as usize, slot);
+                let committed = map.seq_lens[r] as usize;
+                let slot = committed + i;
                 assert!(slot < self.sizes.max_position, "past the context");
                 self.cache.write(map, r, slot, ids[row]);
-                let history = self.cache.history(map, r, slot + 1);
+                let history = match &map.tree {
+                    None => self.cache.history(map, r, slot + 1),
+                    Some(masks) => {
+                        let seen = (0..=i).filter(|j| (masks[row] | 1 << i) >> j & 1 == 1);
+                        let own = seen.map(|j| ids[window.start + j]);
+                        let before = self.cache.history(map, r, committed);
+                        before.into_iter().chain(own).collect()
+                    }
+                };
+                assert_eq!(map.positions[row] as usize + 1, history.len());
                 rows.push(match &self.bonus_from {
                     Some(law) if i > 0 && i + 1 == window.len() => law(&history),
                     _ => (self.law)(&history),
@@ -155,6 +166,18 @@ impl Target<Reference> for FakeTarget {
         &self.logits
     }
 
+    fn keep(&mut self, ops: &mut Reference, map: &RowMap, moves: &[RowMove]) -> Result<()> {
+        let mut hidden = ops.read_mat(&self.hidden)?;
+        for step in moves {
+            let rows = map.rows_of(step.request);
+            let token = hidden[rows.start + step.from];
+            hidden[rows.start + step.to] = token;
+            let slot = map.seq_lens[step.request] as usize + step.to;
+            self.cache.write(map, step.request, slot, token as u32);
+        }
+        ops.write_mat(&hidden, &mut self.hidden)
+    }
+
     fn features(&self) -> Features<'_, Reference> {
         Features {
             taps: None,
@@ -174,6 +197,8 @@ pub struct DraftSpec {
     pub confidence: Option<ConfidenceSpec>,
     /// Negative control: hands on the law of the neighbouring row.
     pub shift_law: bool,
+    /// Drafts from the likeliest so many by the base logits alone.
+    pub candidates: Option<usize>,
     pub max_draft_len: usize,
 }
 
@@ -200,6 +225,7 @@ impl DraftSpec {
                 previous: table(salt + 3, vocab_size, 3.0),
             }),
             shift_law: false,
+            candidates: None,
             max_draft_len,
         }
     }
@@ -216,6 +242,7 @@ pub struct FakeDrafter {
     logits: Logits,
     hidden: Mat,
     law: Logits,
+    sparse: Option<SparseLaw>,
 }
 
 impl FakeDrafter {
@@ -244,6 +271,7 @@ impl FakeDrafter {
             logits: ops.logits(sizes.max_rows, v).unwrap(),
             hidden: ops.mat(sizes.max_rows, 1).unwrap(),
             law: ops.logits(sizes.max_rows, v).unwrap(),
+            sparse: None,
             sizes,
             spec,
         }
@@ -339,15 +367,32 @@ impl Drafter<Reference> for FakeDrafter {
         ops.write_logits(&base, &mut self.logits)?;
         ops.write_mat(&hidden, &mut self.hidden)?;
         let positions: Vec<u32> = batch.map.positions.iter().map(|&p| p as u32).collect();
-        let drafted = ops.draft_head(
-            &self.head,
-            &mut self.logits,
-            &self.hidden,
-            batch.anchors,
-            &positions,
-            batch.sampling,
+        // The masks of the first drafts are known before the walk, those of the others are left open.
+        let first = row_masks(batch.constraints, |_| &[], self.sizes.vocab_size);
+        let mask: Option<Vec<u32>> = first.map(|first| {
+            let rows = first.chunks(first.len() / batch.anchors.len());
+            let open = |row: &[u32]| vec![u32::MAX; row.len() * (draft_len - 1)];
+            rows.flat_map(|row| [row.to_vec(), open(row)].concat())
+                .collect()
+        });
+        let walk = DraftBatch {
+            anchors: batch.anchors,
+            anchor_positions: &positions,
+            sampling: batch.sampling,
             draft_len,
-        )?;
+            mask: mask.as_deref(),
+        };
+        if let Some(num_top) = self.spec.candidates {
+            let (drafted, mut law) =
+                ops.draft_candidates(&self.head, &self.logits, &self.hidden, &walk, num_top)?;
+            if self.spec.shift_law {
+                law.tokens.rotate_left(num_top);
+                law.logits.rotate_left(num_top);
+            }
+            self.sparse = Some(law);
+            return Ok(drafted);
+        }
+        let drafted = ops.draft_head(&self.head, &mut self.logits, &self.hidden, &walk)?;
         let mut law = ops.read_logits(&self.logits)?;
         if self.spec.shift_law {
             law.rotate_left(self.sizes.vocab_size);
@@ -357,6 +402,9 @@ impl Drafter<Reference> for FakeDrafter {
     }
 
     fn law(&self) -> DraftLaw<'_, Reference> {
-        DraftLaw::Logits(&self.law)
+        match &self.sparse {
+            Some(law) => DraftLaw::Sparse(law),
+            None => DraftLaw::Logits(&self.law),
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use clap::builder::TypedValueParser as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use dspark::ops::Rule;
+use dspark::ops::{HeadForm, Rule};
 use dspark::schedule::Policy;
 use dspark::schedule::simulate::Arrivals;
 
@@ -26,6 +26,9 @@ pub enum Command {
     /// Run the same prompts with no drafter and with each given one, and show them side by side.
     #[command(after_help = COMPARE_EXAMPLES)]
     Compare(CompareArgs),
+    /// Check that the text depends on seed and target alone: every way to decode against plain decoding.
+    #[command(after_help = INVARIANCE_EXAMPLES)]
+    Invariance(InvarianceArgs),
     /// Say what was built, which devices there are, and whether a target and a drafter fit.
     #[command(after_help = DOCTOR_EXAMPLES)]
     Doctor(DoctorArgs),
@@ -45,6 +48,7 @@ Examples:
   dspark generate --target Qwen3-4B --mode none --temperature 0.7 --top-p 0.9 --seed 7 --prompt Hi
   dspark generate --target DIR --draft DIR --prompts questions.jsonl --max-num-reqs 16 --stats
   dspark generate --target DIR --draft DIR --prompt-ids 1,2,3 --schedule threshold:0.5 --trace t.json
+  dspark generate --target DIR --draft DIR --prompt Hi --logprobs 3
 
 A prompts file has one JSON object a line: {\"turns\": [\"user message\", ...]} (the first turn is used),
 {\"prompt\": \"text\"} or {\"prompt_ids\": [1, 2, 3]}.";
@@ -54,6 +58,14 @@ Examples:
   dspark compare --target DIR --draft dspark=DIR --draft mtp=DIR --prompt 'Why is the sky blue?'
   dspark compare --target DIR --draft dspark=DIR --draft mtp=DIR --prompts gsm8k.jsonl --limit 40 \\
       --max-num-reqs 16 --temperature 1";
+
+const INVARIANCE_EXAMPLES: &str = "\
+Examples:
+  dspark invariance --target DIR --draft dspark=DIR --draft mtp=DIR --prompts questions.jsonl --limit 200 \\
+      --temperature 0.7 --rule coupled --draft-lens 1,3 --schedules threshold:0.5,delayed \\
+      --head-forms candidates:64 --max-num-reqs 200
+
+Exit status 1 means that outputs differ by more than rounding explains.";
 
 const DOCTOR_EXAMPLES: &str = "\
 Examples:
@@ -276,6 +288,19 @@ pub struct DraftArgs {
     /// best number by the confidences of two steps before), global (the best number; greedy requests only).
     #[arg(long, default_value = "fixed", value_name = "RULE")]
     pub schedule: Policy,
+    /// How much of the vocabulary a DSpark or DFlash head drafts from: full, or candidates:K (the K likeliest tokens before
+    /// the head's own bias; at most 256).
+    #[arg(long, default_value = "full", value_name = "FORM")]
+    pub head_form: HeadForm,
+    /// Verify second choices beside the first N drafts, with --head-form candidates:K: where a draft is turned down, its
+    /// second choice may be kept.
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
+    pub alternates: usize,
     /// Temperatures of the drafter's confidences [default: calibration.json in the drafter's directory, if there].
     #[arg(long, value_name = "FILE")]
     pub calibration: Option<PathBuf>,
@@ -290,6 +315,8 @@ impl DraftArgs {
         Self {
             draft_len: None,
             schedule: Policy::Fixed,
+            head_form: HeadForm::Full,
+            alternates: 0,
             calibration: None,
             cost: None,
         }
@@ -404,6 +431,9 @@ pub struct GenerateArgs {
     pub sampling: SamplingArgs,
     #[command(flatten)]
     pub drafting: DraftArgs,
+    /// Print after each answer how likely its tokens were and the N likeliest beside each; at most 20, 0 for none.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub logprobs: Option<usize>,
     /// Write every round as JSON.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
@@ -431,6 +461,37 @@ pub struct CompareArgs {
     /// Print the figures as JSON instead of a table.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct InvarianceArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// A drafter and its mode, as MODE=DIR; may be given several times.
+    #[arg(long, value_name = "MODE=DIR", required = true, value_parser = parse_mode_dir)]
+    pub draft: Vec<(Mode, PathBuf)>,
+    #[command(flatten)]
+    pub prompts: PromptArgs,
+    /// Use the first N prompts of the file.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub limit: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Numbers of requests decoded together, beside --max-num-reqs; the first is what the others are compared with.
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1")]
+    pub batches: Vec<usize>,
+    /// Draft lengths, beside the drafter's longest (1 for mtp).
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    pub draft_lens: Vec<usize>,
+    /// Schedules beside fixed.
+    #[arg(long, value_name = "RULE,..", value_delimiter = ',')]
+    pub schedules: Vec<Policy>,
+    /// Forms of the head beside full.
+    #[arg(long, value_name = "FORM,..", value_delimiter = ',')]
+    pub head_forms: Vec<HeadForm>,
+    /// Also run each form of candidates with second choices beside the first N drafts; 0 is off.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub alternates: usize,
 }
 
 #[derive(Clone, Debug, Args)]

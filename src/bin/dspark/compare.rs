@@ -76,6 +76,7 @@ fn draft_args(mode: Mode, args: &DraftArgs) -> DraftArgs {
         Mode::Dspark | Mode::None => args.clone(),
         Mode::Dflash => DraftArgs {
             draft_len: args.draft_len,
+            head_form: args.head_form,
             ..DraftArgs::fixed()
         },
         Mode::Mtp => DraftArgs {

@@ -1,5 +1,6 @@
 //! `dspark generate`.
 
+use std::fmt::Write as _;
 use std::io::Write as _;
 
 use anyhow::Result;
@@ -62,7 +63,10 @@ impl Job for Generate<'_> {
 
     fn run<O: Ops + 'static>(self, ops: O) -> Result<()> {
         let args = self.args;
-        let requests = self.texts.requests(&self.prompts, &args.sampling);
+        let mut requests = self.texts.requests(&self.prompts, &args.sampling);
+        for request in &mut requests {
+            request.logprobs = args.logprobs;
+        }
         let mut engine = session::start(ops, &args.run, &self.drafting, requests)?;
         if args.stats {
             let (device, mode) = (engine.ops().describe(), self.drafting.mode.name());
@@ -96,11 +100,14 @@ impl Generate<'_> {
         session::finish(engine, |event| {
             let text = match event {
                 Event::Tokens { pieces, .. } if single && has_text => paint(pieces, colour),
-                Event::Finished { .. } if single && has_text => "\n".into(),
+                Event::Finished { completion, .. } if single && has_text => {
+                    format!("\n{}", self.logprobs(completion))
+                }
                 Event::Finished {
                     request,
                     completion,
                 } => {
+                    let table = self.logprobs(completion);
                     let number = request + 1;
                     let body = if has_text {
                         completion.text.clone()
@@ -112,13 +119,39 @@ impl Generate<'_> {
                     } else {
                         format!("== {number}\n")
                     };
-                    next.ready(*request, format!("{head}{body}\n"))
+                    next.ready(*request, format!("{head}{body}\n{table}"))
                 }
                 Event::Tokens { .. } => String::new(),
             };
             out.write_all(text.as_bytes())?;
             Ok(out.flush()?)
         })
+    }
+}
+
+impl Generate<'_> {
+    /// A line for each token of an answer with log-probabilities; nothing where there are none.
+    fn logprobs(&self, completion: &Completion) -> String {
+        let mut text = String::new();
+        for (token, logprobs) in completion.tokens.iter().zip(&completion.logprobs) {
+            let _ = write!(text, "{:>9.4}  {}", logprobs.logprob, self.show(*token));
+            for (i, (token, logprob)) in logprobs.top.iter().enumerate() {
+                let separator = if i == 0 { "  |" } else { "," };
+                let _ = write!(text, "{separator} {} {logprob:.4}", self.show(*token));
+            }
+            text.push('\n');
+        }
+        text
+    }
+
+    /// The text of a token in quotes, or its id.
+    fn show(&self, token: u32) -> String {
+        let tokenizer = self.texts.tokenizer.as_ref();
+        let text = tokenizer.and_then(|tokenizer| tokenizer.decode(&[token]).ok());
+        match text {
+            Some(text) if !text.is_empty() => format!("{text:?}"),
+            _ => token.to_string(),
+        }
     }
 }
 
@@ -171,6 +204,7 @@ mod tests {
             token: 0,
             text: text.into(),
             drafted,
+            logprobs: None,
         };
         let pieces = [piece("a", false), piece("b", true), piece("", true)];
         assert_eq!(paint(&pieces, false), "ab");

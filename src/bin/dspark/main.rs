@@ -7,6 +7,7 @@ mod compare;
 mod diagram;
 mod doctor;
 mod generate;
+mod invariance;
 mod profile;
 mod progress;
 mod prompts;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Generate(args) => generate::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::Invariance(args) => invariance::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Profile(args) => profile::run(&args),
@@ -76,6 +78,7 @@ fn usage_error(error: &clap::Error) -> ExitCode {
 fn exit_status(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<dspark::Error>() {
         Some(dspark::Error::Cuda(_)) => 1,
+        None if error.is::<invariance::Differ>() => 1,
         _ => 2,
     }
 }

@@ -168,7 +168,9 @@ mod tests {
             predicted: confidence.to_vec(),
             verify_len,
             num_accepted,
+            alternate: None,
             committed: vec![0; num_accepted + 1],
+            logprobs: Vec::new(),
         };
         let rounds = vec![
             round(2, 2, [0.9, 0.6]),
@@ -182,6 +184,7 @@ mod tests {
         let completion = Completion {
             prompt_ids: vec![1],
             tokens: vec![0; 7],
+            logprobs: Vec::new(),
             text: String::new(),
             reason: FinishReason::MaxNewTokens,
             rounds,

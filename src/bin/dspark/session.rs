@@ -8,7 +8,7 @@ use dspark::engine::{Completion, Engine, EngineConfig, Event, Request};
 use dspark::model::{
     DrafterConfig, GenerationConfig, Limits, Pair, TargetConfig, drafter_identity, target_identity,
 };
-use dspark::ops::{HeadKind, Ops, SamplingParams};
+use dspark::ops::{HeadForm, HeadKind, MAX_TREE_ROWS, Ops, SamplingParams};
 use dspark::reference::Reference;
 use dspark::schedule::{
     Adapt, CALIBRATION_FILE, Calibration, CostFile, CostIdentity, PairIdentity, Policy,
@@ -67,6 +67,9 @@ pub struct Drafting {
     /// Tokens drafted a round; 0 exactly when the mode is none.
     pub draft_len: usize,
     pub policy: Policy,
+    pub head_form: HeadForm,
+    /// Second choices verified beside the drafts.
+    pub alternates: usize,
     /// `--calibration`.
     calibration: Option<PathBuf>,
     /// `--cost`.
@@ -81,6 +84,8 @@ impl Drafting {
             dir: None,
             draft_len: 0,
             policy: Policy::Fixed,
+            head_form: HeadForm::Full,
+            alternates: 0,
             calibration: None,
             cost: None,
         }
@@ -114,11 +119,17 @@ impl Drafting {
             let expected = format!("a drafter for {} in {}", mode.name(), dir.display());
             return Err(Error::argument("--mode", expected, held.name()).into());
         }
+        if args.alternates > 0 && !matches!(args.head_form, HeadForm::Candidates(2..)) {
+            let expected = "0 without --head-form candidates:K of at least 2";
+            return Err(Error::argument("--alternates", expected, args.alternates).into());
+        }
         Ok(Self {
             mode: held,
             dir: Some(dir.into()),
             draft_len: draft_len(&config, args.draft_len)?,
             policy: args.schedule,
+            head_form: args.head_form,
+            alternates: args.alternates,
             calibration: args.calibration.clone(),
             cost: args.cost.clone(),
         })
@@ -172,10 +183,11 @@ impl Drafting {
 
 /// Options that mean nothing in plain decoding must not look as if they did something.
 fn refuse_draft_options(args: &DraftArgs) -> Result<()> {
-    let option = match (args.draft_len, args.schedule) {
-        (Some(_), _) => "--draft-len",
-        (None, Policy::Fixed) => return Ok(()),
-        (None, _) => "--schedule",
+    let option = match (args.draft_len, args.schedule, args.head_form) {
+        (Some(_), ..) => "--draft-len",
+        (None, Policy::Fixed, HeadForm::Full) => return Ok(()),
+        (None, Policy::Fixed, _) => "--head-form",
+        (None, ..) => "--schedule",
     };
     let expected = "a drafter (--draft) to go with it";
     Err(Error::argument(option, expected, "none").into())
@@ -231,9 +243,9 @@ impl Texts {
         prompts.iter().enumerate().map(request).collect()
     }
 
-    /// The request of prompt number `index`.
-    fn request(&self, prompt_ids: Vec<u32>, index: usize, args: &SamplingArgs) -> Request {
-        let sampling = SamplingParams {
+    /// How the request of prompt number `index` samples.
+    pub fn sampling(index: usize, args: &SamplingArgs) -> SamplingParams {
+        SamplingParams {
             temperature: args.temperature,
             top_k: args.top_k,
             top_p: args.top_p,
@@ -243,7 +255,11 @@ impl Texts {
             repetition_penalty: args.repetition_penalty,
             presence_penalty: args.presence_penalty,
             frequency_penalty: args.frequency_penalty,
-        };
+        }
+    }
+
+    /// The request of prompt number `index`.
+    fn request(&self, prompt_ids: Vec<u32>, index: usize, args: &SamplingArgs) -> Request {
         Request {
             stop_tokens: if args.ignore_eos {
                 Vec::new()
@@ -252,7 +268,7 @@ impl Texts {
             },
             stop_strings: args.stop.clone(),
             text: self.tokenizer.as_ref().map(|t| Box::new(t.stream()) as _),
-            ..Request::new(prompt_ids, sampling, args.max_new_tokens)
+            ..Request::new(prompt_ids, Self::sampling(index, args), args.max_new_tokens)
         }
     }
 }
@@ -297,14 +313,18 @@ pub fn build<O: Ops + 'static>(
     let measured = config.cost.is_none();
     let limits = Limits {
         max_num_reqs: config.max_num_reqs,
-        max_rows: config.max_rows(drafting.draft_len),
-        max_logit_rows: config.max_num_reqs * (1 + drafting.draft_len),
+        max_rows: config.max_rows(drafting.draft_len + drafting.alternates),
+        max_logit_rows: config.max_num_reqs * (1 + drafting.draft_len + drafting.alternates),
         max_draft_len: drafting.draft_len.max(1),
         num_pages: config.num_pages,
         page_size: config.page_size,
     };
-    let pair = Pair::load(&mut ops, &run.target, drafting.dir.as_deref(), &limits)?;
+    let mut pair = Pair::load(&mut ops, &run.target, drafting.dir.as_deref(), &limits)?;
+    if let Some(drafter) = &mut pair.drafter {
+        drafter.set_head_form(&mut ops, drafting.head_form)?;
+    }
     let mut engine = Engine::new(ops, Box::new(pair.target), pair.drafter, config)?;
+    engine.set_alternates(drafting.alternates)?;
     engine.set_adapt(Adapt::ON);
     if let (Some((file, identity)), Some(cost), true) =
         (costs, engine.step().scheduler().cost(), measured)
@@ -335,8 +355,9 @@ fn engine_config(
     let num_tokens = |r: &Request| r.prompt_ids.len().saturating_add(r.max_new_tokens);
     let longest = requests.iter().map(num_tokens).max().unwrap_or(1);
     let prompt_tokens: usize = requests.iter().map(|r| r.prompt_ids.len()).sum();
-    // Prompt and output within the model's context, a draft and its anchor.
-    let num_entries = longest.min(max_position) + drafting.draft_len + 1;
+    // Prompt and output within the model's context, an anchor and the drafts behind it.
+    let window = 1 + drafting.draft_len + drafting.alternates.min(MAX_TREE_ROWS);
+    let num_entries = longest.min(max_position) + window;
     let max_num_reqs = asked.max_num_reqs.min(requests.len().max(1));
     let page_size = asked.page_size.min(num_entries);
     Ok(EngineConfig {

@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use dspark::engine::Completion;
+use dspark::ops::TokenLogprobs;
 use dspark::schedule::simulate::RecordedRequest;
 use dspark::schedule::sts::RecordedRound;
 use dspark::step::Round;
@@ -26,6 +27,9 @@ pub struct TraceRequest<'a> {
     pub prompt_ids: &'a [u32],
     /// What was generated, at most `--max-new-tokens`.
     pub tokens: &'a [u32],
+    /// Of the tokens, with `--logprobs`.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub logprobs: &'a [TokenLogprobs],
     pub rounds: &'a [Round],
 }
 
@@ -34,6 +38,7 @@ impl<'a> TraceRequest<'a> {
         Self {
             prompt_ids: &completion.prompt_ids,
             tokens: &completion.tokens,
+            logprobs: &completion.logprobs,
             rounds: &completion.rounds,
         }
     }

@@ -55,6 +55,12 @@ impl KvCache {
         (self.k.mut_ptr(offset), self.v.mut_ptr(offset))
     }
 
+    /// Of the keys, then of the values: the address of all of them and, to write there, of element `offset`.
+    pub(super) fn sides(&mut self, offset: usize) -> [(*const bf16, *mut bf16); 2] {
+        let of = |side: &mut Buffer<bf16>| (side.ptr(0), side.mut_ptr(offset));
+        [of(&mut self.k), of(&mut self.v)]
+    }
+
     /// Refuses a layer or heads this cache does not have.
     pub(super) fn check(&self, spec: &AttentionSpec, layer: usize) -> Result<()> {
         if layer >= self.geometry.num_layers {

@@ -4,18 +4,34 @@ use std::ptr::{null, null_mut};
 
 use half::bf16;
 
-use super::arguments::Arguments;
-use super::{Cuda, DeviceMatrix, Norm, check, expect, int, struct_size};
+use super::arguments::{Arguments, Offset};
+use super::{Cuda, DeviceMatrix, Logits, Norm, check, expect, int, struct_size};
 use crate::error::{Error, Result};
-use crate::ops::{DraftHead, Drafted, HeadKind, Matrix, SamplingParams};
+use crate::ops::{DraftBatch, DraftHead, Drafted, HeadKind, Matrix};
 use crate::sys;
 
-/// The requests of a call, one entry each.
-pub(super) struct Requests<'a> {
-    pub anchors: &'a [u32],
-    pub anchor_positions: &'a [u32],
-    pub sampling: &'a [SamplingParams],
-    pub draft_len: usize,
+/// Where the arrays of a call lie in its upload.
+pub(super) struct Uploaded {
+    pub seeds: Offset,
+    pub anchors: Offset,
+    pub positions: Offset,
+    pub temperature: Offset,
+    pub rules: Offset,
+    pub mask: Option<Offset>,
+}
+
+impl Uploaded {
+    pub fn pack(batch: &DraftBatch<'_>, arguments: &mut Arguments) -> Self {
+        let sampling = batch.sampling;
+        Self {
+            seeds: arguments.push_u64(sampling.iter().map(|s| s.seed)),
+            anchors: arguments.push(batch.anchors.iter().copied()),
+            positions: arguments.push(batch.anchor_positions.iter().copied()),
+            temperature: arguments.push_f32(sampling.iter().map(|s| s.temperature)),
+            rules: arguments.push(sampling.iter().map(|s| s.rule as u32)),
+            mask: batch.mask.map(|mask| arguments.push(mask.iter().copied())),
+        }
+    }
 }
 
 impl Cuda {
@@ -23,38 +39,24 @@ impl Cuda {
     pub(super) fn run_head(
         &mut self,
         head: &DraftHead<Self>,
-        logits: &mut DeviceMatrix<f32>,
+        logits: &mut Logits,
         hidden: &DeviceMatrix<bf16>,
-        requests: &Requests<'_>,
+        requests: &DraftBatch<'_>,
     ) -> Result<Drafted> {
+        let logits = logits.writable()?;
         let num_reqs = requests.anchors.len();
         let num_rows = num_reqs * requests.draft_len;
-        check_head(head, logits.cols(), hidden.cols())?;
-        check_requests(requests, logits.cols())?;
-        expect("logits.rows", num_rows, logits.rows())?;
-        expect("hidden.rows", num_rows, hidden.rows())?;
+        check_walk(head, logits, hidden, requests)?;
         if num_rows == 0 {
-            return Ok(Drafted {
-                tokens: Vec::new(),
-                confidence: head.confidence.as_ref().map(|_| Vec::new()),
-            });
+            return Ok(nothing(head));
         }
 
         let mut arguments = Arguments::default();
-        let seeds = arguments.push_u64(requests.sampling.iter().map(|s| s.seed));
-        let anchors = arguments.push(requests.anchors.iter().copied());
-        let positions = arguments.push(requests.anchor_positions.iter().copied());
-        let temperature = arguments.push_f32(requests.sampling.iter().map(|s| s.temperature));
-        let rules = arguments.push(requests.sampling.iter().map(|s| s.rule as u32));
+        let uploaded = Uploaded::pack(requests, &mut arguments);
         let words = arguments.upload(&mut self.arguments)?;
-        let (seeds, anchors) = (seeds.of(words), anchors.of(words));
-        let (positions, temperature) = (positions.of(words), temperature.of(words));
         // Tokens, then confidences.
         let results = self.results.at_least(2 * num_rows)?;
         let confidence = head.confidence.as_ref();
-        let matrix = |weight: Option<&DeviceMatrix<bf16>>| {
-            weight.map_or(null(), |weight| weight.ptr(0, 0).cast())
-        };
         let mut params = sys::dspark_draft_head_params {
             struct_size: struct_size::<sys::dspark_draft_head_params>(),
             dtype: sys::DSPARK_DTYPE_BF16,
@@ -71,22 +73,19 @@ impl Cuda {
             markov_w1: matrix(head.markov_w1.as_ref()),
             markov_w2: matrix(head.markov_w2.as_ref()),
             proj_weight: matrix(head.proj_weight.as_ref()),
-            proj_bias: head
-                .proj_bias
-                .as_ref()
-                .map_or(null(), |bias| bias.ptr().cast()),
+            proj_bias: vector(head.proj_bias.as_ref()),
             confidence_weight: matrix(confidence.map(|c| &c.weight)),
-            anchors,
-            anchor_positions: positions,
-            temperature,
-            seeds,
+            anchors: uploaded.anchors.of(words),
+            anchor_positions: uploaded.positions.of(words),
+            temperature: uploaded.temperature.of(words),
+            seeds: uploaded.seeds.of(words),
             draft_tokens: results.mut_ptr(0).cast(),
             confidence: confidence.map_or(null_mut(), |_| results.mut_ptr(num_rows).cast()),
             workspace: null_mut(),
             workspace_bytes: 0,
             stride_logits_row: logits.stride(),
-            rules: rules.of(words),
-            mask: null(),
+            rules: uploaded.rules.of(words),
+            mask: uploaded.mask.map_or(null(), |mask| mask.of(words)),
         };
         // SAFETY: reads the sizes of `params` and writes one host integer.
         check("draft_head_workspace_size", unsafe {
@@ -99,7 +98,7 @@ impl Cuda {
         self.device.bind()?;
         // SAFETY: every operand is a live device matrix of the shape checked above; the per-request arrays hold
         // num_reqs entries uploaded on this stream; tokens and confidences have room for num_rows words each; anchors
-        // are below the vocabulary.
+        // are below the vocabulary, and the mask has the words of num_rows rows.
         check("draft_head", unsafe {
             sys::launch::dspark_draft_head_cu(&raw const params, self.stream())
         })?;
@@ -113,7 +112,39 @@ impl Cuda {
     }
 }
 
-fn head_number(kind: HeadKind) -> sys::dspark_head_kind {
+/// The device address of a weight; null where there is none.
+pub(super) fn matrix<T>(weight: Option<&DeviceMatrix<bf16>>) -> *const T {
+    weight.map_or(null(), |weight| weight.ptr(0, 0).cast())
+}
+
+/// The device address of a vector; null where there is none.
+pub(super) fn vector<T>(vector: Option<&Norm>) -> *const T {
+    vector.map_or(null(), |vector| vector.ptr().cast())
+}
+
+/// What a walk without rows drafts.
+pub(super) fn nothing(head: &DraftHead<Cuda>) -> Drafted {
+    Drafted {
+        tokens: Vec::new(),
+        confidence: head.confidence.as_ref().map(|_| Vec::new()),
+    }
+}
+
+/// Checks the operands of a walk against each other.
+pub(super) fn check_walk(
+    head: &DraftHead<Cuda>,
+    logits: &impl Matrix,
+    hidden: &DeviceMatrix<bf16>,
+    batch: &DraftBatch<'_>,
+) -> Result<()> {
+    let num_rows = batch.anchors.len() * batch.draft_len;
+    check_head(head, logits.cols(), hidden.cols())?;
+    batch.check(logits.cols())?;
+    expect("logits.rows", num_rows, logits.rows())?;
+    expect("hidden.rows", num_rows, hidden.rows())
+}
+
+pub(super) fn head_number(kind: HeadKind) -> sys::dspark_head_kind {
     match kind {
         HeadKind::None => sys::DSPARK_HEAD_NONE,
         HeadKind::Vanilla => sys::DSPARK_HEAD_VANILLA,
@@ -164,27 +195,4 @@ fn check_weight(field: &str, weight: Option<&DeviceMatrix<bf16>>, shape: [usize;
     }
     let found = found.map_or("none".into(), |found| format!("{found:?}"));
     Err(Error::argument(field, format!("{shape:?}"), found))
-}
-
-fn check_requests(requests: &Requests<'_>, vocab_size: usize) -> Result<()> {
-    let num_reqs = requests.anchors.len();
-    expect(
-        "anchor_positions",
-        num_reqs,
-        requests.anchor_positions.len(),
-    )?;
-    expect("sampling", num_reqs, requests.sampling.len())?;
-    for sampling in requests.sampling {
-        sampling.validate()?;
-    }
-    for &anchor in requests.anchors {
-        if anchor as usize >= vocab_size {
-            return Err(Error::argument(
-                "anchors",
-                format!("below {vocab_size}"),
-                anchor,
-            ));
-        }
-    }
-    Ok(())
 }

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use super::expect;
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
-use crate::ops::{Dtype, HostTensor, Matrix};
+use crate::ops::{Dtype, HostTensor, Matrix, expect_room};
 
 /// Elements converted and uploaded at a time: bounds the host memory a large tensor needs.
 const CHUNK: usize = 4 << 20;
@@ -121,10 +121,7 @@ impl<T> Matrix for DeviceMatrix<T> {
     }
 
     fn set_rows(&mut self, rows: usize) -> Result<()> {
-        if rows > self.max_rows {
-            let expected = format!("at most {}", self.max_rows);
-            return Err(Error::argument("rows", expected, rows));
-        }
+        expect_room(rows, self.max_rows)?;
         self.rows = rows;
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! The CUDA backend: [`Ops`] over the launchers of the C ABI and cuBLASLt.
 //!
-//! Activations, weights and caches are bf16 (f32 and f16 checkpoints are rounded at load), logits f32. Everything goes
+//! Activations, weights and caches are bf16 (f32 and f16 checkpoints are rounded at load), and so are the target's logits;
+//! a drafter's are f32. Everything goes
 //! to the device's one stream in the order of the calls; only [`Ops::draft_head`], [`Ops::accept`] and the `read_*`
 //! functions wait. What a call needs from the host (ids, lengths, sampling parameters) is packed into one upload
 //! through a buffer that is reused: stream order keeps a later upload behind the kernels that read the earlier one.
@@ -10,10 +11,13 @@
 mod arguments;
 mod attention;
 mod cache;
+mod candidates;
 mod draft;
 mod gemm;
+mod logits;
 mod matrix;
 mod norm;
+mod passes;
 mod rope;
 mod rows;
 mod schedule;
@@ -22,14 +26,17 @@ mod verify;
 use half::bf16;
 
 use super::{
-    AcceptBatch, Accepted, AttentionSpec, DraftHead, Drafted, HostTensor, KvGeometry, KvSink, Ops,
-    RopeSpec, RowMap, SamplingParams, ScheduleInputs, Scheduled,
+    AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
+    KvSink, Ops, RopeSpec, RowMap, RowMove, ScheduleInputs, Scheduled, SparseLaw,
 };
 use crate::device::{Device, Gemm, Growing};
 use crate::error::{Error, Result};
 use crate::sys;
 
+use passes::Passes;
+
 pub use cache::KvCache;
+pub use logits::Logits;
 pub use matrix::{DeviceMatrix, Norm};
 pub use rope::Rope;
 pub use rows::Rows;
@@ -50,6 +57,9 @@ pub struct Cuda {
     workspace: Growing<u8>,
     /// See [`Cuda::set_batch_invariant`].
     batch_invariant: bool,
+    /// See [`Cuda::set_recording`].
+    recording: bool,
+    passes: Passes,
 }
 
 impl Cuda {
@@ -64,6 +74,8 @@ impl Cuda {
             results: Growing::new(&device, INITIAL_WORDS)?,
             workspace: Growing::new(&device, 1 << 20)?,
             batch_invariant: false,
+            recording: true,
+            passes: Passes::default(),
             device,
         })
     }
@@ -149,7 +161,7 @@ fn expect(field: &str, expected: usize, found: usize) -> Result<()> {
 
 impl Ops for Cuda {
     type Mat = DeviceMatrix<bf16>;
-    type Logits = DeviceMatrix<f32>;
+    type Logits = Logits;
     type Weight = DeviceMatrix<bf16>;
     type Norm = Norm;
     type KvCache = KvCache;
@@ -182,7 +194,11 @@ impl Ops for Cuda {
     }
 
     fn logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits> {
-        DeviceMatrix::new(&self.device, max_rows, vocab_size)
+        Logits::f32(&self.device, max_rows, vocab_size)
+    }
+
+    fn fixed_logits(&mut self, max_rows: usize, vocab_size: usize) -> Result<Self::Logits> {
+        Logits::bf16(&self.device, max_rows, vocab_size)
     }
 
     fn kv_cache(&mut self, geometry: &KvGeometry) -> Result<Self::KvCache> {
@@ -239,7 +255,7 @@ impl Ops for Cuda {
         first: usize,
         step: usize,
     ) -> Result<()> {
-        self.scatter_rows(src, dst, first, step)
+        self.scatter_logits(src, dst, first, step)
     }
 
     fn rms_norm(
@@ -273,7 +289,7 @@ impl Ops for Cuda {
         weight: &Self::Weight,
         out: &mut Self::Logits,
     ) -> Result<()> {
-        self.product(x, weight, out)
+        self.product_logits(x, weight, out)
     }
 
     fn silu_mul(&mut self, gate_up: &Self::Mat, out: &mut Self::Mat) -> Result<()> {
@@ -318,23 +334,46 @@ impl Ops for Cuda {
         self.attend(spec, q, (kv, layer), Some(block), rows, out)
     }
 
+    fn pass_key(&self, rows: &Self::Rows, work: u64) -> Option<PassKey> {
+        self.key_of_pass(rows, work)
+    }
+
+    fn recorded(
+        &mut self,
+        key: Option<PassKey>,
+        work: &mut dyn FnMut(&mut Self) -> Result<()>,
+    ) -> Result<bool> {
+        self.record_or_replay(key, work)
+    }
+
+    fn move_kv(
+        &mut self,
+        kv: &mut Self::KvCache,
+        rows: &Self::Rows,
+        moves: &[RowMove],
+    ) -> Result<()> {
+        self.move_entries(kv, rows, moves)
+    }
+
     fn draft_head(
         &mut self,
         head: &DraftHead<Self>,
         logits: &mut Self::Logits,
         hidden: &Self::Mat,
-        anchors: &[u32],
-        anchor_positions: &[u32],
-        sampling: &[SamplingParams],
-        draft_len: usize,
+        batch: &DraftBatch<'_>,
     ) -> Result<Drafted> {
-        let requests = draft::Requests {
-            anchors,
-            anchor_positions,
-            sampling,
-            draft_len,
-        };
-        self.run_head(head, logits, hidden, &requests)
+        self.run_head(head, logits, hidden, batch)
+    }
+
+    fn draft_candidates(
+        &mut self,
+        head: &DraftHead<Self>,
+        logits: &Self::Logits,
+        hidden: &Self::Mat,
+        batch: &DraftBatch<'_>,
+        num_top: usize,
+    ) -> Result<(Drafted, SparseLaw)> {
+        self.run_candidates(head, logits, hidden, batch, num_top)
     }
 
     fn schedule(&mut self, inputs: &ScheduleInputs<'_>) -> Result<Option<Scheduled>> {

@@ -48,6 +48,12 @@ pub(super) struct RawRows {
     pub max_pages_per_req: i32,
 }
 
+/// A bound for lengths up to `len`, the same for many of them: passes of equal bounds can be one recording.
+fn length_bound(len: usize) -> usize {
+    let step = if len <= 4096 { 256 } else { 2048 };
+    len.next_multiple_of(step)
+}
+
 impl Rows {
     pub(super) fn new(device: &Device) -> Result<Self> {
         let mut rows = Self {
@@ -84,6 +90,11 @@ impl Rows {
         Ok(())
     }
 
+    /// The map that was uploaded.
+    pub(super) fn map(&self) -> &RowMap {
+        &self.map
+    }
+
     /// Rows of the pass.
     pub fn num_rows(&self) -> usize {
         self.map.num_rows()
@@ -100,9 +111,32 @@ impl Rows {
             num_rows: int("rows", self.map.num_rows())?,
             num_reqs: int("requests", self.map.num_reqs())?,
             max_rows_per_req: int("rows of a request", self.map.max_rows_per_req())?,
-            max_seq_len: int("seq_lens", self.map.max_seq_len())?,
+            max_seq_len: int("seq_lens", length_bound(self.map.max_seq_len()))?,
             max_pages_per_req: int("max_pages_per_req", self.map.max_pages_per_req)?,
         })
+    }
+
+    /// All that launches take from this map by value.
+    pub(super) fn identity(&self) -> Result<Vec<u64>> {
+        let raw = self.raw()?;
+        let sizes = [
+            raw.num_rows,
+            raw.num_reqs,
+            raw.max_rows_per_req,
+            raw.max_seq_len,
+            raw.max_pages_per_req,
+        ];
+        let addresses = [
+            raw.qo_indptr,
+            raw.seq_lens,
+            raw.positions,
+            raw.page_table,
+            raw.tree_mask.cast(),
+        ];
+        let sizes = sizes.iter().map(|&size| size as u64);
+        Ok(sizes
+            .chain(addresses.iter().map(|&address| address as u64))
+            .collect())
     }
 
     /// Refuses page ids outside the pool and, for slots that will be read, missing pages: the kernels trust both.

@@ -3,7 +3,7 @@
 use std::ptr::{null, null_mut};
 
 use super::arguments::{Arguments, Offset};
-use super::{Cuda, DeviceMatrix, check, expect, int, struct_size};
+use super::{Cuda, Logits, check, expect, int, struct_size};
 use crate::device::Buffer;
 use crate::error::{Error, Result};
 use crate::ops::{
@@ -288,16 +288,16 @@ impl Cuda {
         let wants_logprobs = answers.num_top.is_some();
         let mut params = sys::dspark_accept_params {
             struct_size: struct_size::<sys::dspark_accept_params>(),
-            target_dtype: sys::DSPARK_DTYPE_F32,
-            draft_dtype: sys::DSPARK_DTYPE_F32,
+            target_dtype: target.dtype(),
+            draft_dtype: draft_logits.map_or(sys::DSPARK_DTYPE_F32, Logits::dtype),
             num_rows: int("target.rows", target.rows())?,
             num_reqs: int("requests", answers.num_reqs)?,
             draft_len: int("draft_len", batch.draft_len)?,
             vocab_size: int("vocab_size", target.cols())?,
             num_candidates: int("num_candidates", num_candidates)?,
             num_top_logprobs: int("logprobs", answers.num_top.unwrap_or(0))?,
-            target_logits: target.ptr(0, 0).cast(),
-            draft_logits: draft_logits.map_or(null(), |logits| logits.ptr(0, 0).cast()),
+            target_logits: target.ptr(),
+            draft_logits: draft_logits.map_or(null(), Logits::ptr),
             draft_log_normalizers: null(),
             candidate_tokens: uploaded.candidate_tokens.of(words),
             candidate_logits: uploaded.candidate_logits.of(words),
@@ -331,7 +331,7 @@ impl Cuda {
             workspace: null_mut(),
             workspace_bytes: 0,
             stride_target_row: target.stride(),
-            stride_draft_row: draft_logits.map_or(0, DeviceMatrix::stride),
+            stride_draft_row: draft_logits.map_or(0, Logits::stride),
         };
         if wants_logprobs {
             params.logprobs = results.mut_ptr(answers.logprobs()).cast();

@@ -1,7 +1,7 @@
 //! The draft head against the formula, and the exact law of drafting and acceptance, enumerated.
 
 use super::*;
-use crate::ops::{AcceptExtras, Purpose};
+use crate::ops::{AcceptExtras, DraftBatch, Purpose};
 use crate::reference::choices::{Enumerator, enumerate};
 
 const VOCAB: usize = 5;
@@ -113,6 +113,17 @@ fn naive_head(
     (biases, confidences)
 }
 
+/// A request whose anchor is token 1 at position 0.
+fn one_request(sampling: &[SamplingParams], draft_len: usize) -> DraftBatch<'_> {
+    DraftBatch {
+        anchors: &[1],
+        anchor_positions: &[0],
+        sampling,
+        draft_len,
+        mask: None,
+    }
+}
+
 #[test]
 fn heads_against_their_formulas() {
     let mut ops = ops();
@@ -126,6 +137,13 @@ fn heads_against_their_formulas() {
         seed: 77,
         ..SamplingParams::default()
     });
+    let batch = DraftBatch {
+        anchors: &anchors,
+        anchor_positions: &[9, 9, 30],
+        sampling: &sampling,
+        draft_len,
+        mask: None,
+    };
     for kind in [
         HeadKind::None,
         HeadKind::Vanilla,
@@ -135,17 +153,7 @@ fn heads_against_their_formulas() {
         for with_markov in [false, kind != HeadKind::None] {
             let (head, tensors) = head(&mut ops, kind, with_markov);
             let mut logits = mat(&mut ops, VOCAB, &base);
-            let drafted = ops
-                .draft_head(
-                    &head,
-                    &mut logits,
-                    &hidden,
-                    &anchors,
-                    &[9, 9, 30],
-                    &sampling,
-                    draft_len,
-                )
-                .unwrap();
+            let drafted = ops.draft_head(&head, &mut logits, &hidden, &batch).unwrap();
             for r in 0..num_reqs {
                 let tokens = &drafted.tokens[r * draft_len..][..draft_len];
                 let previous = [&anchors[r..=r], &tokens[..draft_len - 1]].concat();
@@ -177,7 +185,7 @@ fn a_draft_row_that_is_no_law_yields_token_zero_and_keeps_acceptance_lossless() 
     for bad in [f32::NAN, f32::NEG_INFINITY] {
         let mut logits = mat(&mut ops, VOCAB, &[bad; VOCAB]);
         let drafted = ops
-            .draft_head(&head, &mut logits, &hidden, &[1], &[0], &sampling, 1)
+            .draft_head(&head, &mut logits, &hidden, &one_request(&sampling, 1))
             .unwrap();
         assert_eq!(drafted.tokens, [0]);
         let target = noise(3, 2 * VOCAB);
@@ -286,10 +294,7 @@ fn round_error(kind: HeadKind, params: SamplingParams, point_mass: bool, slip: S
                 &head,
                 &mut logits,
                 &hidden,
-                &[1],
-                &[0],
-                &[drafting],
-                DRAFT_LEN,
+                &one_request(&[drafting], DRAFT_LEN),
             )
             .unwrap();
         let first = usize::from(slip == Slip::ShiftedTarget);
