@@ -36,6 +36,7 @@ pub enum Command {
     #[command(after_help = CALIBRATE_EXAMPLES)]
     Calibrate(CalibrateArgs),
     /// Measure what a step costs on this machine, for algorithm1, delayed and global.
+    #[command(after_help = PROFILE_EXAMPLES)]
     Profile(ProfileArgs),
     /// Replay recorded rounds against a step cost for any load and schedule.
     #[command(after_help = SIMULATE_EXAMPLES)]
@@ -80,10 +81,19 @@ Examples:
 Writes the calibration and, beside it, diagrams as .svg and .png. A calibration.json in the drafter's
 directory is used without being asked for.";
 
+const PROFILE_EXAMPLES: &str = "\
+Examples:
+  dspark profile --target Qwen3-4B --draft dspark_qwen3_4b_block7 --max-num-reqs 256 -o cost.json
+  dspark profile --target tools/bench/shapes/qwen3-8b --draft tools/bench/shapes/qwen3-8b-dspark \\
+      --max-num-reqs 512 --context 128 -o cost.json
+
+A directory whose config.json says \"random_weights\": true needs no weights: only shapes cost time.";
+
 const SIMULATE_EXAMPLES: &str = "\
 Examples:
   dspark simulate --traces chat.json --cost cost.json --loads 1,8,64,512
   dspark simulate --traces chat.json --traces math.json --cost cost.json --loads 256 --arrivals waves:50000:16
+  dspark simulate --traces chat.json --cost cost.json --loads 512 --arrivals bursts:2:30:20
 
 Traces are what `dspark generate --schedule fixed --trace FILE` writes.";
 
