@@ -96,6 +96,24 @@ fn decisions_are_the_hosts() {
     assert!(num_offered > 100, "{num_offered}");
 }
 
+/// Nothing drafted, as many requests as there may be.
+#[test]
+fn nothing_is_decided_about_nothing() {
+    let Some(mut cuda) = gpu() else { return };
+    for num_reqs in [1, 257, 8192] {
+        let inputs = ScheduleInputs {
+            rule: ScheduleRule::FirstFall,
+            confidence: &[],
+            temperature: None,
+            limits: &vec![0; num_reqs],
+            ticks: &[7],
+        };
+        let scheduled = cuda.schedule(&inputs).unwrap();
+        assert_eq!(scheduled.verify_lens, vec![0; num_reqs]);
+        assert_eq!(scheduled.best, 0);
+    }
+}
+
 #[test]
 fn calibration_is_the_hosts_bit_for_bit() {
     let Some(mut cuda) = gpu() else { return };

@@ -66,12 +66,13 @@ extern "C" dspark_status DSPARK_FN(dspark_schedule)(const dspark_schedule_params
   const ScheduleArgs args{p.num_reqs,    p.draft_len, p.rule,       p.confidence,
                           p.temperature, p.limits,    p.num_live,   p.ticks,
                           p.capacity,    p.best,      p.verify_lens};
-  const int32_t num_drafts = p.num_reqs * p.draft_len;
-  if (num_drafts <= 256) return launch_schedule<256, 1>(args, stream);
-  if (num_drafts <= 512) return launch_schedule<512, 1>(args, stream);
-  if (num_drafts <= 1024) return launch_schedule<512, 2>(args, stream);
-  if (num_drafts <= 2048) return launch_schedule<512, 4>(args, stream);
-  if (num_drafts <= 4096) return launch_schedule<512, 8>(args, stream);
-  if (num_drafts <= 8192) return launch_schedule<1024, 8>(args, stream);
+  /* Room for all keys and, where there is nothing to sort, for all lengths. */
+  const int32_t size = p.num_reqs * (drafts ? p.draft_len : 1);
+  if (size <= 256) return launch_schedule<256, 1>(args, stream);
+  if (size <= 512) return launch_schedule<512, 1>(args, stream);
+  if (size <= 1024) return launch_schedule<512, 2>(args, stream);
+  if (size <= 2048) return launch_schedule<512, 4>(args, stream);
+  if (size <= 4096) return launch_schedule<512, 8>(args, stream);
+  if (size <= 8192) return launch_schedule<1024, 8>(args, stream);
   return launch_largest(args, stream);
 }

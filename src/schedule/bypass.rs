@@ -25,8 +25,9 @@ const HOPE: f32 = 0.8;
 /// The share of time that probing may take.
 const PROBE_SHARE: f64 = 0.005;
 
-/// Fewest steps between probes, and how often the distance may double.
+/// Fewest and most steps between probes, and how often the distance may double.
 const PROBE_STEPS: u32 = 16;
+const MOST_PROBE_STEPS: u32 = 1 << 20;
 const MOST_DOUBLINGS: u32 = 4;
 
 /// Mean survivals.
@@ -222,7 +223,7 @@ impl Bypass {
         let num_drafted = drafts.iter().filter(|&&d| d).count();
         let distance = |num_probed: usize| {
             let extra = seconds(num_drafted + num_probed, 0) / seconds(num_drafted, 0) - 1.0;
-            ((extra / PROBE_SHARE) as u32).max(PROBE_STEPS)
+            ((extra / PROBE_SHARE) as u32).clamp(PROBE_STEPS, MOST_PROBE_STEPS)
         };
         let all = distance(slots.len() - num_drafted);
         let mut due = Vec::new();

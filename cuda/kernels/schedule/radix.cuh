@@ -39,6 +39,7 @@ struct RadixSort {
     uint16_t* column = reinterpret_cast<uint16_t*>(counts + padded(thread));
 #pragma unroll
     for (int word = 0; word < 8; ++word) counts[word * kColumns + padded(thread)] = 0;
+    __syncwarp();                     /* words become halves */
     uint32_t ranks[(kItems + 1) / 2]; /* two to a word */
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {

@@ -54,7 +54,7 @@ struct ScheduleShared {
   static constexpr int kTickWords = kHoldsTicks ? Sort::kKeyWords + 1 : 0;
   static constexpr size_t kBytes =
       sizeof(uint32_t) * (Sort::kKeyWords + Sort::kCountWords + kTickWords);
-  static_assert(2 * Sort::kCountWords >= Sort::kNumKeys / 2, "two lengths to a word");
+  static_assert(Sort::kCountWords >= Sort::kNumKeys / 2, "two lengths to a word");
 };
 
 /* i / divisor for i and divisor below 2^14, by the `magic` of reciprocal(divisor). */
