@@ -129,7 +129,7 @@ impl<O: Ops> DecodeStep<O> {
     /// # Errors
     /// Those of the phases. The sequences are then as they were before the round, unless `commit` failed.
     pub fn round(&mut self, ops: &mut O, seqs: &mut [&mut Sequence]) -> Result<Vec<Round>> {
-        let drafts = self.drafts(seqs);
+        let drafts = self.pays(seqs);
         self.round_with(ops, seqs, &drafts)
     }
 
@@ -153,7 +153,7 @@ impl<O: Ops> DecodeStep<O> {
     }
 
     /// For which sequences the next round should draft. To be asked once a round.
-    fn drafts(&mut self, seqs: &[&mut Sequence]) -> Vec<bool> {
+    fn pays(&mut self, seqs: &[&mut Sequence]) -> Vec<bool> {
         let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
         self.scheduler
             .drafts(&slots, self.draft_len, context_tokens(seqs))
@@ -195,7 +195,7 @@ impl<O: Ops> DecodeStep<O> {
     /// # Errors
     /// A sequence that was not prefilled; what the drafter refuses.
     pub fn propose(&mut self, ops: &mut O, seqs: &[&mut Sequence]) -> Result<Proposal> {
-        let pays = self.drafts(seqs).contains(&true);
+        let pays = self.pays(seqs).contains(&true);
         self.draft(ops, seqs, if pays { seqs.len() } else { 0 })
     }
 

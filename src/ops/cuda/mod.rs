@@ -27,7 +27,7 @@ use half::bf16;
 
 use super::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, Ops, RopeSpec, RowMap, RowMove, ScheduleInputs, Scheduled, SparseLaw,
+    KvSink, Ops, PassKey, RopeSpec, RowMap, RowMove, ScheduleInputs, Scheduled, SparseLaw,
 };
 use crate::device::{Device, Gemm, Growing};
 use crate::error::{Error, Result};
