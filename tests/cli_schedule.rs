@@ -98,6 +98,67 @@ fn a_cost_is_measured_once_and_other_machines_are_refused() {
     assert!(Path::new(&file).exists());
 }
 
+/// The shapes of `tools/bench/shapes`, smaller.
+fn small_shape(name: &str, dir: &Path, changes: &[(&str, serde_json::Value)]) -> String {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tools/bench/shapes")
+        .join(name)
+        .join("config.json");
+    let text = fs::read_to_string(file).unwrap();
+    let mut config: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_str(&text).unwrap();
+    let small = [
+        ("vocab_size", 500),
+        ("hidden_size", 64),
+        ("intermediate_size", 96),
+        ("num_attention_heads", 2),
+        ("num_key_value_heads", 1),
+        ("head_dim", 32),
+    ];
+    config.extend(small.map(|(key, value)| (key.to_owned(), value.into())));
+    let changes = changes.iter().cloned();
+    config.extend(changes.map(|(key, value)| (key.to_owned(), value)));
+    let dir = dir.join(name);
+    fs::create_dir(&dir).unwrap();
+    fs::write(
+        dir.join("config.json"),
+        serde_json::to_string(&config).unwrap(),
+    )
+    .unwrap();
+    dir.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_cost_needs_shapes_and_no_weights() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = small_shape("qwen3-8b", dir.path(), &[("num_hidden_layers", 4.into())]);
+    let drafter = small_shape(
+        "qwen3-8b-dspark",
+        dir.path(),
+        &[
+            ("num_hidden_layers", 1.into()),
+            ("num_target_layers", 4.into()),
+            ("target_layer_ids", vec![0, 2].into()),
+            ("mask_token_id", 7.into()),
+            ("markov_rank", 16.into()),
+        ],
+    );
+    let out = dir.path().join("cost.json");
+    let pair = ["--target", &target, "--draft", &drafter];
+    let sizes = ["--max-num-reqs", "2", "--device", "cpu", "--threads", "1"];
+    let profile = ["--context", "64", "-o", out.to_str().unwrap()];
+    let table = stdout(&[&["profile"], &pair[..], &sizes[..], &profile[..]].concat());
+    assert!(table.contains("7 drafts a round"), "{table}");
+    let cost: serde_json::Value = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
+    assert_eq!(cost["draft"].as_array().unwrap().len(), 2, "{cost}");
+    // It runs, too, and what it says is no better than that.
+    let ids = with("generate --prompt-ids 1,2 --max-new-tokens 8", &sizes);
+    assert_eq!(
+        stdout(&[&ids[..], &pair[..]].concat()),
+        stdout(&[&ids[..], &pair[..2]].concat())
+    );
+}
+
 #[test]
 fn a_schedule_that_peeks_is_refused_for_sampled_requests() {
     let (target, drafter) = (target("qwen3_bf16"), drafter("qwen3_vanilla"));
@@ -134,8 +195,12 @@ fn simulations_are_printed_and_bad_ones_refused() {
     ]))
     .unwrap();
     assert_eq!(json.as_array().unwrap().len(), 11);
+    let bursts = ["--loads", "4", "--arrivals", "bursts:5:50:1"];
+    assert_eq!(run(&bursts).lines().count(), 12);
     for (more, part) in [
         (["--arrivals", "tide"], "poisson:RATE"),
+        (["--arrivals", "tides:0:4"], "tides:SECONDS:LOW"),
+        (["--arrivals", "bursts:1:2"], "bursts:CALM:BUSY:SECONDS"),
         (["--loads", "0"], "--loads"),
         (["--draft-len", "9"], "rounds"),
         (["--steps", "0"], "num_steps"),

@@ -4,25 +4,8 @@
 mod common;
 
 use common::{Rng, gpu};
-use dspark::ops::cuda::{ScheduleInputs, ScheduleRule, Scheduled};
-use dspark::schedule::{Ranking, Ticks, calibrate, survival};
-
-/// The host's decision.
-fn on_host(inputs: &ScheduleInputs<'_>, ticks: &Ticks) -> Scheduled {
-    let draft_len = inputs.confidence.len() / inputs.limits.len();
-    let calibrated = calibrate(inputs.confidence, draft_len, inputs.temperature).unwrap();
-    let ranking = Ranking::new(&survival(&calibrated, draft_len), draft_len, inputs.limits);
-    let best = ranking.best(ticks);
-    let num_drafts = match inputs.rule {
-        ScheduleRule::FirstFall => ranking.first_fall(ticks),
-        ScheduleRule::Best => best,
-        ScheduleRule::Capacity(drafts, reqs) => ranking.scaled_capacity(drafts, reqs, ticks),
-    };
-    Scheduled {
-        verify_lens: ranking.verify_lens(num_drafts),
-        best,
-    }
-}
+use dspark::ops::{Ops, ScheduleInputs, ScheduleRule};
+use dspark::schedule::{Ticks, calibrate, decide};
 
 /// Confidences of every kind: random, ties, certain ones, and what is no confidence.
 fn confidences(rng: &mut Rng, len: usize, kind: usize) -> Vec<f32> {
@@ -53,6 +36,7 @@ fn decisions_are_the_hosts() {
     let Some(mut cuda) = gpu() else { return };
     let mut rng = Rng::new(41);
     let mut lengths = std::collections::BTreeSet::new();
+    let mut num_offered = 0;
     for (num_reqs, draft_len) in [
         (1, 1),
         (1, 7),
@@ -93,14 +77,41 @@ fn decisions_are_the_hosts() {
                         limits: &limits,
                         ticks: ticks.as_slice(),
                     };
-                    let (got, want) = (cuda.schedule(&inputs).unwrap(), on_host(&inputs, &ticks));
+                    let (got, want) = (cuda.schedule(&inputs).unwrap(), decide(&inputs).unwrap());
                     assert_eq!(got, want, "{num_reqs} x {draft_len}, kind {kind}, {rule:?}");
+                    // Small decisions are left to the host.
+                    if let Some(offered) = Ops::schedule(&mut cuda, &inputs).unwrap() {
+                        assert_eq!(
+                            offered, want,
+                            "{num_reqs} x {draft_len}, kind {kind}, {rule:?}"
+                        );
+                        num_offered += 1;
+                    }
                     lengths.insert(want.verify_lens.iter().sum::<usize>());
                 }
             }
         }
     }
     assert!(lengths.len() > 50, "the cases are too much alike");
+    assert!(num_offered > 100, "{num_offered}");
+}
+
+/// Nothing drafted, as many requests as there may be.
+#[test]
+fn nothing_is_decided_about_nothing() {
+    let Some(mut cuda) = gpu() else { return };
+    for num_reqs in [1, 257, 8192] {
+        let inputs = ScheduleInputs {
+            rule: ScheduleRule::FirstFall,
+            confidence: &[],
+            temperature: None,
+            limits: &vec![0; num_reqs],
+            ticks: &[7],
+        };
+        let scheduled = cuda.schedule(&inputs).unwrap();
+        assert_eq!(scheduled.verify_lens, vec![0; num_reqs]);
+        assert_eq!(scheduled.best, 0);
+    }
 }
 
 #[test]

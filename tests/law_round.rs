@@ -44,6 +44,8 @@ struct World {
     draft_len: usize,
     scheduler: Scheduler,
     plan: Option<Plan>,
+    /// The one slot that is drafted for; `None` for all of them.
+    drafts_for: Option<usize>,
     requests: Vec<(Vec<u32>, SamplingParams)>,
     /// What every request may generate.
     grammar: Option<GrammarOf>,
@@ -67,6 +69,7 @@ impl World {
             draft_len,
             scheduler: Scheduler::new(Policy::Fixed, None).unwrap(),
             plan: None,
+            drafts_for: None,
             requests: vec![(vec![0, 1, 1], params)],
             grammar: None,
             alternates: 0,
@@ -179,9 +182,17 @@ impl World {
         step: &mut DecodeStep<Reference>,
         batch: &mut [&mut Sequence],
     ) -> Vec<Vec<u32>> {
-        let rounds = match &self.plan {
-            None => step.round(ops, batch).unwrap(),
-            Some(plan) => {
+        let rounds = match (&self.plan, self.drafts_for) {
+            (None, None) => step.round(ops, batch).unwrap(),
+            (None, Some(slot)) => {
+                let drafts: Vec<bool> = batch.iter().map(|seq| seq.slot == slot).collect();
+                let rounds = step.round_with(ops, batch, &drafts).unwrap();
+                for (round, drafts) in rounds.iter().zip(drafts) {
+                    assert_eq!(round.draft_tokens.is_empty(), !drafts, "{round:?}");
+                }
+                rounds
+            }
+            (Some(plan), _) => {
                 let proposal = step.propose(ops, batch).unwrap();
                 let lens = plan(&proposal, batch.len());
                 let verified = step.verify(ops, batch, &proposal, &lens).unwrap();
@@ -505,6 +516,22 @@ fn several_requests() {
             .policy(policy)
             .requests(&[(&[0], params), (&[1, 1], params), (&[0, 1, 0], params)])
             .assert_exact(2);
+    }
+}
+
+#[test]
+fn requests_with_and_without_a_draft() {
+    let (params, other) = (sampled(0.7), sampled(1.0));
+    for policy in [Policy::Fixed, Policy::Threshold(0.5), Policy::Delayed] {
+        for slot in 0..3 {
+            let mut world = World::new(2, 2, params).policy(policy).requests(&[
+                (&[0], params),
+                (&[1, 1, 0], other),
+                (&[0, 1], params),
+            ]);
+            world.drafts_for = Some(slot);
+            world.assert_exact(2);
+        }
     }
 }
 

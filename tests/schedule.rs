@@ -313,6 +313,7 @@ fn confidences_that_are_none_are_neutralised() {
             policy == Policy::Fixed || lens[0] == 0,
             "{policy}: a NaN was believed"
         );
+        assert_eq!(scheduler.bad_confidences(), 5, "{policy}");
         scheduler.grade(&[Graded::default(); 2]);
     }
 }
@@ -440,7 +441,7 @@ fn hard_text_stops_drafting_and_a_reused_slot_forgets() {
     let run = |scheduler: &mut Scheduler, confidence: f32, accepted: usize, steps: usize| {
         let mut drafted = 0;
         for _ in 0..steps {
-            if !scheduler.drafts(&[0], 2, 0) {
+            if !scheduler.drafts(&[0], 2, 0)[0] {
                 continue;
             }
             drafted += 1;
@@ -557,6 +558,7 @@ fn a_step_is_priced_by_bucket_context_and_draft_and_never_falls() {
             num_drafted,
             num_tokens,
             context_tokens,
+            drafted_context_tokens: context_tokens,
         })
     };
     assert_eq!(seconds(0, 5, 0), seconds(0, 8, 0), "one bucket");

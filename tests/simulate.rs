@@ -1,5 +1,5 @@
-//! The demo pair's recorded rounds on the cost of Qwen3-8B's shape on an H100 (derived; `source` in the file says from
-//! what): the schedule against no drafts, every fixed length and an oracle; calibration before and after.
+//! The demo pair's recorded rounds on the measured cost of Qwen3-8B's shape on an H100: the schedule against no drafts,
+//! every fixed length and an oracle; calibration before and after.
 
 use std::path::Path;
 
@@ -124,37 +124,97 @@ fn never_below_the_best_fixed_length_at_any_load() {
     }
 }
 
+/// What `delayed` reaches of the best that no drafts and every fixed length reach, by `figure` of the report.
+fn share_of_best_fixed(simulation: &Simulation<'_>, figure: fn(&SimReport) -> f64) -> f64 {
+    let rate = |rule| figure(&simulation.run(rule).unwrap());
+    let lengths = (1..=DRAFT_LEN).map(Rule::Length);
+    let best = lengths.chain([Rule::None]).map(rate).fold(0.0, f64::max);
+    rate(Rule::Policy(Policy::Delayed)) / best
+}
+
+/// Phases of equal work or of equal time. How much there is to gain depends on the loads: with 512 and 4 the time of one
+/// phase, or the tokens of the other, are nearly all there is, and the fixed length that suits it cannot be beaten much.
 #[test]
 fn a_tenth_above_the_best_fixed_length_where_loads_mix() {
     let bench = Bench::new(&["math", "code", "chat"]);
-    let waves = Arrivals::Waves {
+    let work = |low| Arrivals::Waves {
         tokens: 100_000,
-        low: 16,
+        low,
     };
-    let mut simulation = bench.simulation(512, waves);
-    simulation.num_steps = 12_000;
-    let rate = |rule| simulation.run(rule).unwrap().tokens_per_second();
-    let lengths = (1..=DRAFT_LEN).map(Rule::Length);
-    let best = lengths.chain([Rule::None]).map(rate).fold(0.0, f64::max);
-    let share = rate(Rule::Policy(Policy::Delayed)) / best;
-    println!("waves of 512 and 16: {share:.3} of the best fixed length");
-    assert!(share >= 1.10, "{share}");
+    let time = |low| Arrivals::Tides { seconds: 10.0, low };
+    for (num_reqs, arrivals, least) in [
+        (512, work(64), 1.10),
+        (512, work(16), 1.10),
+        (256, time(64), 1.10),
+        (512, work(4), 1.02),
+        (512, time(16), 1.04),
+        (512, time(4), 1.0),
+    ] {
+        let mut simulation = bench.simulation(num_reqs, arrivals);
+        simulation.num_steps = 12_000;
+        let share = share_of_best_fixed(&simulation, SimReport::tokens_per_second);
+        println!("{num_reqs} and {arrivals:?}: {share:.3} of the best fixed length");
+        assert!(share >= least, "{num_reqs} and {arrivals:?}: {share}");
+    }
 }
 
+/// Arrivals that the machine keeps up with: throughput is what arrives, and what differs is how fast a request is.
 #[test]
-fn hard_text_costs_at_most_one_percent() {
-    let hard = RecordedRound {
+fn arriving_requests_are_served_faster() {
+    let bench = Bench::new(&["math", "code", "chat"]);
+    for (arrivals, least) in [
+        (Arrivals::Poisson(15.0), 1.05),
+        (
+            Arrivals::Bursts {
+                calm: 2.0,
+                busy: 30.0,
+                seconds: 20.0,
+            },
+            1.02,
+        ),
+    ] {
+        let mut simulation = bench.simulation(512, arrivals);
+        simulation.num_steps = 4000;
+        let throughput = share_of_best_fixed(&simulation, SimReport::tokens_per_second);
+        let served = share_of_best_fixed(&simulation, SimReport::tokens_per_second_served);
+        println!(
+            "{arrivals:?}: throughput {throughput:.3}, tokens/s as seen by a user {served:.3}"
+        );
+        assert!(throughput >= 0.99, "{arrivals:?}: {throughput}");
+        assert!(served >= least, "{arrivals:?}: {served}");
+    }
+}
+
+/// Half the requests are hopeless: only the others are drafted for.
+#[test]
+fn requests_that_pay_are_told_from_those_that_do_not() {
+    let mut bench = Bench::new(&["math"]);
+    bench.requests.extend(vec![hopeless(); 72]);
+    for (num_reqs, least) in [(8, 1.0), (32, 1.05), (64, 1.10), (128, 1.0), (512, 0.99)] {
+        let simulation = bench.simulation(num_reqs, Arrivals::Closed);
+        let share = share_of_best_fixed(&simulation, SimReport::tokens_per_second);
+        println!("half hopeless at {num_reqs}: {share:.3} of the best fixed length");
+        assert!(share >= least, "{num_reqs}: {share}");
+    }
+}
+
+/// A request of which no draft is ever accepted.
+fn hopeless() -> RecordedRequest {
+    let round = RecordedRound {
         confidence: vec![0.05; DRAFT_LEN],
         verify_len: DRAFT_LEN,
         num_accepted: 0,
     };
-    let bench = Bench {
-        requests: vec![RecordedRequest {
-            rounds: vec![hard; 10],
-        }],
-        ..Bench::new(&["chat"])
-    };
-    for num_reqs in [1, 8, 64, 256] {
+    RecordedRequest {
+        rounds: vec![round; 10],
+    }
+}
+
+#[test]
+fn hard_text_costs_at_most_one_percent() {
+    let mut bench = Bench::new(&["chat"]);
+    bench.requests = vec![hopeless()];
+    for num_reqs in [1, 2, 8, 32, 64, 128, 256, 512] {
         let none = bench.rate(num_reqs, Arrivals::Closed, Rule::None);
         let delayed = bench.rate(num_reqs, Arrivals::Closed, Rule::Policy(Policy::Delayed));
         println!(
@@ -181,7 +241,7 @@ fn runs_repeat_by_seed_and_serve_arrivals() {
     assert_ne!(run(1, Arrivals::Closed), run(2, Arrivals::Closed));
     // Few arrivals leave the batch nearly empty: a request is faster than in a full one.
     let few = run(1, Arrivals::Poisson(0.2));
-    assert!(few.num_rounds < run(1, Arrivals::Closed).num_rounds / 4);
+    assert!(few.request_seconds < few.seconds * 8.0 && few.wait_seconds < few.seconds);
     let full = run(1, Arrivals::Closed);
     assert!(few.tokens_per_second_per_user() > full.tokens_per_second_per_user());
 }
@@ -244,10 +304,9 @@ fn the_shipped_temperatures_calibrate_the_recorded_rounds() {
     let rounds = rounds(&["math", "code", "chat"]);
     for fit in sts::report(&rounds, &temperatures()) {
         println!("{fit:?}");
-        // Position 1 misses the 2 % that the others keep: it is biased in a way that no temperature mends. On these
-        // few rounds perfect predictions of it would show an error of 2 to 3 %.
-        let most = if fit.position == 1 { 0.035 } else { 0.02 };
-        assert!(fit.after.ece <= most, "{fit:?}");
+        assert!(fit.after.ece <= 0.02, "{fit:?}");
+        // What is left is mostly chance: right predictions would show an error, too, on so few rounds.
+        assert!(fit.after.ece <= fit.after.ece_floor + 0.008, "{fit:?}");
         assert!(fit.after.brier <= fit.before.brier + 1e-3, "{fit:?}");
     }
 }
@@ -281,17 +340,22 @@ fn online_errors(scheduler: &mut Scheduler, rounds: &[RecordedRound]) -> Vec<f64
 
 #[test]
 fn online_temperatures_follow_from_code_to_chat() {
-    let run = |adapt: Adapt, offline: f32| {
-        let mut scheduler =
-            Scheduler::new(Policy::Threshold(0.5), Some(vec![offline; DRAFT_LEN])).unwrap();
+    let run = |adapt: Adapt, offline: &[f32]| {
+        let mut scheduler = Scheduler::new(Policy::Threshold(0.5), Some(offline.to_vec())).unwrap();
         scheduler.set_adapt(adapt);
         online_errors(&mut scheduler, &rounds(&["code"]));
         online_errors(&mut scheduler, &rounds(&["chat"]))
     };
-    // Offline temperatures that are far off: what is learnt must make up for them.
-    let (wrong, learnt) = (run(Adapt::OFF, 0.4), run(Adapt::ON, 0.4));
-    println!("chat after code, ECE by position: fixed {wrong:.3?}, online {learnt:.3?}");
-    assert!(learnt[0] < 0.045 && learnt[0] < wrong[0] / 3.0);
-    let mean = |errors: &[f64]| errors.iter().sum::<f64>() / errors.len() as f64;
-    assert!(mean(&learnt) < 0.02, "{learnt:?}");
+    // Offline temperatures of the drafter's own, and ones that are far off: what is learnt must make up for them.
+    let own = temperatures();
+    for (offline, name) in [(own, "shipped"), (vec![0.4; DRAFT_LEN], "wrong")] {
+        let (kept, learnt) = (run(Adapt::OFF, &offline), run(Adapt::ON, &offline));
+        println!(
+            "chat after code, {name} temperatures, ECE by position: kept {kept:.4?}, online {learnt:.4?}"
+        );
+        assert!(learnt.iter().all(|&ece| ece <= 0.02), "{name}: {learnt:?}");
+        if name == "wrong" {
+            assert!(learnt[0] < kept[0] / 5.0, "{kept:?}, {learnt:?}");
+        }
+    }
 }

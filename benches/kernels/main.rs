@@ -1,7 +1,7 @@
 //! What the kernels take on this machine's GPU, beside what its memory could give. See benches/README.md.
 //!
 //! Criterion measures host time; kernels are timed by CUDA events around captured graphs instead ([`lab`]). The host's
-//! own work, the schedule, is measured with criterion in `benches/schedule.rs`.
+//! own schedule is measured with criterion in `benches/schedule.rs`.
 
 mod acceptance;
 mod attention;
@@ -12,6 +12,7 @@ mod layers;
 mod linear;
 mod random;
 mod report;
+mod schedule;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -25,7 +26,7 @@ use report::Report;
 /// Times dspark's kernels on one GPU.
 #[derive(Parser)]
 struct Options {
-    /// Families to run (attention, draft_head, candidates, acceptance, layers, linear); all when none is named.
+    /// Families to run (attention, draft_head, candidates, acceptance, layers, linear, schedule); all when none is named.
     families: Vec<String>,
     /// Only the cases whose name contains this text.
     #[arg(long)]
@@ -49,13 +50,14 @@ struct Options {
 
 type Family = fn(&mut Lab) -> anyhow::Result<()>;
 
-const FAMILIES: [(&str, Family); 6] = [
+const FAMILIES: [(&str, Family); 7] = [
     ("attention", attention::run),
     ("draft_head", draft_head::run),
     ("candidates", candidates::run),
     ("acceptance", acceptance::run),
     ("layers", layers::run),
     ("linear", linear::run),
+    ("schedule", schedule::run),
 ];
 
 fn main() -> ExitCode {

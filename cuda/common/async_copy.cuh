@@ -1,5 +1,5 @@
 /*
- * cp.async (sm_80): 16-byte copies from global to shared memory that run behind the computation.
+ * cp.async (sm_80): 16-byte and 4-byte copies from global to shared memory that run behind the computation.
  *
  * Copies belong to the group closed by the issuing thread's next commit. wait<N> returns when at
  * most N of this thread's latest groups are still in flight; other threads see the data only after
@@ -28,6 +28,13 @@ __device__ __forceinline__ void copy_async_up_to_16(uint32_t shared,
 /* Copies 16 bytes past L1, or writes 16 zero bytes without reading `source` when !valid. */
 __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* source, bool valid) {
   copy_async_up_to_16(shared, source, valid ? 16 : 0);
+}
+
+/* Copies 4 bytes. */
+__device__ __forceinline__ void copy_async_4(uint32_t shared, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared),
+               "l"(__cvta_generic_to_global(source))
+               : "memory");
 }
 
 __device__ __forceinline__ void copy_async_commit() {

@@ -678,7 +678,7 @@ dspark_status DSPARK_FN(dspark_survival)(const dspark_survival_params* params,
 
 /*
  * Computes      verify_lens: how many drafts of each request are verified. Survivals are the running
- *               products, left to right, of the calibrated confidences, rounded to units of 2^-17.
+ *               products, left to right, of the calibrated confidences, rounded to 1 / 65535.
  *               Drafts below limits with a survival above 0 are ranked by survival, largest first,
  *               ties by request, then position; the first n of the ranking are admitted. With n
  *               drafts the step commits tau(n) = requests + sum of survivals and costs ticks[n].

@@ -23,11 +23,21 @@ extern "C" dspark_status DSPARK_FN(dspark_survival)(const dspark_survival_params
 
 namespace {
 
-template <int kStages>
+template <int kThreads, int kItems, bool kHoldsTicks = true>
 dspark_status launch_schedule(const ScheduleArgs& args, dspark_stream stream) {
-  const size_t bytes = ScheduleSort<kStages>::kSharedWords * sizeof(uint32_t);
-  return launch("schedule_kernel", schedule_kernel<kStages>, dim3(1),
-                dim3(SchedulePolicy::kNumThreads), bytes, stream, args);
+  return launch("schedule_kernel", schedule_kernel<kThreads, kItems, kHoldsTicks>, dim3(1),
+                dim3(kThreads), ScheduleShared<kThreads, kItems, kHoldsTicks>::kBytes, stream,
+                args);
+}
+
+/* The most drafts: prices stay in global memory where shared memory is too small for them. */
+dspark_status launch_largest(const ScheduleArgs& args, dspark_stream stream) {
+  int shared_bytes = 0;
+  DSPARK_TRY(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_bytes));
+  constexpr int kStaticBytes = 1024; /* more than there is */
+  const size_t needed = ScheduleShared<1024, 16, true>::kBytes + kStaticBytes;
+  if (needed <= static_cast<size_t>(shared_bytes)) return launch_schedule<1024, 16>(args, stream);
+  return launch_schedule<1024, 16, false>(args, stream);
 }
 
 }  // namespace
@@ -56,9 +66,13 @@ extern "C" dspark_status DSPARK_FN(dspark_schedule)(const dspark_schedule_params
   const ScheduleArgs args{p.num_reqs,    p.draft_len, p.rule,       p.confidence,
                           p.temperature, p.limits,    p.num_live,   p.ticks,
                           p.capacity,    p.best,      p.verify_lens};
-  const int32_t num_drafts = p.num_reqs * p.draft_len;
-  if (num_drafts <= ScheduleSort<1>::kNumKeys) return launch_schedule<1>(args, stream);
-  if (num_drafts <= ScheduleSort<2>::kNumKeys) return launch_schedule<2>(args, stream);
-  if (num_drafts <= ScheduleSort<3>::kNumKeys) return launch_schedule<3>(args, stream);
-  return launch_schedule<4>(args, stream);
+  /* Room for all keys and, where there is nothing to sort, for all lengths. */
+  const int32_t size = p.num_reqs * (drafts ? p.draft_len : 1);
+  if (size <= 256) return launch_schedule<256, 1>(args, stream);
+  if (size <= 512) return launch_schedule<512, 1>(args, stream);
+  if (size <= 1024) return launch_schedule<512, 2>(args, stream);
+  if (size <= 2048) return launch_schedule<512, 4>(args, stream);
+  if (size <= 4096) return launch_schedule<512, 8>(args, stream);
+  if (size <= 8192) return launch_schedule<1024, 8>(args, stream);
+  return launch_largest(args, stream);
 }

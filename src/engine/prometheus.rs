@@ -126,6 +126,12 @@ impl<O: Ops> Engine<O> {
         let metric = ("phase_seconds_total", "counter", "Host seconds by phase.");
         text.labelled(metric, "phase", phases);
         let scheduler = self.step.scheduler();
+        text.one(
+            "bad_confidences_total",
+            "counter",
+            "Confidences that were no probabilities.",
+            scheduler.bad_confidences() as f64,
+        );
         if let Some(temperatures) = scheduler.temperatures() {
             let metric = (
                 "sts_temperature",

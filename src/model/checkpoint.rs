@@ -2,6 +2,7 @@
 //!
 //! Nothing is copied here: a tensor is a window of the map. Everything a file claims is checked before it is believed,
 //! and every weight is scanned for NaN and infinity when it is asked for, since a single one poisons all output.
+//! A directory may also ask for random weights instead of having any ([`RandomWeights`]).
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use rayon::prelude::*;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Metadata, TensorInfo};
 
+use super::random_weights::RandomWeights;
 use crate::error::{Error, Result};
 use crate::ops::{Dtype, HostTensor, MappedFile, Ops};
 
@@ -32,6 +34,8 @@ pub struct Checkpoint {
     shard_of: HashMap<String, usize>,
     /// The file that says which tensors there are, for errors about missing ones.
     listing: PathBuf,
+    /// In the place of files.
+    random: Option<RandomWeights>,
 }
 
 impl Checkpoint {
@@ -40,6 +44,14 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Io`] for unreadable files, [`Error::Checkpoint`] for files that are not what they claim.
     pub fn open(dir: &Path) -> Result<Self> {
+        if let Some(random) = RandomWeights::of(dir)? {
+            return Ok(Self {
+                shards: Vec::new(),
+                shard_of: HashMap::new(),
+                listing: dir.to_owned(),
+                random: Some(random),
+            });
+        }
         let (single, index) = (dir.join(SINGLE_FILE), dir.join(INDEX_FILE));
         if single.is_file() {
             return Self::open_single(single);
@@ -58,6 +70,7 @@ impl Checkpoint {
             shard_of: shard_of.map(|name| (name, 0)).collect(),
             shards: vec![shard],
             listing: file,
+            random: None,
         })
     }
 
@@ -91,12 +104,16 @@ impl Checkpoint {
             shards,
             shard_of,
             listing: index,
+            random: None,
         })
     }
 
     /// Whether there is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
-        self.shard_of.contains_key(name)
+        match &self.random {
+            Some(random) => random.contains(name),
+            None => self.shard_of.contains_key(name),
+        }
     }
 
     /// The tensor `name`, of exactly `shape`, every element finite.
@@ -106,6 +123,9 @@ impl Checkpoint {
     /// infinity.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<HostTensor<'_>> {
         let (file, tensor) = self.find(name, shape)?;
+        if self.random.is_some() {
+            return Ok(tensor);
+        }
         match first_non_finite(&tensor) {
             None => Ok(tensor),
             Some(element) => {
@@ -145,6 +165,10 @@ impl Checkpoint {
 
     /// The file and window of `name`, its numbers not looked at.
     fn find(&self, name: &str, shape: &[usize]) -> Result<(&Path, HostTensor<'_>)> {
+        let random = self.random.as_ref();
+        if let Some(tensor) = random.and_then(|random| random.tensor(name, shape)) {
+            return Ok((&self.listing, tensor));
+        }
         let Some(&shard) = self.shard_of.get(name) else {
             let expected = format!("a tensor of shape {shape:?}");
             return Err(Error::checkpoint(&self.listing, name, expected, "none"));

@@ -18,6 +18,7 @@ mod head;
 mod identity;
 mod mtp;
 mod pair;
+mod random_weights;
 mod rope;
 pub mod selfcheck;
 mod stack;

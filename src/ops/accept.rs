@@ -1,5 +1,7 @@
 //! What acceptance is given, what it answers, and the checks that need no device.
 
+use std::borrow::Cow;
+
 use super::{Ops, Rule, SamplingParams, TokenEdits};
 use crate::error::{Error, Result};
 
@@ -68,7 +70,8 @@ pub struct TokenLogprobs {
     pub top: Vec<(u32, f32)>,
 }
 
-/// The law the drafts were sampled from, as acceptance needs it. Row `r * draft_len + k` belongs to draft k of request r.
+/// The law the drafts were sampled from, as acceptance needs it. Row `r * draft_len + k` belongs to draft k of request r;
+/// rows behind those of the last request with a draft to verify may be missing.
 pub enum DraftLaw<'a, O: Ops> {
     /// A point mass on each draft token.
     PointMass,
@@ -126,6 +129,18 @@ impl SparseLaw {
     /// The token of a pair that is none.
     pub const NO_PAIR: u32 = u32::MAX;
 
+    /// The same for `num_drafts` drafts, of which those behind the last have no law.
+    pub fn padded(&self, num_drafts: usize) -> Cow<'_, Self> {
+        let num_pairs = num_drafts * self.num_candidates;
+        if num_pairs <= self.tokens.len() {
+            return Cow::Borrowed(self);
+        }
+        let mut padded = self.clone();
+        padded.tokens.resize(num_pairs, Self::NO_PAIR);
+        padded.logits.resize(num_pairs, f32::NEG_INFINITY);
+        Cow::Owned(padded)
+    }
+
     /// The laws of single steps, `[num_reqs]` each, as that of `[num_reqs * steps]` drafts.
     pub fn interleave(steps: &[Self], num_reqs: usize) -> Self {
         let num_candidates = steps.first().map_or(0, |step| step.num_candidates);
@@ -173,6 +188,14 @@ impl<O: Ops> AcceptBatch<'_, O> {
     /// Requests of the batch.
     pub fn num_reqs(&self) -> usize {
         self.sampling.len()
+    }
+
+    /// Rows of logits that the law of the batch must have at least: up to those of the last request that has a draft to
+    /// verify.
+    pub(crate) fn least_law_rows(&self) -> usize {
+        let verifies = |&r: &usize| self.qo_indptr[r + 1] - self.qo_indptr[r] > 1;
+        let last = (0..self.num_reqs()).rfind(verifies);
+        last.map_or(0, |r| (r + 1) * self.draft_len)
     }
 
     /// Checks everything but the draft law against target logits `[num_rows, vocab_size]`.

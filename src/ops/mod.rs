@@ -15,6 +15,7 @@ pub mod grammar;
 mod mapped_file;
 mod rows;
 mod sampling;
+mod schedule;
 mod tensor;
 
 pub use accept::{
@@ -25,6 +26,7 @@ pub use grammar::{Constraint, Grammar};
 pub use mapped_file::MappedFile;
 pub use rows::{MAX_TREE_ROWS, RowMap, RowMove};
 pub use sampling::{Purpose, Rule, SamplingParams, TokenEdit, TokenEdits};
+pub use schedule::{ScheduleInputs, ScheduleRule, Scheduled};
 pub use tensor::{Dtype, HostTensor};
 
 use crate::error::Result;
@@ -474,6 +476,13 @@ pub trait Ops: Sized {
         let values = self.read_logits(logits)?;
         let rows = values.chunks_exact(logits.cols().max(1)).zip(temperature);
         Ok(rows.map(|(row, &t)| top_probability(row, t)).collect())
+    }
+
+    /// How many drafts of each request are verified, bit for bit as the host decides it (`dspark::schedule::decide`);
+    /// `None` where the host is to do so.
+    fn schedule(&mut self, inputs: &ScheduleInputs<'_>) -> Result<Option<Scheduled>> {
+        let _ = inputs;
+        Ok(None)
     }
 
     /// Target law and acceptance of the contract block of `dspark_accept` (cuda/include/dspark.h), which the reference

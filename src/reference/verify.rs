@@ -214,7 +214,15 @@ fn check_law(batch: &AcceptBatch<'_, Reference>) -> Result<()> {
     let (num_drafts, vocab_size) = (batch.draft_tokens.len(), batch.target.cols());
     match &batch.law {
         DraftLaw::PointMass => Ok(()),
-        DraftLaw::Logits(logits) => expect_shape("draft logits", *logits, num_drafts, vocab_size),
+        DraftLaw::Logits(logits) => {
+            let enough = batch.least_law_rows()..=num_drafts;
+            let rows = if enough.contains(&logits.rows()) {
+                logits.rows()
+            } else {
+                num_drafts
+            };
+            expect_shape("draft logits", *logits, rows, vocab_size)
+        }
         DraftLaw::Sparse(sparse) => sparse.check(num_drafts, vocab_size),
         DraftLaw::LowRank { base, w2, law } => {
             expect_shape("draft logits", *base, num_drafts, vocab_size)?;

@@ -1,10 +1,11 @@
-//! Whether drafting pays at all.
+//! Which requests drafting pays for.
 //!
 //! Drafting costs time before any confidence is known, so that it is decided from the past: every request keeps a
-//! running mean of its survivals (half predicted, half what came true), and the step is planned on these means with and
-//! without the draft. Where drafting does not promise 1 % more, the step drafts nothing; from time to time it drafts all
-//! the same, to see whether the text has changed. Probes come so seldom that they cost about half a percent, and ever
-//! more seldom while they find nothing.
+//! running mean of its survivals (half predicted, half what came true), and the step is planned on these means: with a
+//! draft for all requests, for those alone that are worth their share of the draft, and for none. Where drafting does
+//! not promise 1 % more, the step drafts nothing. From time to time the others draft all the same, to see whether their
+//! text has changed. Probes come so seldom that they cost about half a percent, and ever more seldom while they find
+//! nothing.
 
 use super::cost::{StepCost, StepShape};
 use super::rank::{GUARD, Ranking, Ticks};
@@ -24,11 +25,12 @@ const HOPE: f32 = 0.8;
 /// The share of time that probing may take.
 const PROBE_SHARE: f64 = 0.005;
 
-/// Fewest steps between probes, and how often the distance may double.
+/// Fewest and most steps between probes, and how often the distance may double.
 const PROBE_STEPS: u32 = 16;
+const MOST_PROBE_STEPS: u32 = 1 << 20;
 const MOST_DOUBLINGS: u32 = 4;
 
-/// Mean survivals of one request.
+/// Mean survivals.
 #[derive(Clone, Debug)]
 struct Means {
     survival: Vec<f32>,
@@ -44,16 +46,49 @@ impl Means {
     }
 }
 
+/// One request.
+#[derive(Clone, Debug, Default)]
+struct Slot {
+    /// `None` before its first round.
+    means: Option<Means>,
+    probing: Probing,
+}
+
+/// Of a request that drafting does not pay for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Probing {
+    /// Steps since the last draft.
+    idle_steps: u32,
+    /// Probes in a row that found nothing.
+    failures: u32,
+}
+
+impl Slot {
+    /// Whether its mean is mostly that of others.
+    fn is_unknown(&self) -> bool {
+        let rounds = self.means.as_ref().map_or(0.0, |means| means.rounds);
+        rounds < 2.0 * PRIOR_ROUNDS
+    }
+}
+
+/// A set of requests to draft for, and what that promises.
+#[derive(Clone, Debug)]
+struct Choice {
+    drafts: Vec<bool>,
+    /// Expected tokens a second.
+    rate: f64,
+    /// Seconds of the step with the best number of drafts.
+    seconds: f64,
+    num_drafts: usize,
+}
+
 /// The past of every slot.
 #[derive(Clone, Debug)]
 pub(super) struct Bypass {
     draft_len: usize,
-    slots: Vec<Option<Means>>,
+    slots: Vec<Slot>,
     pooled: Means,
-    /// Steps without drafts since the last one with them.
-    idle_steps: u32,
-    /// Probes in a row that found nothing.
-    failures: u32,
+    steps_since_probe: u32,
 }
 
 impl Bypass {
@@ -66,8 +101,7 @@ impl Bypass {
                 survival: hope,
                 rounds: PRIOR_ROUNDS,
             },
-            idle_steps: 0,
-            failures: 0,
+            steps_since_probe: 0,
         }
     }
 
@@ -77,56 +111,144 @@ impl Bypass {
 
     /// Forgets the request that had the slot.
     pub(super) fn forget(&mut self, slot: usize) {
-        if let Some(means) = self.slots.get_mut(slot) {
-            *means = None;
+        if let Some(slot) = self.slots.get_mut(slot) {
+            *slot = Slot::default();
         }
     }
 
-    /// Whether the step should draft. Says so once a step.
+    fn means(&self, slot: usize) -> &[f32] {
+        match self.slots.get(slot) {
+            Some(Slot {
+                means: Some(means), ..
+            }) => &means.survival,
+            _ => &self.pooled.survival,
+        }
+    }
+
+    fn slot_mut(&mut self, slot: usize) -> &mut Slot {
+        if self.slots.len() <= slot {
+            self.slots.resize(slot + 1, Slot::default());
+        }
+        &mut self.slots[slot]
+    }
+
+    /// Which requests the step should draft for. Says so once a step.
     pub(super) fn drafts(
         &mut self,
         slots: &[usize],
         context_tokens: usize,
         cost: &StepCost,
-    ) -> bool {
-        let (pays, extra) = self.outlook(slots, context_tokens, cost);
-        let distance = (extra / PROBE_SHARE) as u32;
-        let distance = distance.max(PROBE_STEPS) << self.failures;
-        if pays {
-            self.failures = 0;
-        } else if self.idle_steps < distance {
-            self.idle_steps += 1;
-            return false;
-        } else {
-            self.failures = (self.failures + 1).min(MOST_DOUBLINGS);
-        }
-        self.idle_steps = 0;
-        true
-    }
-
-    /// Whether drafting promises 1 % more tokens a second, and the share of a plain step that the draft takes.
-    fn outlook(&self, slots: &[usize], context_tokens: usize, cost: &StepCost) -> (bool, f64) {
+    ) -> Vec<bool> {
         let num_reqs = slots.len();
-        let means = |slot: usize| match self.slots.get(slot) {
-            Some(Some(means)) => &means.survival,
-            _ => &self.pooled.survival,
-        };
-        let survival: Vec<f32> = slots.iter().flat_map(|&s| means(s)).copied().collect();
-        let ranking = Ranking::new(&survival, self.draft_len, &vec![self.draft_len; num_reqs]);
         let seconds = |num_drafted: usize, num_drafts: usize| {
             cost.seconds(StepShape {
                 num_drafted,
                 num_tokens: num_reqs + num_drafts,
                 context_tokens,
+                drafted_context_tokens: context_tokens * num_drafted / num_reqs,
             })
         };
-        let ticks = Ticks::new(ranking.len(), |n| seconds(num_reqs, n));
-        let best = ranking.best(&ticks);
         let plain = seconds(0, 0);
-        let with = ranking.expected_tokens(best) / seconds(num_reqs, best);
-        let without = num_reqs as f64 / plain;
-        let pays = with > without * (1.0 + 1.0 / GUARD as f64);
-        (pays, seconds(num_reqs, 0) / plain - 1.0)
+        let none = num_reqs as f64 / plain;
+        let all = self.outlook(slots, vec![true; num_reqs], &seconds);
+        let some = self.outlook(slots, self.worthy(slots, &all, &seconds), &seconds);
+        // The fewer only where it is surely better: a request that drafts is one that is learnt from.
+        let guard = 1.0 + 1.0 / GUARD as f64;
+        let best = if some.rate > all.rate * guard {
+            some
+        } else {
+            all
+        };
+        let mut drafts = best.drafts;
+        if best.rate <= none * guard {
+            drafts = vec![false; num_reqs];
+        }
+        self.probe(slots, &mut drafts, &seconds);
+        drafts
+    }
+
+    /// The best that drafting for these requests promises.
+    fn outlook(
+        &self,
+        slots: &[usize],
+        drafts: Vec<bool>,
+        seconds: &dyn Fn(usize, usize) -> f64,
+    ) -> Choice {
+        let survival: Vec<f32> = slots.iter().flat_map(|&s| self.means(s)).copied().collect();
+        let limits = drafts.iter().map(|&d| usize::from(d) * self.draft_len);
+        let limits: Vec<usize> = limits.collect();
+        let num_drafted = drafts.iter().filter(|&&d| d).count();
+        let ranking = Ranking::new(&survival, self.draft_len, &limits);
+        let ticks = Ticks::new(ranking.len(), |n| seconds(num_drafted, n));
+        let num_drafts = ranking.best(&ticks);
+        let seconds = seconds(num_drafted, num_drafts);
+        Choice {
+            drafts,
+            rate: ranking.expected_tokens(num_drafts) / seconds,
+            seconds,
+            num_drafts,
+        }
+    }
+
+    /// The requests whose drafts are worth what they cost: the survivals that pay for their rows, against a share of
+    /// the draft, both at the rate that drafting for all promises.
+    fn worthy(
+        &self,
+        slots: &[usize],
+        all: &Choice,
+        seconds: &dyn Fn(usize, usize) -> f64,
+    ) -> Vec<bool> {
+        let num_reqs = slots.len();
+        let half = num_reqs / 2;
+        let per_request = (seconds(num_reqs, all.num_drafts) - seconds(half, all.num_drafts))
+            / (num_reqs - half) as f64;
+        let per_row =
+            (seconds(num_reqs, all.num_drafts + num_reqs) - all.seconds) / num_reqs as f64;
+        let worth = |slot: &usize| {
+            let gains = self.means(*slot).iter().map(|&a| f64::from(a));
+            let gain: f64 = gains.map(|a| (a - all.rate * per_row).max(0.0)).sum();
+            gain > all.rate * per_request
+        };
+        slots.iter().map(worth).collect()
+    }
+
+    /// Adds requests to be looked at: those that hardly anything is known about, and those that were not drafted for in
+    /// a long time. They wait until a probe of all of them takes its share of the steps since the last.
+    fn probe(
+        &mut self,
+        slots: &[usize],
+        drafts: &mut [bool],
+        seconds: &dyn Fn(usize, usize) -> f64,
+    ) {
+        let num_drafted = drafts.iter().filter(|&&d| d).count();
+        let distance = |num_probed: usize| {
+            let extra = seconds(num_drafted + num_probed, 0) / seconds(num_drafted, 0) - 1.0;
+            ((extra / PROBE_SHARE) as u32).clamp(PROBE_STEPS, MOST_PROBE_STEPS)
+        };
+        let all = distance(slots.len() - num_drafted);
+        let mut due = Vec::new();
+        for (r, (&slot, &drafts)) in slots.iter().zip(drafts.iter()).enumerate() {
+            let slot = self.slot_mut(slot);
+            if drafts {
+                slot.probing = Probing::default();
+            } else {
+                slot.probing.idle_steps += 1;
+                if slot.is_unknown() || slot.probing.idle_steps > all << slot.probing.failures {
+                    due.push(r);
+                }
+            }
+        }
+        self.steps_since_probe += 1;
+        if due.is_empty() || self.steps_since_probe <= distance(due.len()) {
+            return;
+        }
+        self.steps_since_probe = 0;
+        for r in due {
+            drafts[r] = true;
+            let probing = &mut self.slot_mut(slots[r]).probing;
+            probing.idle_steps = 0;
+            probing.failures = (probing.failures + 1).min(MOST_DOUBLINGS);
+        }
     }
 
     /// Takes in a drafted round of a slot: its survivals, and how far it was verified and accepted.
@@ -151,13 +273,11 @@ impl Bypass {
                 }
             })
             .collect();
-        if self.slots.len() <= slot {
-            self.slots.resize(slot + 1, None);
-        }
-        let means = self.slots[slot].get_or_insert_with(|| Means {
+        let prior = Means {
             survival: self.pooled.survival.clone(),
             rounds: PRIOR_ROUNDS,
-        });
+        };
+        let means = self.slot_mut(slot).means.get_or_insert(prior);
         means.add(&sample, MEMORY);
         self.pooled.add(&sample, POOLED_MEMORY);
     }

@@ -1,9 +1,10 @@
 //! What a step costs, from measurements at start-up and from the steps since.
 //!
-//! `seconds(R, B, C) = f_1 verify(B) + f_2 c C + f_3 draft(R)`: a measured table over the B rows of the target's pass
-//! (straight lines between the points, or a staircase where passes run in graph buckets), a slope over the C cache
-//! entries the rows attend to, and a measured table over the R requests drafted for. The factors f start at 1 and follow
-//! measured step times by recursive least squares ([`StepCost::observe`]).
+//! `seconds(R, B, C) = f_1 verify(B) + f_2 c C + f_3 (draft(R) + d C)`: a measured table over the B rows of the target's
+//! pass (straight lines between the points, or a staircase where passes run in graph buckets), a slope c over the C cache
+//! entries the rows attend to, and, in a step that drafts, a measured table over the R requests drafted for and a slope d
+//! of the drafter over the same entries. The factors f start at 1 and follow measured step times by recursive least
+//! squares ([`StepCost::observe`]).
 
 use super::refit::Refit;
 use crate::error::{Error, Result};
@@ -70,6 +71,8 @@ pub struct StepShape {
     pub num_tokens: usize,
     /// Cache entries of all requests together.
     pub context_tokens: usize,
+    /// Cache entries of the requests drafted for.
+    pub drafted_context_tokens: usize,
 }
 
 /// Seconds of a whole step.
@@ -78,6 +81,7 @@ pub struct StepCost {
     verify: CostTable,
     draft: Option<CostTable>,
     seconds_per_context_token: f64,
+    draft_seconds_per_context_token: f64,
     buckets: Vec<usize>,
     refit: Refit,
 }
@@ -90,25 +94,28 @@ impl StepCost {
             verify,
             draft,
             seconds_per_context_token: 0.0,
+            draft_seconds_per_context_token: 0.0,
             buckets: Vec::new(),
             refit: Refit::default(),
         }
     }
 
-    /// The same with seconds for each cache entry attended to.
+    /// The same with seconds that a pass takes for each cache entry attended to.
     ///
     /// # Errors
     /// Not a finite number >= 0.
     pub fn with_context(mut self, seconds_per_token: f64) -> Result<Self> {
-        if !(seconds_per_token.is_finite() && seconds_per_token >= 0.0) {
-            let field = "seconds_per_context_token";
-            return Err(Error::argument(
-                field,
-                "a finite number >= 0",
-                seconds_per_token,
-            ));
-        }
-        self.seconds_per_context_token = seconds_per_token;
+        self.seconds_per_context_token = slope("seconds_per_context_token", seconds_per_token)?;
+        Ok(self)
+    }
+
+    /// The same with seconds that a draft takes for each cache entry.
+    ///
+    /// # Errors
+    /// Not a finite number >= 0.
+    pub fn with_draft_context(mut self, seconds_per_token: f64) -> Result<Self> {
+        let field = "draft_seconds_per_context_token";
+        self.draft_seconds_per_context_token = slope(field, seconds_per_token)?;
         Ok(self)
     }
 
@@ -140,9 +147,14 @@ impl StepCost {
         self.draft.as_ref()
     }
 
-    /// Seconds for each cache entry, as profiled.
+    /// Seconds of a pass for each cache entry, as profiled.
     pub fn seconds_per_context_token(&self) -> f64 {
         self.seconds_per_context_token
+    }
+
+    /// Seconds of a draft for each cache entry, as profiled.
+    pub fn draft_seconds_per_context_token(&self) -> f64 {
+        self.draft_seconds_per_context_token
     }
 
     /// Row counts that passes are padded to; empty when they are not.
@@ -157,14 +169,15 @@ impl StepCost {
 
     /// The profiled terms of a step: verify, context, draft.
     fn terms(&self, shape: StepShape) -> [f64; 3] {
-        let above = self.buckets.partition_point(|&b| b < shape.num_tokens);
-        let rows = self.buckets.get(above).copied().unwrap_or(shape.num_tokens);
         let draft = match &self.draft {
-            Some(draft) if shape.num_drafted > 0 => draft.seconds(shape.num_drafted),
+            Some(draft) if shape.num_drafted > 0 => {
+                let entries = shape.drafted_context_tokens as f64;
+                draft.seconds(shape.num_drafted) + self.draft_seconds_per_context_token * entries
+            }
             _ => 0.0,
         };
         let context = self.seconds_per_context_token * shape.context_tokens as f64;
-        [self.verify.seconds(rows), context, draft]
+        [self.verify_seconds(shape.num_tokens), context, draft]
     }
 
     /// Seconds of a step; never falling in any of its numbers.
@@ -173,12 +186,27 @@ impl StepCost {
         terms.iter().zip(self.factors()).map(|(t, f)| t * f).sum()
     }
 
+    /// [`StepCost::seconds`] of steps that differ from `shape` in their rows alone.
+    pub fn seconds_by_rows(&self, shape: StepShape) -> impl Fn(usize) -> f64 {
+        let [_, context, draft] = self.terms(shape);
+        let [by_rows, by_context, by_draft] = self.factors();
+        let rest = [context * by_context, draft * by_draft];
+        move |num_tokens| self.verify_seconds(num_tokens) * by_rows + rest[0] + rest[1]
+    }
+
+    /// The target's pass at no context, as profiled.
+    fn verify_seconds(&self, num_tokens: usize) -> f64 {
+        let above = self.buckets.partition_point(|&b| b < num_tokens);
+        self.verify
+            .seconds(self.buckets.get(above).copied().unwrap_or(num_tokens))
+    }
+
     /// Steps per second with `num_tokens` tokens of `num_reqs` requests in the verify pass, at no context.
     pub fn steps_per_second(&self, num_reqs: usize, num_tokens: usize) -> f64 {
         1.0 / self.seconds(StepShape {
             num_drafted: num_reqs,
             num_tokens,
-            context_tokens: 0,
+            ..StepShape::default()
         })
     }
 
@@ -187,4 +215,12 @@ impl StepCost {
         let terms = self.terms(shape);
         self.refit.observe(terms, seconds);
     }
+}
+
+/// Refuses seconds per cache entry that are none.
+fn slope(field: &str, seconds: f64) -> Result<f64> {
+    if seconds.is_finite() && seconds >= 0.0 {
+        return Ok(seconds);
+    }
+    Err(Error::argument(field, "a finite number >= 0", seconds))
 }

@@ -56,8 +56,11 @@ pub struct CostFile {
     pub verify: Vec<(usize, f64)>,
     /// `(requests, seconds)` of drafting; empty without a drafter.
     pub draft: Vec<(usize, f64)>,
-    /// Seconds for each cache entry attended to.
+    /// Seconds of a pass for each cache entry attended to.
     pub seconds_per_context_token: f64,
+    /// Seconds of a draft for each cache entry.
+    #[serde(default)]
+    pub draft_seconds_per_context_token: f64,
     /// Row counts that passes are padded to; empty when they are not.
     pub buckets: Vec<usize>,
 }
@@ -72,6 +75,7 @@ impl CostFile {
             verify: cost.verify().points().to_vec(),
             draft: cost.draft().map_or(Vec::new(), |d| d.points().to_vec()),
             seconds_per_context_token: cost.seconds_per_context_token(),
+            draft_seconds_per_context_token: cost.draft_seconds_per_context_token(),
             buckets: cost.buckets().to_vec(),
         }
     }
@@ -123,6 +127,7 @@ impl CostFile {
         };
         StepCost::new(verify, draft)
             .with_context(self.seconds_per_context_token)
+            .and_then(|cost| cost.with_draft_context(self.draft_seconds_per_context_token))
             .and_then(|cost| cost.with_buckets(self.buckets.clone()))
             .map_err(in_file)
     }

@@ -14,11 +14,15 @@ pub struct Bin {
     pub observed: f64,
 }
 
+fn bin_of(p: f64) -> usize {
+    ((p * NUM_BINS as f64) as usize).min(NUM_BINS - 1)
+}
+
 /// The reliability diagram of predictions `(probability, came true)` over [`NUM_BINS`] bins.
 pub fn reliability(predictions: &[(f64, bool)]) -> Vec<Bin> {
     let mut bins = vec![Bin::default(); NUM_BINS];
     for &(p, hit) in predictions {
-        let bin = &mut bins[((p * NUM_BINS as f64) as usize).min(NUM_BINS - 1)];
+        let bin = &mut bins[bin_of(p)];
         bin.count += 1.0;
         bin.predicted += p;
         bin.observed += f64::from(u8::from(hit));
@@ -38,6 +42,18 @@ pub fn ece(predictions: &[(f64, bool)]) -> f64 {
         .map(|bin| bin.count * (bin.predicted - bin.observed).abs())
         .sum();
     distance / predictions.len().max(1) as f64
+}
+
+/// The calibration error that right predictions would show on as many outcomes, by chance alone: what they come to in
+/// a bin scatters by `sqrt(sum of p (1 - p))`, and the mean distance of a normal number from 0 is `sqrt(2 / pi)` of
+/// that. An [`ece`] near it says that nothing is wrong that these outcomes could show.
+pub fn ece_floor(predictions: &[(f64, bool)]) -> f64 {
+    let mut variances = [0.0; NUM_BINS];
+    for &(p, _) in predictions {
+        variances[bin_of(p)] += p * (1.0 - p);
+    }
+    let scatter: f64 = variances.iter().map(|variance| variance.sqrt()).sum();
+    scatter * std::f64::consts::FRAC_2_PI.sqrt() / predictions.len().max(1) as f64
 }
 
 /// Mean squared error; 0 without predictions.
@@ -79,6 +95,34 @@ mod tests {
         assert_eq!(auc(&predictions), Some(0.75));
         assert_eq!(auc(&predictions[..2]), None);
         assert_eq!((ece(&[]), brier(&[]), auc(&[])), (0.0, 0.0, None));
+    }
+
+    /// Outcomes drawn from the predictions themselves show the floor, whatever their number.
+    #[test]
+    fn right_predictions_show_the_floor() {
+        let mut state = 7_u64;
+        let mut uniform = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (state >> 11) as f64 / (1_u64 << 53) as f64
+        };
+        for len in [300, 3000, 30_000] {
+            let (mut shown, mut floor) = (0.0, 0.0);
+            for _ in 0..40 {
+                let predictions: Vec<(f64, bool)> = (0..len)
+                    .map(|_| {
+                        let p = uniform();
+                        (p, uniform() < p)
+                    })
+                    .collect();
+                shown += ece(&predictions);
+                floor += ece_floor(&predictions);
+            }
+            assert!((shown / floor - 1.0).abs() < 0.06, "{shown} for {floor}");
+        }
+        assert_eq!(ece_floor(&[]), 0.0);
+        assert_eq!(ece_floor(&[(1.0, true), (0.0, false)]), 0.0);
     }
 
     #[test]

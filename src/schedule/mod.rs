@@ -34,6 +34,6 @@ pub use calibration::{CALIBRATION_FILE, Calibration, PairIdentity};
 pub use cost::{CostTable, StepCost, StepShape};
 pub use cost_file::{CostFile, CostIdentity};
 pub use policy::Policy;
-pub use rank::{Ranking, Ticks};
-pub use scheduler::{Adapt, Batch, Evidence, Graded, Plan, Scheduler};
+pub use rank::{Ranking, Ticks, decide};
+pub use scheduler::{Adapt, Batch, Decide, Evidence, Graded, Plan, Scheduler};
 pub use survival::{calibrate, calibrate_one, survival, validate_temperatures};

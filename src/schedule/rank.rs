@@ -1,13 +1,17 @@
 //! The order in which drafts are admitted, and how many of them pay. All of it is integer arithmetic, so that any
 //! machine, in any order of summation, comes to the same decision.
 //!
-//! Survivals are counted in units of 2^-17 and step costs in ticks of at most 2^30 ([`Ticks`]); throughputs
+//! Survivals are counted in units of 1 / 65535 and step costs in ticks of at most 2^30 ([`Ticks`]); throughputs
 //! `tau / ticks` are compared by cross-multiplying. Drafts are ranked by survival, largest first, ties by request, then
 //! position: nothing but survivals and places enters. Survivals do not rise along a request, so the first n of the
 //! ranking are prefixes.
 
-/// A survival of 1.
-const ONE: u32 = 1 << 17;
+use super::survival::{calibrate, survival};
+use crate::error::{Error, Result};
+use crate::ops::{ScheduleInputs, ScheduleRule, Scheduled};
+
+/// A survival of 1: what 16 bits hold, so that a device can sort by them.
+const ONE: u32 = 65_535;
 
 /// The largest tick count.
 const MAX_TICKS: f64 = (1_u32 << 30) as f64;
@@ -32,6 +36,11 @@ impl Ticks {
             .collect();
         let ticks = |cost: f64| ((cost / floor * MAX_TICKS).round() as u32).max(1);
         Self(costs.into_iter().map(ticks).collect())
+    }
+
+    /// Counts that were made before.
+    fn from_slice(ticks: &[u32]) -> Self {
+        Self(ticks.to_vec())
     }
 
     /// `[max_drafts + 1]`, as `dspark_schedule` of the C ABI takes them.
@@ -167,4 +176,34 @@ impl Ranking {
         let scaled = (capacity * self.num_reqs + capacity_reqs / 2) / capacity_reqs.max(1);
         ticks.fill(scaled.min(self.len())).min(self.len())
     }
+}
+
+/// What `inputs` come to.
+///
+/// # Errors
+/// Lengths that do not fit; fewer temperatures than positions.
+pub fn decide(inputs: &ScheduleInputs<'_>) -> Result<Scheduled> {
+    let num_reqs = inputs.limits.len();
+    let draft_len = inputs.confidence.len().checked_div(num_reqs).unwrap_or(0);
+    for (field, expected, found) in [
+        ("confidence", num_reqs * draft_len, inputs.confidence.len()),
+        ("ticks", num_reqs * draft_len + 1, inputs.ticks.len()),
+    ] {
+        if expected != found {
+            return Err(Error::argument(field, expected.to_string(), found));
+        }
+    }
+    let calibrated = calibrate(inputs.confidence, draft_len, inputs.temperature)?;
+    let ranking = Ranking::new(&survival(&calibrated, draft_len), draft_len, inputs.limits);
+    let ticks = Ticks::from_slice(inputs.ticks);
+    let best = ranking.best(&ticks);
+    let num_drafts = match inputs.rule {
+        ScheduleRule::FirstFall => ranking.first_fall(&ticks),
+        ScheduleRule::Best => best,
+        ScheduleRule::Capacity(drafts, reqs) => ranking.scaled_capacity(drafts, reqs, &ticks),
+    };
+    Ok(Scheduled {
+        verify_lens: ranking.verify_lens(num_drafts),
+        best,
+    })
 }

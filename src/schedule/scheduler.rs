@@ -7,9 +7,10 @@ use super::cost::{StepCost, StepShape};
 use super::estimator::Estimator;
 use super::online::OnlineSts;
 use super::policy::Policy;
-use super::rank::{Ranking, Ticks};
+use super::rank::{Ticks, decide};
 use super::survival::{calibrate, survival, validate_temperatures};
 use crate::error::{Error, Result};
+use crate::ops::{ScheduleInputs, ScheduleRule, Scheduled};
 
 /// What follows live outcomes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -52,7 +53,8 @@ pub enum Evidence {
 pub struct Batch<'a> {
     /// Stable slots.
     pub slots: &'a [usize],
-    /// The most drafts of each that may be verified: what the context and the reserved pages leave.
+    /// The most drafts of each that may be verified: what the context and the reserved pages leave; 0 of a request that
+    /// was not drafted for.
     pub limits: &'a [usize],
     /// Tokens drafted for each.
     pub draft_len: usize,
@@ -82,6 +84,9 @@ pub struct Graded {
     pub excluded: bool,
 }
 
+/// In the place of a slot whose round teaches nothing about its request.
+const NO_SLOT: usize = usize::MAX;
+
 /// The confidences of the last plan, until the round is graded.
 #[derive(Clone, Debug)]
 struct Pending {
@@ -91,11 +96,15 @@ struct Pending {
     calibrated: Vec<f32>,
 }
 
+/// Who makes the decision of a step: [`decide`] or a device that comes to the same.
+pub type Decide<'a> = &'a mut dyn FnMut(&ScheduleInputs<'_>) -> Result<Scheduled>;
+
 /// The best number of drafts of a step, for the step after the next.
 #[derive(Clone, Copy, Debug)]
 struct Capacity {
     num_drafts: usize,
-    num_reqs: usize,
+    /// Requests that were drafted for.
+    num_drafted: usize,
 }
 
 /// Steps between the confidences a [`Policy::Delayed`] capacity is computed from and the step it is used in.
@@ -116,6 +125,7 @@ pub struct Scheduler {
     pending: Option<Pending>,
     /// The longest draft seen, which the state above is sized for.
     longest: usize,
+    bad_confidences: u64,
 }
 
 impl Scheduler {
@@ -144,6 +154,7 @@ impl Scheduler {
             capacities: VecDeque::new(),
             pending: None,
             longest: 0,
+            bad_confidences: 0,
         })
     }
 
@@ -185,6 +196,12 @@ impl Scheduler {
         }
     }
 
+    /// Confidences so far that were no probabilities (NaN, or outside 0 to 1). They count as 0 or as the nearer end: a
+    /// drafter or a kernel is broken, the output is not.
+    pub fn bad_confidences(&self) -> u64 {
+        self.bad_confidences
+    }
+
     /// A new request has the slot: what its predecessor's rounds said about it is forgotten.
     pub fn forget(&mut self, slot: usize) {
         if let Some(bypass) = &mut self.bypass {
@@ -192,26 +209,27 @@ impl Scheduler {
         }
         if let Some(pending) = &mut self.pending {
             let same = pending.slots.iter_mut().filter(|held| **held == slot);
-            same.for_each(|held| *held = usize::MAX);
+            same.for_each(|held| *held = NO_SLOT);
         }
     }
 
-    /// Whether the next step of these requests should draft. To be asked once a step, before drafting.
-    pub fn drafts(&mut self, slots: &[usize], draft_len: usize, context_tokens: usize) -> bool {
-        let Some(cost) = &self.cost else { return true };
+    /// For which of these requests the next step should draft. To be asked once a step, before drafting.
+    pub fn drafts(
+        &mut self,
+        slots: &[usize],
+        draft_len: usize,
+        context_tokens: usize,
+    ) -> Vec<bool> {
+        let all = vec![true; slots.len()];
+        let Some(cost) = &self.cost else { return all };
         if !self.adapt.bypass || !self.policy.needs_cost() || draft_len == 0 || slots.is_empty() {
-            return true;
+            return all;
         }
-        if self
-            .bypass
-            .as_ref()
-            .is_none_or(|b| b.draft_len() < draft_len)
-        {
-            self.bypass = Some(Bypass::new(draft_len));
-        }
-        self.bypass
-            .as_mut()
-            .is_none_or(|bypass| bypass.drafts(slots, context_tokens, cost))
+        let bypass = match &mut self.bypass {
+            Some(bypass) if bypass.draft_len() >= draft_len => bypass,
+            stale => stale.insert(Bypass::new(draft_len)),
+        };
+        bypass.drafts(slots, context_tokens, cost)
     }
 
     /// How many drafts of each request are verified.
@@ -222,6 +240,14 @@ impl Scheduler {
     /// # Errors
     /// The policy needs confidences, temperatures or a cost that are not there.
     pub fn plan(&mut self, batch: &Batch<'_>) -> Result<Plan> {
+        self.plan_by(batch, &mut decide)
+    }
+
+    /// [`Scheduler::plan`] with the ranking and the search done by `decide`.
+    ///
+    /// # Errors
+    /// As [`Scheduler::plan`], and those of `decide`.
+    pub fn plan_by(&mut self, batch: &Batch<'_>, decide: Decide<'_>) -> Result<Plan> {
         self.pending = None;
         let draft_len = batch.draft_len;
         let limits: Vec<usize> = batch.limits.iter().map(|&l| l.min(draft_len)).collect();
@@ -246,10 +272,14 @@ impl Scheduler {
             let expected = format!("{} x {draft_len} values", limits.len());
             return Err(Error::argument("confidence", expected, raw.len()));
         }
+        let bad = raw.iter().filter(|c| !(0.0..=1.0).contains(*c)).count();
+        self.bad_confidences += bad as u64;
         let calibrated = self.calibrated(raw, draft_len)?;
-        let verify_lens = self.choose(&calibrated, draft_len, &limits, batch.context_tokens)?;
+        let verify_lens = self.choose(&calibrated, &limits, batch, decide)?;
+        // Nothing is learnt about a request that was not drafted for.
+        let slot_of = |(&slot, &limit): (&usize, &usize)| if limit > 0 { slot } else { NO_SLOT };
         self.pending = Some(Pending {
-            slots: batch.slots.to_vec(),
+            slots: batch.slots.iter().zip(&limits).map(slot_of).collect(),
             draft_len,
             raw: raw.to_vec(),
             calibrated: calibrated.clone(),
@@ -282,11 +312,13 @@ impl Scheduler {
     fn choose(
         &mut self,
         calibrated: &[f32],
-        draft_len: usize,
         limits: &[usize],
-        context_tokens: usize,
+        batch: &Batch<'_>,
+        decide: Decide<'_>,
     ) -> Result<Vec<usize>> {
-        match self.policy {
+        let (draft_len, num_reqs) = (batch.draft_len, limits.len());
+        let num_drafted = limits.iter().filter(|&&limit| limit > 0).count();
+        let rule = match self.policy {
             Policy::Fixed => return Ok(limits.to_vec()),
             Policy::Threshold(x) => {
                 let rows = calibrated.chunks_exact(draft_len).zip(limits);
@@ -294,42 +326,53 @@ impl Scheduler {
                     .map(|(row, &limit)| row[..limit].iter().take_while(|&&c| c >= x).count())
                     .collect());
             }
-            Policy::Algorithm1 | Policy::Delayed | Policy::Global => {}
-        }
+            Policy::Algorithm1 => ScheduleRule::FirstFall,
+            Policy::Delayed => self.delayed(num_drafted, num_reqs),
+            Policy::Global => ScheduleRule::Best,
+        };
         let cost = self.cost.as_ref().ok_or_else(|| {
             let expected = format!("a measured step cost for `{}`", self.policy);
             Error::argument("schedule", expected, "none")
         })?;
-        let num_reqs = limits.len();
-        let ranking = Ranking::new(&survival(calibrated, draft_len), draft_len, limits);
-        let ticks = Ticks::new(num_reqs * draft_len, |num_drafts| {
-            cost.seconds(StepShape {
-                num_drafted: num_reqs,
-                num_tokens: num_reqs + num_drafts,
-                context_tokens,
-            })
+        let seconds = cost.seconds_by_rows(StepShape {
+            num_drafted,
+            num_tokens: num_reqs,
+            context_tokens: batch.context_tokens,
+            drafted_context_tokens: batch.context_tokens * num_drafted / num_reqs,
         });
-        let num_drafts = match self.policy {
-            Policy::Delayed => self.delayed(&ranking, &ticks, num_reqs),
-            Policy::Global => ranking.best(&ticks),
-            _ => ranking.first_fall(&ticks),
-        };
-        Ok(ranking.verify_lens(num_drafts))
+        let ticks = Ticks::new(num_reqs * draft_len, |n| seconds(num_reqs + n));
+        let scheduled = decide(&ScheduleInputs {
+            rule,
+            confidence: calibrated,
+            temperature: None,
+            limits,
+            ticks: ticks.as_slice(),
+        })?;
+        if self.policy == Policy::Delayed {
+            self.capacities.push_back(Capacity {
+                num_drafts: scheduled.best,
+                num_drafted,
+            });
+        }
+        Ok(scheduled.verify_lens)
     }
 
-    /// The capacity of the step before the last, scaled to this one; Algorithm 1 while there is none.
-    fn delayed(&mut self, ranking: &Ranking, ticks: &Ticks, num_reqs: usize) -> usize {
-        let num_drafts = match self.capacities.len() {
+    /// The capacity of the drafted step before the last, for as many requests as are drafted for now; Algorithm 1 while
+    /// there is none.
+    fn delayed(&mut self, num_drafted: usize, num_reqs: usize) -> ScheduleRule {
+        let held = match self.capacities.len() {
             DELAY => self.capacities.pop_front(),
             _ => None,
         };
-        self.capacities.push_back(Capacity {
-            num_drafts: ranking.best(ticks),
-            num_reqs,
-        });
-        match num_drafts {
-            Some(held) => ranking.scaled_capacity(held.num_drafts, held.num_reqs, ticks),
-            None => ranking.first_fall(ticks),
+        match held {
+            None => ScheduleRule::FirstFall,
+            Some(held) if num_drafted == num_reqs => {
+                ScheduleRule::Capacity(held.num_drafts, held.num_drafted)
+            }
+            Some(held) => {
+                let scaled = held.num_drafts * num_drafted + held.num_drafted / 2;
+                ScheduleRule::Capacity(scaled / held.num_drafted.max(1), num_reqs)
+            }
         }
     }
 
@@ -344,7 +387,7 @@ impl Scheduler {
         for ((outcome, &slot), (raw, calibrated)) in outcomes.iter().zip(&pending.slots).zip(rows) {
             let (verify_len, num_accepted) = (outcome.verify_len, outcome.num_accepted);
             if let Some(bypass) = &mut self.bypass
-                && slot != usize::MAX
+                && slot != NO_SLOT
             {
                 let survival = survival(calibrated, pending.draft_len);
                 bypass.add(slot, &survival, verify_len, num_accepted);

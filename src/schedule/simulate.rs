@@ -5,8 +5,11 @@
 //! its end, one a step. With `verify_len` drafts verified it commits `min(num_accepted, verify_len) + 1` tokens, and the
 //! recording's next round comes next, however many were committed: text is taken to be as hard a few tokens earlier or
 //! later. A step without drafts commits one token a request and passes over no round (but for the oracle, which has
-//! looked at it). A request leaves when it has its
-//! number of tokens. Steps take what the cost says; prompts are free.
+//! looked at it). A request leaves when it has its number of tokens. Steps take what the cost says; prompts are free.
+//!
+//! Where loads change ([`Arrivals::Waves`], [`Arrivals::Tides`]) a run ends with a whole number of pairs of phases, and
+//! where requests arrive by themselves ([`Arrivals::Poisson`], [`Arrivals::Bursts`]) with the last of a fixed number of
+//! requests, whose arrivals, texts and lengths are the same under every rule: rules are then compared on the same work.
 
 use serde::Serialize;
 
@@ -44,6 +47,15 @@ pub enum Arrivals {
     Closed,
     /// Poisson arrivals of this many requests a second; at most the load run at once, the others wait.
     Poisson(f64),
+    /// Poisson arrivals whose rate jumps between two, each phase of exponentially distributed length.
+    Bursts {
+        /// Requests a second between bursts.
+        calm: f64,
+        /// Requests a second in a burst.
+        busy: f64,
+        /// Mean length of either phase.
+        seconds: f64,
+    },
     /// The batch is full until this many tokens were committed, then down to this many requests for as many tokens, in
     /// turn: the same work in both phases.
     Waves {
@@ -52,6 +64,38 @@ pub enum Arrivals {
         /// Requests of the quiet phase.
         low: usize,
     },
+    /// The same in turns of equal time, however much is done in it.
+    Tides {
+        /// Length of each phase.
+        seconds: f64,
+        /// Requests of the quiet phase.
+        low: usize,
+    },
+}
+
+impl Arrivals {
+    /// Whether requests come by themselves, not when others leave.
+    fn is_open(self) -> bool {
+        matches!(self, Self::Poisson(_) | Self::Bursts { .. })
+    }
+
+    /// Refuses numbers that make no process.
+    fn validate(self) -> Result<()> {
+        let numbers = match self {
+            Self::Closed | Self::Waves { .. } => [1.0; 3],
+            Self::Poisson(rate) => [rate; 3],
+            Self::Bursts {
+                calm,
+                busy,
+                seconds,
+            } => [calm, busy, seconds],
+            Self::Tides { seconds, .. } => [seconds; 3],
+        };
+        match numbers.iter().find(|x| !(x.is_finite() && **x > 0.0)) {
+            Some(x) => Err(Error::argument("arrivals", "finite numbers > 0", x)),
+            None => Ok(()),
+        }
+    }
 }
 
 /// What is simulated.
@@ -75,7 +119,8 @@ pub struct Simulation<'a> {
     pub prompt_len: usize,
     /// Tokens of a request.
     pub num_tokens: usize,
-    /// Steps to run.
+    /// Steps to run at least; with [`Arrivals::Poisson`] and [`Arrivals::Bursts`] instead as many requests as full
+    /// batches would serve in this many steps of two tokens.
     pub num_steps: usize,
     /// Of all draws.
     pub seed: u64,
@@ -98,6 +143,8 @@ pub struct SimReport {
     pub num_accepted: u64,
     /// Time that requests spent in the batch, all together.
     pub request_seconds: f64,
+    /// Time that requests spent waiting for it.
+    pub wait_seconds: f64,
 }
 
 impl SimReport {
@@ -106,9 +153,14 @@ impl SimReport {
         self.num_tokens as f64 / self.seconds
     }
 
-    /// Tokens per second of one request.
+    /// Tokens per second of one request in the batch.
     pub fn tokens_per_second_per_user(&self) -> f64 {
         self.num_tokens as f64 / self.request_seconds
+    }
+
+    /// The same as who has sent the request sees it, waiting included.
+    pub fn tokens_per_second_served(&self) -> f64 {
+        self.num_tokens as f64 / (self.request_seconds + self.wait_seconds)
     }
 }
 
@@ -128,10 +180,19 @@ struct World {
     live: Vec<Live>,
     free: Vec<usize>,
     next_arrival: f64,
-    /// Whether the quiet phase is on, and the tokens at which this phase ends.
-    quiet: bool,
-    phase_end: u64,
+    /// Requests that have not come yet.
+    to_come: usize,
+    phase: Phase,
     report: SimReport,
+}
+
+/// A phase of a load that changes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Phase {
+    /// Whether it is the quieter one.
+    quiet: bool,
+    /// The tokens or the time at which it ends; of bursts, the time of arrivals.
+    end: f64,
 }
 
 /// Uniform draws from a 64-bit linear congruential generator.
@@ -174,16 +235,31 @@ impl Simulation<'_> {
             live: Vec::new(),
             free: (0..self.num_reqs).rev().collect(),
             next_arrival: 0.0,
-            quiet: false,
-            phase_end: match self.arrivals {
-                Arrivals::Waves { tokens, .. } => tokens,
-                _ => u64::MAX,
+            to_come: usize::MAX,
+            phase: Phase {
+                quiet: false,
+                end: match self.arrivals {
+                    Arrivals::Waves { tokens, .. } => tokens as f64,
+                    Arrivals::Tides { seconds, .. } => seconds,
+                    _ => 0.0,
+                },
             },
             report: SimReport::default(),
         };
-        for _ in 0..self.num_steps {
+        if self.arrivals.is_open() {
+            world.to_come = (2 * self.num_steps * self.num_reqs).div_ceil(self.num_tokens);
+            self.next_arrival(&mut world);
+        }
+        for step in 0.. {
+            let cycle_over = self.turn(&mut world);
+            if step >= self.num_steps && cycle_over && !self.arrivals.is_open() {
+                break;
+            }
             self.arrive(&mut world, scheduler.as_mut());
             if world.live.is_empty() {
+                if world.to_come == 0 {
+                    break;
+                }
                 world.report.seconds = world.next_arrival;
                 continue;
             }
@@ -211,6 +287,7 @@ impl Simulation<'_> {
                 return Err(Error::argument(field, "at least 1", 0));
             }
         }
+        self.arrivals.validate()?;
         for request in self.requests {
             check(&request.rounds)?;
             if request.rounds.is_empty() {
@@ -225,39 +302,76 @@ impl Simulation<'_> {
         Ok(())
     }
 
+    /// Turns to the next phase where this one is over; whether a pair of phases is complete, or there are none.
+    fn turn(&self, world: &mut World) -> bool {
+        let (now, length) = match self.arrivals {
+            Arrivals::Waves { tokens, .. } => (world.report.num_tokens as f64, tokens as f64),
+            Arrivals::Tides { seconds, .. } => (world.report.seconds, seconds),
+            _ => return true,
+        };
+        if now < world.phase.end {
+            return false;
+        }
+        world.phase.quiet = !world.phase.quiet;
+        world.phase.end = now + length;
+        !world.phase.quiet
+    }
+
+    /// Draws when the next request comes.
+    fn next_arrival(&self, world: &mut World) {
+        let World {
+            draws,
+            next_arrival,
+            phase,
+            ..
+        } = world;
+        let mut wait = |mean: f64| -(1.0 - draws.uniform()).ln() * mean;
+        match self.arrivals {
+            Arrivals::Poisson(rate) => *next_arrival += wait(1.0 / rate),
+            Arrivals::Bursts {
+                calm,
+                busy,
+                seconds,
+            } => loop {
+                // What was drawn beyond the end of a phase is drawn again at the other rate: the process has no memory.
+                let rate = if phase.quiet { calm } else { busy };
+                let next = *next_arrival + wait(1.0 / rate);
+                if next <= phase.end {
+                    *next_arrival = next;
+                    break;
+                }
+                *next_arrival = phase.end;
+                phase.quiet = !phase.quiet;
+                phase.end += wait(seconds);
+            },
+            Arrivals::Closed | Arrivals::Waves { .. } | Arrivals::Tides { .. } => {}
+        }
+    }
+
     /// Lets requests in.
     fn arrive(&self, world: &mut World, mut scheduler: Option<&mut Scheduler>) {
-        let mut most = self.num_reqs;
-        if let Arrivals::Waves { tokens, low } = self.arrivals {
-            if world.report.num_tokens >= world.phase_end {
-                world.quiet = !world.quiet;
-                world.phase_end = world.report.num_tokens + tokens;
+        let most = match self.arrivals {
+            Arrivals::Waves { low, .. } | Arrivals::Tides { low, .. } if world.phase.quiet => {
+                low.clamp(1, self.num_reqs)
             }
-            if world.quiet {
-                most = low.clamp(1, most);
-            }
-        }
+            _ => self.num_reqs,
+        };
         while world.live.len() > most {
             // The quiet phase begins: the newest requests are taken elsewhere.
             let gone = world.live.pop().map(|request| request.slot);
             world.free.extend(gone);
         }
-        let World {
-            draws, live, free, ..
-        } = world;
-        while live.len() < most {
-            if let Arrivals::Poisson(rate) = self.arrivals {
-                if world.next_arrival > world.report.seconds {
-                    break;
-                }
-                world.next_arrival -= (1.0 - draws.uniform()).ln() / rate;
+        while world.live.len() < most && world.to_come > 0 {
+            if self.arrivals.is_open() && world.next_arrival > world.report.seconds {
+                break;
             }
-            let Some(slot) = free.pop() else { break };
+            let Some(slot) = world.free.pop() else { break };
             if let Some(scheduler) = &mut scheduler {
                 scheduler.forget(slot);
             }
+            let draws = &mut world.draws;
             let request = draws.below(self.requests.len());
-            live.push(Live {
+            world.live.push(Live {
                 slot,
                 request,
                 next_round: draws.below(self.requests[request].rounds.len()),
@@ -265,6 +379,11 @@ impl Simulation<'_> {
                 tokens_left: 1 + self.num_tokens / 2 + draws.below(self.num_tokens),
                 context: self.prompt_len,
             });
+            if self.arrivals.is_open() {
+                world.report.wait_seconds += world.report.seconds - world.next_arrival;
+                world.to_come -= 1;
+                self.next_arrival(world);
+            }
         }
     }
 
@@ -275,33 +394,34 @@ impl Simulation<'_> {
             .map(|live| &self.requests[live.request].rounds[live.next_round])
             .collect();
         let context_tokens = live.iter().map(|live| live.context).sum();
-        let choice = match (rule, scheduler) {
+        // For each request the drafts that are verified; `None` where nothing is drafted.
+        let choice: Vec<Option<usize>> = match (rule, scheduler) {
             (Rule::Policy(_), Some(scheduler)) => {
                 self.scheduled(scheduler, live, &rounds, context_tokens)?
             }
-            (Rule::Length(len), _) => Some(vec![len.min(self.draft_len); live.len()]),
+            (Rule::Length(len), _) => vec![Some(len.min(self.draft_len)); live.len()],
             (Rule::Oracle, _) => self.oracle(&rounds, context_tokens),
-            _ => None,
+            _ => vec![None; live.len()],
         };
         let num_drafts: usize = choice.iter().flatten().sum();
+        let num_drafted = choice.iter().flatten().count();
         let seconds = self.cost.seconds(StepShape {
-            num_drafted: if choice.is_some() { live.len() } else { 0 },
+            num_drafted,
             num_tokens: live.len() + num_drafts,
             context_tokens,
+            drafted_context_tokens: context_tokens * num_drafted / live.len(),
         });
         report.seconds += seconds;
         report.request_seconds += seconds * live.len() as f64;
         report.num_rounds += live.len() as u64;
+        report.num_drafted += num_drafted as u64;
         report.num_verified += num_drafts as u64;
         for (r, live) in live.iter_mut().enumerate() {
-            let accepted = choice
-                .as_ref()
-                .map_or(0, |lens| lens[r].min(rounds[r].num_accepted));
+            let accepted = choice[r].map_or(0, |len| len.min(rounds[r].num_accepted));
             // The oracle has looked at the round also where it drafts nothing.
-            if choice.is_some() || rule == Rule::Oracle {
+            if choice[r].is_some() || rule == Rule::Oracle {
                 live.next_round = (live.next_round + 1) % self.requests[live.request].rounds.len();
             }
-            report.num_drafted += u64::from(choice.is_some());
             let committed = 1 + accepted;
             live.tokens_left = live.tokens_left.saturating_sub(committed);
             live.context += committed;
@@ -311,26 +431,35 @@ impl Simulation<'_> {
         Ok(())
     }
 
-    /// `verify_lens` by the scheduler; `None` when it does not draft.
+    /// The scheduler's choice.
     fn scheduled(
         &self,
         scheduler: &mut Scheduler,
         live: &[Live],
         rounds: &[&RecordedRound],
         context_tokens: usize,
-    ) -> Result<Option<Vec<usize>>> {
+    ) -> Result<Vec<Option<usize>>> {
         let slots: Vec<usize> = live.iter().map(|live| live.slot).collect();
-        if !scheduler.drafts(&slots, self.draft_len, context_tokens) {
-            return Ok(None);
+        let drafts = scheduler.drafts(&slots, self.draft_len, context_tokens);
+        if !drafts.contains(&true) {
+            return Ok(vec![None; live.len()]);
         }
+        // As in the real step, requests without a draft take part with nothing to verify.
+        let limits: Vec<usize> = drafts
+            .iter()
+            .map(|&drafts| if drafts { self.draft_len } else { 0 })
+            .collect();
         let confidence: Vec<f32> = rounds
             .iter()
-            .flat_map(|round| &round.confidence[..self.draft_len])
-            .copied()
+            .zip(&drafts)
+            .flat_map(|(round, &drafts)| {
+                let row = round.confidence[..self.draft_len].iter();
+                row.map(move |&c| if drafts { c } else { 0.0 })
+            })
             .collect();
         let plan = scheduler.plan(&Batch {
             slots: &slots,
-            limits: &vec![self.draft_len; live.len()],
+            limits: &limits,
             draft_len: self.draft_len,
             confidence: Some(&confidence),
             context_tokens,
@@ -342,32 +471,43 @@ impl Simulation<'_> {
         };
         let outcomes: Vec<Graded> = plan.verify_lens.iter().zip(rounds).map(grade).collect();
         scheduler.grade(&outcomes);
-        Ok(Some(plan.verify_lens))
+        let lens = plan.verify_lens.into_iter().zip(drafts);
+        Ok(lens.map(|(len, drafts)| drafts.then_some(len)).collect())
     }
 
-    /// The choice of the most tokens a second, outcomes known: only drafts that will be accepted, if any pay.
-    fn oracle(&self, rounds: &[&RecordedRound], context_tokens: usize) -> Option<Vec<usize>> {
+    /// The choice of the most tokens a second, outcomes known: only drafts that will be accepted, made for the requests
+    /// that have the most of them, if any pay.
+    fn oracle(&self, rounds: &[&RecordedRound], context_tokens: usize) -> Vec<Option<usize>> {
         let num_reqs = rounds.len();
+        let accepted = |r: usize| rounds[r].num_accepted.min(self.draft_len);
+        let mut order: Vec<usize> = (0..num_reqs).collect();
+        order.sort_by_key(|&r| std::cmp::Reverse(accepted(r)));
         let rate = |num_drafted: usize, num_drafts: usize| {
             let shape = StepShape {
                 num_drafted,
                 num_tokens: num_reqs + num_drafts,
                 context_tokens,
+                drafted_context_tokens: context_tokens * num_drafted / num_reqs,
             };
             (num_reqs + num_drafts) as f64 / self.cost.seconds(shape)
         };
-        let accepted = |round: &RecordedRound| round.num_accepted.min(self.draft_len);
-        let most: usize = rounds.iter().map(|round| accepted(round)).sum();
-        let best = (0..=most).max_by(|&a, &b| rate(num_reqs, a).total_cmp(&rate(num_reqs, b)))?;
-        if rate(num_reqs, best) <= rate(0, 0) {
-            return None;
+        let (mut best, mut best_rate, mut num_drafts) = ((0, 0), rate(0, 0), 0);
+        for (i, &r) in order.iter().enumerate() {
+            num_drafts += accepted(r);
+            if rate(i + 1, num_drafts) > best_rate {
+                (best, best_rate) = ((i + 1, num_drafts), rate(i + 1, num_drafts));
+            }
         }
-        let mut left = best;
-        let lens = rounds.iter().map(|round| {
-            let len = accepted(round).min(left);
+        // A row may cost more than its token is worth.
+        let (num_drafted, most) = best;
+        let better = |&a: &usize, &b: &usize| rate(num_drafted, a).total_cmp(&rate(num_drafted, b));
+        let mut left = (0..=most).max_by(better).unwrap_or(0);
+        let mut choice = vec![None; num_reqs];
+        for &r in &order[..num_drafted] {
+            let len = accepted(r).min(left);
             left -= len;
-            len
-        });
-        Some(lens.collect())
+            choice[r] = Some(len);
+        }
+        choice
     }
 }

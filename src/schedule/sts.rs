@@ -7,7 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::metrics::{Bin, auc, brier, ece, reliability};
+use super::metrics::{Bin, auc, brier, ece, ece_floor, reliability};
 use super::survival::calibrate_one;
 use crate::error::{Error, Result};
 
@@ -36,6 +36,9 @@ pub struct RecordedRound {
 pub struct Metrics {
     /// Expected calibration error over 20 bins.
     pub ece: f64,
+    /// What right predictions would show of it on as many rounds ([`ece_floor`]).
+    #[serde(default)]
+    pub ece_floor: f64,
     /// Area under the ROC curve; `None` when all drafts were accepted or none was.
     pub auc: Option<f64>,
     /// Mean squared error.
@@ -154,6 +157,7 @@ pub fn diagrams(rounds: &[RecordedRound], temperatures: &[f32]) -> Vec<[Vec<Bin>
 fn metrics(predictions: &[(f64, bool)]) -> Metrics {
     Metrics {
         ece: ece(predictions),
+        ece_floor: ece_floor(predictions),
         auc: auc(predictions),
         brier: brier(predictions),
     }

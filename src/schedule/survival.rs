@@ -17,19 +17,24 @@ pub fn validate_temperatures(temperatures: &[f32]) -> Result<()> {
     }
 }
 
-/// `log2(x)` of a positive normal number, to 1e-7: exponent, then the odd series in (m - 1) / (m + 1).
-fn log2(x: f32) -> f32 {
-    let bits = x.to_bits();
-    let mut exponent = (bits >> 23) as i32 - 127;
-    let mut mantissa = f32::from_bits((bits & 0x007f_ffff) | 0x3f80_0000);
-    if mantissa > std::f32::consts::SQRT_2 {
-        mantissa *= 0.5;
-        exponent += 1;
+/// `log2(a / b)` of positive normal numbers, to 1e-6: the difference of the exponents, then the odd series in
+/// (a - b) / (a + b) of mantissas whose ratio is within sqrt(2) of 1.
+fn log2_ratio(a: f32, b: f32) -> f32 {
+    let exponent = |x: f32| (x.to_bits() >> 23) as i32;
+    let mantissa = |x: f32| f32::from_bits((x.to_bits() & 0x007f_ffff) | 0x3f80_0000);
+    let mut whole = exponent(a) - exponent(b);
+    let (mut a, mut b) = (mantissa(a), mantissa(b));
+    if a > b * std::f32::consts::SQRT_2 {
+        a *= 0.5;
+        whole += 1;
+    } else if b > a * std::f32::consts::SQRT_2 {
+        b *= 0.5;
+        whole -= 1;
     }
-    let s = (mantissa - 1.0) / (mantissa + 1.0);
+    let s = (a - b) / (a + b);
     let z = s * s;
     let series = ((0.412_198_6 * z + 0.577_078) * z + 0.961_796_7) * z + 2.885_39;
-    exponent as f32 + s * series
+    whole as f32 + s * series
 }
 
 /// `2^y`, to 1e-7; `y` is held to the exponents of normal numbers.
@@ -56,7 +61,7 @@ pub fn calibrate_one(confidence: f32, temperature: f32) -> f32 {
     if temperature == 1.0 || c < f32::MIN_POSITIVE || c == 1.0 {
         return c;
     }
-    let log_odds = (log2(c) - log2(1.0 - c)) / temperature;
+    let log_odds = log2_ratio(c, 1.0 - c) * (1.0 / temperature);
     1.0 / (1.0 + exp2(-log_odds))
 }
 
@@ -107,9 +112,9 @@ mod tests {
     #[test]
     fn the_own_logarithm_and_exponential_are_good_to_a_few_ulp() {
         for i in 1..20_000_u16 {
-            let x = f32::from(i) * 5e-5;
-            let error = f64::from(log2(x)) - f64::from(x).log2();
-            assert!(error.abs() < 1e-6, "log2({x}) is off by {error}");
+            let (a, b) = (f32::from(i) * 5e-5, 1.0 - f32::from(i) * 4e-5);
+            let error = f64::from(log2_ratio(a, b)) - (f64::from(a) / f64::from(b)).log2();
+            assert!(error.abs() < 1e-6, "log2({a} / {b}) is off by {error}");
             let y = (f32::from(i) - 10_000.0) * 2e-3;
             let ratio = f64::from(exp2(y)) / f64::from(y).exp2() - 1.0;
             assert!(ratio.abs() < 4e-7, "exp2({y}) is off by {ratio}");

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{DecodeStep, PrefillChunk, Proposal, Sequence};
+use super::{DecodeStep, PrefillChunk, Sequence};
 use crate::error::Result;
 use crate::kv::PagePool;
 use crate::ops::{Ops, SamplingParams};
@@ -14,8 +14,9 @@ const REPEATS: usize = 3;
 /// Cache entries of a scratch sequence before its anchor.
 const CONTEXT: usize = 1;
 
-/// The longest context a pass is timed behind.
-const LONG_CONTEXT: usize = 512;
+/// The longest context a pass is timed behind, and the time that may be spent on making it.
+const LONG_CONTEXT: usize = 2048;
+const FILL_TIME: Duration = Duration::from_secs(2);
 
 impl<O: Ops> DecodeStep<O> {
     /// Times verify passes of 1 to `max_num_reqs * (1 + draft_len)` rows and the drafts before them, on scratch
@@ -36,111 +37,131 @@ impl<O: Ops> DecodeStep<O> {
         on_point: &mut dyn FnMut(usize, usize),
     ) -> Result<StepCost> {
         let mut scratch = Vec::new();
+        let room = CONTEXT + 1 + self.draft_len();
         let cost = self
-            .make_scratch(ops, pool, max_num_reqs, &mut scratch)
+            .make_scratch(ops, pool, (max_num_reqs, room), &mut scratch)
             .and_then(|()| self.time_steps(ops, &mut scratch, on_point));
         for seq in &mut scratch {
             pool.release(&mut seq.pages);
         }
         let cost = cost.and_then(|cost| {
-            let slope = self.time_context(ops, pool, max_num_reqs)?;
-            cost.with_context(slope)
+            let [verify, draft] = self.time_context(ops, pool, max_num_reqs)?;
+            cost.with_context(verify)?.with_draft_context(draft)
         });
         self.reset_times();
         cost
     }
 
-    /// Seconds for each cache entry: passes of one row behind a short and a long context. 0 where the pool or the model
-    /// has no room for a long one, or no difference can be seen.
+    /// Seconds for each cache entry of a verify pass and of a draft: both timed for as many requests as find room for a
+    /// long context, before it is there and after. 0 where the pool or the model has no room for a long one, or no
+    /// difference can be seen.
     fn time_context(
         &mut self,
         ops: &mut O,
         pool: &mut PagePool,
         max_num_reqs: usize,
-    ) -> Result<f64> {
-        let room = pool.num_free() * pool.page_size();
-        let longest = room.min(self.target().max_position()).min(LONG_CONTEXT);
+    ) -> Result<[f64; 2]> {
         let rows = 1 + self.draft_len();
-        if longest < 2 * (rows + CONTEXT) {
-            return Ok(0.0);
+        let least = 2 * (rows + CONTEXT);
+        let mut num_reqs = max_num_reqs.min(pool.num_free() / pool.pages_for(least));
+        let most = self.target().max_position().min(LONG_CONTEXT);
+        if num_reqs == 0 || most < least {
+            return Ok([0.0; 2]);
         }
-        let mut pages = pool.table();
-        pool.reserve(&mut pages, longest)?;
-        let mut seq = Sequence::new(0, pages, SamplingParams::default());
-        let mut points = Vec::new();
-        let slope = (|| {
-            for context in [CONTEXT, longest - rows] {
-                self.fill_context(ops, &mut seq, context, max_num_reqs * rows)?;
-                points.push((context, self.time_pass(ops, &mut seq, context)?));
-            }
-            let ((short, low), (long, high)) = (points[0], points[1]);
-            Ok((high - low).max(0.0) / (long - short) as f64)
-        })();
-        pool.release(&mut seq.pages);
-        slope
+        // Long contexts of a few requests are more like those of real ones than short ones of many.
+        while num_reqs > 1 && pool.num_free() / num_reqs * pool.page_size() < most / 2 {
+            num_reqs = num_reqs.div_ceil(2);
+        }
+        let longest = most.min(pool.num_free() / num_reqs * pool.page_size());
+        let mut scratch = Vec::with_capacity(num_reqs);
+        let slopes = self
+            .make_scratch(ops, pool, (num_reqs, longest), &mut scratch)
+            .and_then(|()| {
+                let mut seqs: Vec<&mut Sequence> = scratch.iter_mut().collect();
+                let lens = vec![0; seqs.len()];
+                let short = self.time_points(ops, &mut seqs, &lens, false)?;
+                let chunk = (max_num_reqs * rows / seqs.len()).max(1);
+                let context = self.fill_context(ops, &mut seqs, longest - rows, chunk)?;
+                let long = self.time_points(ops, &mut seqs, &lens, false)?;
+                let entries = (seqs.len() * (context - CONTEXT)).max(1) as f64;
+                let slope = |low: f64, high: f64| (high - low).max(0.0) / entries;
+                Ok([slope(short.1, long.1), slope(short.0, long.0)])
+            });
+        for seq in &mut scratch {
+            pool.release(&mut seq.pages);
+        }
+        slopes
     }
 
-    /// Prefills a scratch sequence up to `context` entries, `chunk` at a time: as many as a verify pass may have rows.
+    /// Prefills scratch sequences together, `chunk` tokens of each at a time, up to `context` entries or as far as
+    /// [`FILL_TIME`] reaches; how far that was.
     fn fill_context(
         &mut self,
         ops: &mut O,
-        seq: &mut Sequence,
+        seqs: &mut [&mut Sequence],
         context: usize,
         chunk: usize,
-    ) -> Result<()> {
-        while seq.seq_len() < context {
-            let left = context - seq.seq_len();
-            let mut tokens = vec![0; left.min(chunk)];
-            tokens[0] = seq.anchor.take().unwrap_or(0);
-            let chunk = PrefillChunk {
-                sequence: seq,
-                tokens: &tokens,
-                next: (tokens.len() < left).then_some(0),
-            };
-            self.prefill(ops, &mut [chunk])?;
+    ) -> Result<usize> {
+        let start = Instant::now();
+        let mut filled = CONTEXT;
+        while filled < context && start.elapsed() < FILL_TIME {
+            let len = chunk.min(context - filled);
+            let tokens: Vec<Vec<u32>> = seqs
+                .iter_mut()
+                .map(|seq| {
+                    let mut tokens = vec![0; len];
+                    tokens[0] = seq.anchor.take().unwrap_or(0);
+                    tokens
+                })
+                .collect();
+            let mut chunks: Vec<PrefillChunk<'_>> = seqs
+                .iter_mut()
+                .zip(&tokens)
+                .map(|(sequence, tokens)| PrefillChunk {
+                    sequence,
+                    tokens,
+                    next: None,
+                })
+                .collect();
+            self.prefill(ops, &mut chunks)?;
+            ops.synchronize()?;
+            filled += len;
         }
-        Ok(())
+        Ok(filled)
     }
 
-    /// Median seconds of a verify pass of one row, which is then forgotten.
-    fn time_pass(&mut self, ops: &mut O, seq: &mut Sequence, context: usize) -> Result<f64> {
-        let mut times = Vec::with_capacity(REPEATS);
-        for repeat in 0..=REPEATS {
-            ops.synchronize()?;
-            let start = Instant::now();
-            self.verify(ops, &mut [&mut *seq], &Proposal::default(), &[0])?;
-            ops.synchronize()?;
-            if repeat > 0 {
-                times.push(start.elapsed());
-            }
-            seq.pages.rollback(context);
-        }
-        Ok(median(times))
-    }
-
-    /// Prefilled sequences, as many as fit.
+    /// Prefilled sequences with room for so many entries each, as many of so many as fit.
     fn make_scratch(
         &mut self,
         ops: &mut O,
         pool: &mut PagePool,
-        max_num_reqs: usize,
+        (num_reqs, num_entries): (usize, usize),
         scratch: &mut Vec<Sequence>,
     ) -> Result<()> {
-        for slot in 0..max_num_reqs {
+        for slot in 0..num_reqs {
             let mut pages = pool.table();
-            match pool.reserve(&mut pages, CONTEXT + 1 + self.draft_len()) {
+            match pool.reserve(&mut pages, num_entries) {
                 Err(_) if slot > 0 => break,
                 result => result?,
             }
             scratch.push(Sequence::new(slot, pages, SamplingParams::default()));
-            let chunk = PrefillChunk {
-                sequence: &mut scratch[slot],
+        }
+        self.restart(ops, &mut scratch.iter_mut().collect::<Vec<_>>())
+    }
+
+    /// Takes scratch sequences back to [`CONTEXT`] entries, by way of the beginning: drafters remember where they are.
+    fn restart(&mut self, ops: &mut O, seqs: &mut [&mut Sequence]) -> Result<()> {
+        let chunks = seqs.iter_mut().map(|sequence| {
+            sequence.pages.rollback(0);
+            sequence.anchor = None;
+            PrefillChunk {
+                sequence,
                 tokens: &[0; CONTEXT],
                 next: None,
-            };
-            self.prefill(ops, &mut [chunk])?;
-        }
-        Ok(())
+            }
+        });
+        let mut chunks: Vec<PrefillChunk<'_>> = chunks.collect();
+        self.prefill(ops, &mut chunks).map(|_| ())
     }
 
     fn time_steps(
@@ -161,15 +182,9 @@ impl<O: Ops> DecodeStep<O> {
             let verify_lens: Vec<usize> = (0..num_reqs)
                 .map(|r| (num_tokens - num_reqs + r) / num_reqs)
                 .collect();
-            let mut times = Vec::with_capacity(REPEATS);
-            for repeat in 0..=REPEATS {
-                let pair = self.time_step(ops, &mut seqs, &verify_lens)?;
-                if repeat > 0 {
-                    times.push(pair);
-                }
-            }
-            draft.push((num_reqs, median(times.iter().map(|t| t.0).collect())));
-            verify.push((num_tokens, median(times.iter().map(|t| t.1).collect())));
+            let (drafted, verified) = self.time_points(ops, &mut seqs, &verify_lens, true)?;
+            draft.push((num_reqs, drafted));
+            verify.push((num_tokens, verified));
         }
         let draft = match self.draft_len() {
             0 => None,
@@ -178,24 +193,52 @@ impl<O: Ops> DecodeStep<O> {
         Ok(StepCost::new(CostTable::new(verify)?, draft))
     }
 
-    /// Times of one draft and one verify pass, which is then forgotten.
+    /// Median seconds of a draft, and of the verify pass and the commit behind it; with a context beyond [`CONTEXT`], to
+    /// which no way leads back, of the pass alone.
+    fn time_points(
+        &mut self,
+        ops: &mut O,
+        seqs: &mut [&mut Sequence],
+        verify_lens: &[usize],
+        commits: bool,
+    ) -> Result<(f64, f64)> {
+        let (mut drafted, mut verified) = (Vec::new(), Vec::new());
+        for repeat in 0..=REPEATS {
+            let (draft, verify) = self.time_step(ops, seqs, verify_lens, commits)?;
+            if repeat > 0 {
+                drafted.push(draft);
+                verified.push(verify);
+            }
+        }
+        Ok((median(drafted), median(verified)))
+    }
+
+    /// Times of one draft, and of one verify pass and its commit, which are then forgotten.
     fn time_step(
         &mut self,
         ops: &mut O,
         seqs: &mut [&mut Sequence],
         verify_lens: &[usize],
+        commits: bool,
     ) -> Result<(Duration, Duration)> {
+        let lens: Vec<usize> = seqs.iter().map(|seq| seq.seq_len()).collect();
         ops.synchronize()?;
         let start = Instant::now();
-        let proposal = self.draft(ops, seqs)?;
+        let proposal = self.draft(ops, seqs, seqs.len())?;
         ops.synchronize()?;
         let drafted = start.elapsed();
         let start = Instant::now();
-        self.verify(ops, seqs, &proposal, verify_lens)?;
+        let pass = self.verify(ops, seqs, &proposal, verify_lens)?;
+        if commits {
+            self.commit(ops, seqs, &proposal, &pass)?;
+        }
         ops.synchronize()?;
         let verified = start.elapsed();
-        for seq in seqs {
-            seq.pages.rollback(CONTEXT);
+        if commits {
+            self.restart(ops, seqs)?;
+        }
+        for (seq, len) in seqs.iter_mut().zip(lens) {
+            seq.pages.rollback(len);
         }
         Ok((drafted, verified))
     }

@@ -9,6 +9,7 @@
 
 mod extras;
 mod measure;
+mod order;
 mod prefill;
 mod rows;
 mod sequence;
@@ -22,8 +23,10 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::model::{Drafter, ProposeBatch, Target};
-use crate::ops::{Constraint, DraftLaw, MAX_TREE_ROWS, Ops, RowMap, Rule, SamplingParams};
-use crate::schedule::{Adapt, Batch, Evidence, Scheduler, StepCost, StepShape};
+use crate::ops::{
+    Constraint, DraftLaw, MAX_TREE_ROWS, Ops, RowMap, Rule, SamplingParams, ScheduleInputs,
+};
+use crate::schedule::{Adapt, Batch, Decide, Evidence, Scheduler, StepCost, StepShape, decide};
 
 /// A target, a drafter (or none: plain decoding) and a rule for how many drafts to verify.
 pub struct DecodeStep<O: Ops> {
@@ -121,52 +124,90 @@ impl<O: Ops> DecodeStep<O> {
         self.times
     }
 
-    /// One round of every sequence: propose, schedule, verify, commit.
+    /// One round of every sequence: propose where the schedule expects a gain, schedule, verify, commit.
     ///
     /// # Errors
     /// Those of the phases. The sequences are then as they were before the round, unless `commit` failed.
     pub fn round(&mut self, ops: &mut O, seqs: &mut [&mut Sequence]) -> Result<Vec<Round>> {
+        let drafts = self.pays(seqs);
+        self.round_with(ops, seqs, &drafts)
+    }
+
+    /// A round that drafts for the sequences with `drafts [num_seqs]`; the others are decoded plainly in the same pass.
+    ///
+    /// # Errors
+    /// As [`DecodeStep::round`].
+    pub fn round_with(
+        &mut self,
+        ops: &mut O,
+        seqs: &mut [&mut Sequence],
+        drafts: &[bool],
+    ) -> Result<Vec<Round>> {
         let start = Instant::now();
+        let order = order::drafting_first(drafts);
+        let num_drafted = drafts.iter().filter(|&&drafts| drafts).count();
+        let rounds = self
+            .ordered_round(ops, &mut order::reordered(seqs, &order), num_drafted, start)
+            .map_err(|error| error.in_batch(|r| order[r]))?;
+        Ok(order::in_order(rounds, &order))
+    }
+
+    /// For which sequences the next round should draft. To be asked once a round.
+    fn pays(&mut self, seqs: &[&mut Sequence]) -> Vec<bool> {
+        let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
+        self.scheduler
+            .drafts(&slots, self.draft_len, context_tokens(seqs))
+    }
+
+    /// A round in which the first `num_drafted` sequences are drafted for.
+    fn ordered_round(
+        &mut self,
+        ops: &mut O,
+        seqs: &mut [&mut Sequence],
+        num_drafted: usize,
+        start: Instant,
+    ) -> Result<Vec<Round>> {
         let context_tokens = context_tokens(seqs);
-        let proposal = self.propose(ops, seqs)?;
-        let verify_lens = self.schedule(seqs, &proposal)?;
+        let drafted_context_tokens = seqs[..num_drafted].iter().map(|seq| seq.seq_len()).sum();
+        let proposal = self.draft(ops, seqs, num_drafted)?;
+        let mut by = |inputs: &ScheduleInputs<'_>| match ops.schedule(inputs)? {
+            Some(scheduled) => Ok(scheduled),
+            None => decide(inputs),
+        };
+        let verify_lens = self.schedule_by(seqs, &proposal, &mut by)?;
         let verified = self.verify(ops, seqs, &proposal, &verify_lens)?;
         let rounds = self.commit(ops, seqs, &proposal, &verified)?;
         let shape = StepShape {
-            num_drafted: if proposal.draft_len > 0 {
-                seqs.len()
-            } else {
-                0
-            },
+            num_drafted: proposal.num_drafted,
             num_tokens: verified.map.num_rows(),
             context_tokens,
+            drafted_context_tokens,
         };
         self.scheduler
             .observe_step(shape, start.elapsed().as_secs_f64());
         Ok(rounds)
     }
 
-    /// Drafts for every sequence. The draft is shorter than `draft_len` where the reserved pages of a sequence end
-    /// earlier, and empty without a drafter or where the schedule expects no gain from drafting. Drafts past the
-    /// model's context are made and never verified.
+    /// Drafts for every sequence, or for none where the schedule expects no gain from drafting for any. The draft is
+    /// shorter than `draft_len` where the reserved pages of a sequence end earlier, and empty without a drafter. Drafts
+    /// past the model's context are made and never verified.
     ///
     /// # Errors
     /// A sequence that was not prefilled; what the drafter refuses.
     pub fn propose(&mut self, ops: &mut O, seqs: &[&mut Sequence]) -> Result<Proposal> {
-        let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
-        let pays = self
-            .scheduler
-            .drafts(&slots, self.draft_len, context_tokens(seqs));
-        if pays {
-            self.draft(ops, seqs)
-        } else {
-            Ok(Proposal::default())
-        }
+        let pays = self.pays(seqs).contains(&true);
+        self.draft(ops, seqs, if pays { seqs.len() } else { 0 })
     }
 
-    /// Drafts for every sequence, whether it pays or not.
-    fn draft(&mut self, ops: &mut O, seqs: &[&mut Sequence]) -> Result<Proposal> {
+    /// Drafts for the first `num_drafted` sequences, whether it pays or not.
+    fn draft(
+        &mut self,
+        ops: &mut O,
+        seqs: &[&mut Sequence],
+        num_drafted: usize,
+    ) -> Result<Proposal> {
         let start = Instant::now();
+        let (num_reqs, seqs) = (seqs.len(), &seqs[..num_drafted]);
         let room = |seq: &&mut Sequence| seq.pages.capacity().saturating_sub(seq.seq_len() + 1);
         let draft_len = seqs.iter().map(room).min().unwrap_or(0).min(self.draft_len);
         let Some(drafter) = self.drafter.as_mut().filter(|_| draft_len > 0) else {
@@ -200,11 +241,17 @@ impl<O: Ops> DecodeStep<O> {
             _ => drafted.confidence,
         };
         self.times.propose += start.elapsed();
-        Ok(Proposal {
+        let mut proposal = Proposal {
             draft_len,
+            num_drafted,
             tokens: drafted.tokens,
             confidence,
-        })
+        };
+        proposal.tokens.resize(num_reqs * draft_len, 0);
+        if let Some(confidence) = &mut proposal.confidence {
+            confidence.resize(num_reqs * draft_len, 0.0);
+        }
+        Ok(proposal)
     }
 
     /// How many drafts of each sequence are verified: the scheduler's choice, never past the model's context.
@@ -212,22 +259,37 @@ impl<O: Ops> DecodeStep<O> {
     /// # Errors
     /// Those of [`Scheduler::plan`]; a policy that peeks with a request whose output depends on what is verified.
     pub fn schedule(&mut self, seqs: &[&mut Sequence], proposal: &Proposal) -> Result<Vec<usize>> {
+        self.schedule_by(seqs, proposal, &mut decide)
+    }
+
+    /// [`DecodeStep::schedule`] with the decision made by `decide`.
+    fn schedule_by(
+        &mut self,
+        seqs: &[&mut Sequence],
+        proposal: &Proposal,
+        decide: Decide<'_>,
+    ) -> Result<Vec<usize>> {
         let start = Instant::now();
         let max_position = self.target.max_position();
-        let limits: Vec<usize> = seqs
-            .iter()
-            .map(|seq| max_position.saturating_sub(seq.seq_len() + 1))
-            .collect();
+        let limit = |(r, seq): (usize, &&mut Sequence)| {
+            if r < proposal.num_drafted {
+                max_position.saturating_sub(seq.seq_len() + 1)
+            } else {
+                0
+            }
+        };
+        let limits: Vec<usize> = seqs.iter().enumerate().map(limit).collect();
         let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
         seqs.iter()
             .try_for_each(|seq| self.check_sampling(&seq.sampling))?;
-        let plan = self.scheduler.plan(&Batch {
+        let batch = Batch {
             slots: &slots,
             limits: &limits,
             draft_len: proposal.draft_len,
             confidence: proposal.confidence.as_deref(),
             context_tokens: context_tokens(seqs),
-        })?;
+        };
+        let plan = self.scheduler.plan_by(&batch, decide)?;
         self.predicted = plan.predicted;
         self.times.schedule += start.elapsed();
         Ok(plan.verify_lens)

@@ -192,6 +192,7 @@ mod tests {
         Proposal {
             draft_len: 3,
             tokens: vec![10, 11, 12, 20, 21, 22],
+            num_drafted: 2,
             confidence: None,
         }
     }

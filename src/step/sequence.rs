@@ -94,7 +94,9 @@ impl Sequence {
 pub struct Proposal {
     /// Tokens drafted per request; 0 when nothing was drafted.
     pub draft_len: usize,
-    /// `[num_reqs * draft_len]`.
+    /// Requests that were drafted for: the first of the batch. The others have nothing to verify.
+    pub num_drafted: usize,
+    /// `[num_reqs * draft_len]`; 0 where nothing was drafted.
     pub tokens: Vec<u32>,
     /// `[num_reqs * draft_len]` before calibration; of a drafter without a confidence head the probabilities of its
     /// likeliest tokens where the schedule estimates confidences from them, else `None`.
@@ -102,16 +104,22 @@ pub struct Proposal {
 }
 
 impl Proposal {
-    /// Drafts of request `r`.
+    /// Drafts of request `r`; none where it was not drafted for.
     pub fn tokens_of(&self, r: usize) -> &[u32] {
-        &self.tokens[r * self.draft_len..(r + 1) * self.draft_len]
+        self.row_of(&self.tokens, r)
     }
 
     /// Confidences of request `r`; empty without a confidence head.
     pub fn confidence_of(&self, r: usize) -> &[f32] {
-        self.confidence.as_ref().map_or(&[], |confidence| {
-            &confidence[r * self.draft_len..(r + 1) * self.draft_len]
-        })
+        self.row_of(self.confidence.as_deref().unwrap_or_default(), r)
+    }
+
+    /// The entries of request `r` in `[num_reqs * draft_len]`; none where it was not drafted for or `values` is empty.
+    pub(super) fn row_of<'v, T>(&self, values: &'v [T], r: usize) -> &'v [T] {
+        if r >= self.num_drafted || values.is_empty() {
+            return &[];
+        }
+        &values[r * self.draft_len..(r + 1) * self.draft_len]
     }
 }
 

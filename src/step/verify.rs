@@ -1,5 +1,6 @@
 //! The second half of a round: verify and commit.
 
+use std::borrow::Cow;
 use std::time::Instant;
 
 use super::extras::{Extras, Window};
@@ -164,8 +165,13 @@ impl<O: Ops> DecodeStep<O> {
             _ => DraftLaw::PointMass,
         };
         let laid_out = match &law {
-            DraftLaw::Sparse(law) if !drafts.is_laid_out_as(proposal) => {
-                Some(drafts.law(law, proposal.draft_len))
+            DraftLaw::Sparse(law) => {
+                let law = law.padded(proposal.tokens.len());
+                if drafts.is_laid_out_as(proposal) {
+                    matches!(law, Cow::Owned(_)).then(|| law.into_owned())
+                } else {
+                    Some(drafts.law(&law, proposal.draft_len))
+                }
             }
             _ => None,
         };
@@ -199,7 +205,7 @@ impl<O: Ops> DecodeStep<O> {
             Some(DraftLaw::Sparse(law)) if self.alternates > 0 && proposal.draft_len > 0 => law,
             _ => return Drafts::chains(proposal, trunk_lens),
         };
-        let others = rows::second_choices(law, &proposal.tokens);
+        let others = rows::second_choices(&law.padded(proposal.tokens.len()), &proposal.tokens);
         let trunks: usize = trunk_lens.iter().map(|len| 1 + len).sum();
         let free = self.target.logits().max_rows().saturating_sub(trunks);
         let most = self.alternates.min(free / seqs.len().max(1));
@@ -220,9 +226,7 @@ impl<O: Ops> DecodeStep<O> {
         verified: &Verified,
     ) -> Result<Vec<Round>> {
         let start = Instant::now();
-        let draft_len = proposal.draft_len;
         let predicted = self.predicted.take().unwrap_or_default();
-        let predicted_of = |r: usize| predicted.get(r * draft_len..(r + 1) * draft_len);
         let mut next_tokens = vec![0; verified.map.num_rows()];
         let mut rounds = Vec::with_capacity(seqs.len());
         let mut moves = Vec::new();
@@ -246,7 +250,7 @@ impl<O: Ops> DecodeStep<O> {
             rounds.push(Round {
                 draft_tokens: proposal.tokens_of(r).to_vec(),
                 confidence: proposal.confidence_of(r).to_vec(),
-                predicted: predicted_of(r).unwrap_or_default().to_vec(),
+                predicted: proposal.row_of(&predicted, r).to_vec(),
                 verify_len: match run.next_token {
                     Some(_) => run.verify_len,
                     None => run.num_accepted,

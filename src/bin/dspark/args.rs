@@ -36,6 +36,7 @@ pub enum Command {
     #[command(after_help = CALIBRATE_EXAMPLES)]
     Calibrate(CalibrateArgs),
     /// Measure what a step costs on this machine, for algorithm1, delayed and global.
+    #[command(after_help = PROFILE_EXAMPLES)]
     Profile(ProfileArgs),
     /// Replay recorded rounds against a step cost for any load and schedule.
     #[command(after_help = SIMULATE_EXAMPLES)]
@@ -80,10 +81,19 @@ Examples:
 Writes the calibration and, beside it, diagrams as .svg and .png. A calibration.json in the drafter's
 directory is used without being asked for.";
 
+const PROFILE_EXAMPLES: &str = "\
+Examples:
+  dspark profile --target Qwen3-4B --draft dspark_qwen3_4b_block7 --max-num-reqs 256 -o cost.json
+  dspark profile --target tools/bench/shapes/qwen3-8b --draft tools/bench/shapes/qwen3-8b-dspark \\
+      --max-num-reqs 512 --context 128 -o cost.json
+
+A directory whose config.json says \"random_weights\": true needs no weights: only shapes cost time.";
+
 const SIMULATE_EXAMPLES: &str = "\
 Examples:
   dspark simulate --traces chat.json --cost cost.json --loads 1,8,64,512
   dspark simulate --traces chat.json --traces math.json --cost cost.json --loads 256 --arrivals waves:50000:16
+  dspark simulate --traces chat.json --cost cost.json --loads 512 --arrivals bursts:2:30:20
 
 Traces are what `dspark generate --schedule fixed --trace FILE` writes.";
 
@@ -387,13 +397,15 @@ pub struct SimulateArgs {
         default_value = "algorithm1,delayed"
     )]
     pub rules: Vec<Policy>,
-    /// How requests come: closed (always as many as the load), poisson:RATE, or waves:TOKENS:LOW.
+    /// How requests come: closed (always as many as the load); poisson:RATE (requests a second, at most the load at
+    /// once, the others wait); bursts:CALM:BUSY:SECONDS (the rate jumps between two); waves:TOKENS:LOW (the load and LOW
+    /// requests in turns of equal work) or tides:SECONDS:LOW (in turns of equal time).
     #[arg(long, value_name = "HOW", default_value = "closed", value_parser = crate::simulate::parse_arrivals)]
     pub arrivals: Arrivals,
     /// Tokens drafted in a round [default: as recorded].
     #[arg(long, value_name = "N")]
     pub draft_len: Option<usize>,
-    /// Steps to run.
+    /// Steps to run (with poisson and bursts: as many requests as full batches serve in them).
     #[arg(long, default_value_t = 2000, value_name = "N")]
     pub steps: usize,
     /// Tokens of a request, on average.

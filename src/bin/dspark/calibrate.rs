@@ -60,17 +60,19 @@ fn panels(rounds: &[RecordedRound], temperatures: &[f32], fits: &[PositionFit]) 
 
 fn table(temperatures: &[f32], fits: &[PositionFit]) -> String {
     let mut text =
-        "position  rounds  temperature   ECE %           AUC             Brier\n".to_owned();
+        "position  rounds  temperature   ECE %          (by chance)  AUC             Brier\n"
+            .to_owned();
     for (fit, temperature) in fits.iter().zip(temperatures) {
         let auc = |auc: Option<f64>| auc.map_or("-".into(), |auc| format!("{auc:.3}"));
         let _ = writeln!(
             text,
-            "{:>8} {:>7} {:>12.3}   {:>5.2} -> {:>5.2}  {:>5} -> {:>5}  {:.4} -> {:.4}",
+            "{:>8} {:>7} {:>12.3}   {:>5.2} -> {:>5.2}       {:>5.2}  {:>5} -> {:>5}  {:.4} -> {:.4}",
             fit.position,
             fit.num_rounds,
             temperature,
             100.0 * fit.before.ece,
             100.0 * fit.after.ece,
+            100.0 * fit.after.ece_floor,
             auc(fit.before.auc),
             auc(fit.after.auc),
             fit.before.brier,

@@ -4,7 +4,7 @@ use anyhow::Result;
 use dspark::engine::Request;
 use dspark::model::TargetConfig;
 use dspark::ops::{Ops, SamplingParams};
-use dspark::schedule::{CostFile, CostIdentity, StepShape};
+use dspark::schedule::{CostFile, CostIdentity};
 
 use crate::args::{DraftArgs, ProfileArgs};
 use crate::progress;
@@ -57,17 +57,13 @@ impl Job for Profile<'_> {
         for &(reqs, seconds) in cost.draft().map_or(&[][..], |draft| draft.points()) {
             println!("draft  {reqs:>5} requests  {:>10.3} ms", 1e3 * seconds);
         }
-        let per_thousand = StepShape {
-            context_tokens: 1000,
-            num_tokens: 1,
-            num_drafted: 0,
-        };
-        let without = StepShape {
-            context_tokens: 0,
-            ..per_thousand
-        };
-        let context = cost.seconds(per_thousand) - cost.seconds(without);
-        println!("context 1000 entries   {:>10.3} ms", 1e3 * context);
+        let per_thousand = [
+            ("verify", cost.seconds_per_context_token()),
+            ("draft ", cost.draft_seconds_per_context_token()),
+        ];
+        for (term, seconds) in per_thousand {
+            println!("{term}  1000 context   {:>10.3} ms", 1e6 * seconds);
+        }
         CostFile::new(&cost, identity, "measured").write(&self.args.out)?;
         Ok(())
     }

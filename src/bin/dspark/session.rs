@@ -389,6 +389,13 @@ pub fn finish<O: Ops>(
             }
         }
     }
+    let bad = engine.step().scheduler().bad_confidences();
+    if bad > 0 {
+        eprintln!(
+            "warning: {bad} confidences of the drafter were no probabilities (NaN or outside 0 to 1) and were counted as \
+             0 or 1; the output is sound, the drafter's confidence head is not"
+        );
+    }
     done.sort_by_key(|(request, _)| *request);
     Ok(done.into_iter().map(|(_, completion)| completion).collect())
 }

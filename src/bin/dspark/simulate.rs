@@ -15,6 +15,8 @@ struct Row {
     rule: String,
     tokens_per_second: f64,
     tokens_per_second_per_user: f64,
+    /// The same with the time before the request was let in.
+    tokens_per_second_served: f64,
     verified_per_round: f64,
     drafted_share: f64,
     /// Against the best of no drafts and every fixed length at this load.
@@ -95,6 +97,7 @@ fn compare(load: usize, reports: &[(Rule, SimReport)]) -> Vec<Row> {
                 rule: name(rule),
                 tokens_per_second: rate,
                 tokens_per_second_per_user: report.tokens_per_second_per_user(),
+                tokens_per_second_served: report.tokens_per_second_served(),
                 verified_per_round: report.num_verified as f64 / rounds,
                 drafted_share: report.num_drafted as f64 / rounds,
                 of_best_fixed: rate / best_fixed,
@@ -116,15 +119,16 @@ fn name(rule: Rule) -> String {
 
 fn print(rows: &[Row]) {
     println!(
-        "load  rule             tok/s  tok/s/user  verified/round  drafted  of best fixed  regret"
+        "load  rule             tok/s  tok/s/user  with waiting  verified/round  drafted  of best fixed  regret"
     );
     for row in rows {
         println!(
-            "{:>4}  {:<14} {:>8.0} {:>11.1} {:>15.2} {:>7.0}% {:>14.3} {:>6.1}%",
+            "{:>4}  {:<14} {:>8.0} {:>11.1} {:>13.1} {:>15.2} {:>7.0}% {:>14.3} {:>6.1}%",
             row.load,
             row.rule,
             row.tokens_per_second,
             row.tokens_per_second_per_user,
+            row.tokens_per_second_served,
             row.verified_per_round,
             100.0 * row.drafted_share,
             row.of_best_fixed,
@@ -133,23 +137,36 @@ fn print(rows: &[Row]) {
     }
 }
 
-/// `closed`, `poisson:RATE` or `waves:TOKENS:LOW`.
+/// `closed`, `poisson:RATE`, `bursts:CALM:BUSY:SECONDS`, `waves:TOKENS:LOW` or `tides:SECONDS:LOW`.
 pub fn parse_arrivals(text: &str) -> Result<Arrivals, String> {
-    let expected =
-        || "expected closed, poisson:RATE (requests a second) or waves:TOKENS:LOW".to_owned();
-    let mut parts = text.split(':');
-    let arrivals = match (parts.next(), parts.next(), parts.next(), parts.next()) {
-        (Some("closed"), None, None, None) => Some(Arrivals::Closed),
-        (Some("poisson"), Some(rate), None, None) => rate
-            .parse()
-            .ok()
-            .filter(|rate: &f64| rate.is_finite() && *rate > 0.0)
-            .map(Arrivals::Poisson),
-        (Some("waves"), Some(tokens), Some(low), None) => match (tokens.parse(), low.parse()) {
-            (Ok(tokens), Ok(low)) if tokens > 0 && low > 0 => Some(Arrivals::Waves { tokens, low }),
-            _ => None,
-        },
+    let parts: Vec<&str> = text.split(':').collect();
+    let positive = |text: &str| {
+        let number = text.parse().ok();
+        number.filter(|x: &f64| x.is_finite() && *x > 0.0)
+    };
+    let count = |text: &str| text.parse().ok().filter(|&n: &usize| n > 0);
+    let arrivals = match parts.as_slice() {
+        ["closed"] => Some(Arrivals::Closed),
+        ["poisson", rate] => positive(rate).map(Arrivals::Poisson),
+        ["bursts", calm, busy, seconds] => (|| {
+            Some(Arrivals::Bursts {
+                calm: positive(calm)?,
+                busy: positive(busy)?,
+                seconds: positive(seconds)?,
+            })
+        })(),
+        ["waves", tokens, low] => count(tokens).zip(count(low)).map(|(tokens, low)| {
+            let tokens = tokens as u64;
+            Arrivals::Waves { tokens, low }
+        }),
+        ["tides", seconds, low] => positive(seconds)
+            .zip(count(low))
+            .map(|(seconds, low)| Arrivals::Tides { seconds, low }),
         _ => None,
     };
-    arrivals.ok_or_else(expected)
+    arrivals.ok_or_else(|| {
+        "expected closed, poisson:RATE (requests a second), bursts:CALM:BUSY:SECONDS, waves:TOKENS:LOW or \
+         tides:SECONDS:LOW"
+            .to_owned()
+    })
 }

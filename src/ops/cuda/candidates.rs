@@ -120,6 +120,9 @@ impl Cuda {
             stride_logits_row: logits.stride(),
             rules: uploaded.rules.of(words),
             mask: uploaded.mask.map_or(null(), |mask| mask.of(words)),
+            top_k: null(),
+            top_p: null(),
+            min_p: null(),
         };
         // SAFETY: reads the sizes of `params` and writes one host integer.
         check("draft_candidates_workspace_size", unsafe {

@@ -27,7 +27,7 @@ use half::bf16;
 
 use super::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, Ops, PassKey, RopeSpec, RowMap, RowMove, SparseLaw,
+    KvSink, Ops, PassKey, RopeSpec, RowMap, RowMove, ScheduleInputs, Scheduled, SparseLaw,
 };
 use crate::device::{Device, Gemm, Growing};
 use crate::error::{Error, Result};
@@ -40,7 +40,6 @@ pub use logits::Logits;
 pub use matrix::{DeviceMatrix, Norm};
 pub use rope::Rope;
 pub use rows::Rows;
-pub use schedule::{ScheduleInputs, ScheduleRule, Scheduled};
 pub use verify::Committed;
 
 /// Room for the packed arguments of a few hundred requests, in 32-bit words, before the first growth.
@@ -375,6 +374,10 @@ impl Ops for Cuda {
         num_top: usize,
     ) -> Result<(Drafted, SparseLaw)> {
         self.run_candidates(head, logits, hidden, batch, num_top)
+    }
+
+    fn schedule(&mut self, inputs: &ScheduleInputs<'_>) -> Result<Option<Scheduled>> {
+        self.schedule_if_many(inputs)
     }
 
     fn accept(&mut self, batch: &AcceptBatch<'_, Self>) -> Result<Accepted> {

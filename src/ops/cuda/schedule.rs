@@ -5,44 +5,29 @@ use std::ptr::null;
 use super::arguments::Arguments;
 use super::{Cuda, check, expect, int, struct_size};
 use crate::error::Result;
+use crate::ops::{ScheduleInputs, ScheduleRule, Scheduled};
 use crate::sys;
 
-/// What a call of [`Cuda::schedule`] decides by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ScheduleRule {
-    /// Algorithm 1: until throughput first falls.
-    FirstFall,
-    /// This many drafts, made for this many requests.
-    Capacity(usize, usize),
-    /// The best number of drafts by this step's confidences, which is a peek.
-    Best,
-}
+/// Drafts from which on the device decides sooner than the host, the way there and back included.
+const LEAST_DRAFTS: usize = 1024;
 
-/// The operands of [`Cuda::schedule`].
-#[derive(Clone, Copy, Debug)]
-pub struct ScheduleInputs<'a> {
-    /// The rule.
-    pub rule: ScheduleRule,
-    /// `[num_reqs * draft_len]` before calibration.
-    pub confidence: &'a [f32],
-    /// `[draft_len]`; `None` for all 1.
-    pub temperature: Option<&'a [f32]>,
-    /// `[num_reqs]` the most drafts of each.
-    pub limits: &'a [usize],
-    /// `[num_reqs * draft_len + 1]` costs of the step by number of drafts (`dspark::schedule::Ticks`).
-    pub ticks: &'a [u32],
-}
-
-/// What [`Cuda::schedule`] decided.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Scheduled {
-    /// `[num_reqs]`.
-    pub verify_lens: Vec<usize>,
-    /// The best number of drafts by this step's confidences: the capacity of the step after the next.
-    pub best: usize,
-}
+/// The most drafts and requests of a launch.
+const MOST_DRAFTS: usize = 16_384;
+const MOST_REQS: usize = 8192;
 
 impl Cuda {
+    /// [`Cuda::schedule`] where that is sooner done than on the host.
+    pub(super) fn schedule_if_many(
+        &mut self,
+        inputs: &ScheduleInputs<'_>,
+    ) -> Result<Option<Scheduled>> {
+        let (drafts, reqs) = (inputs.confidence.len(), inputs.limits.len());
+        if !(LEAST_DRAFTS..=MOST_DRAFTS).contains(&drafts) || reqs > MOST_REQS {
+            return Ok(None);
+        }
+        self.schedule(inputs).map(Some)
+    }
+
     /// How many drafts of each request are verified: the decisions of the host's `Ranking`, bit for bit.
     ///
     /// # Errors

@@ -287,7 +287,10 @@ impl Cuda {
         match &batch.law {
             DraftLaw::PointMass => {}
             DraftLaw::Logits(logits) => {
-                expect("draft_logits.rows", num_drafts, logits.rows())?;
+                // Rows that are not in use are read and not looked at.
+                if logits.rows() < batch.least_law_rows() || logits.max_rows() < num_drafts {
+                    expect("draft_logits.rows", num_drafts, logits.rows())?;
+                }
                 expect("draft_logits.cols", target.cols(), logits.cols())?;
                 draft_logits = Some(*logits);
             }
