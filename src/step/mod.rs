@@ -271,9 +271,12 @@ impl<O: Ops> DecodeStep<O> {
     ) -> Result<Vec<usize>> {
         let start = Instant::now();
         let max_position = self.target.max_position();
-        let limit = |(r, seq): (usize, &&mut Sequence)| match r < proposal.num_drafted {
-            true => max_position.saturating_sub(seq.seq_len() + 1),
-            false => 0,
+        let limit = |(r, seq): (usize, &&mut Sequence)| {
+            if r < proposal.num_drafted {
+                max_position.saturating_sub(seq.seq_len() + 1)
+            } else {
+                0
+            }
         };
         let limits: Vec<usize> = seqs.iter().enumerate().map(limit).collect();
         let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();

@@ -167,9 +167,12 @@ impl<O: Ops> DecodeStep<O> {
         let laid_out = match &law {
             DraftLaw::Sparse(law) => {
                 let law = law.padded(proposal.tokens.len());
-                match drafts.is_laid_out_as(proposal) {
-                    true => matches!(law, Cow::Owned(_)).then(|| law.into_owned()),
-                    false => Some(drafts.law(&law, proposal.draft_len)),
+                if !drafts.is_laid_out_as(proposal) {
+                    Some(drafts.law(&law, proposal.draft_len))
+                } else if let Cow::Owned(law) = law {
+                    Some(law)
+                } else {
+                    None
                 }
             }
             _ => None,
