@@ -32,6 +32,8 @@ struct Case {
     bf16_logits: bool,
     /// Whether a grammar forbids every token whose index has a remainder of 1 by 3.
     masked: bool,
+    /// top-k, top-p and min-p of each request.
+    filters: Vec<(i32, f32, f32)>,
 }
 
 #[derive(Debug, PartialEq)]
@@ -64,6 +66,7 @@ impl Case {
             seeds: (0..num_reqs as u64).map(|r| 0xABCD_0000 + 13 * r).collect(),
             bf16_logits: false,
             masked: false,
+            filters: vec![(0, 1.0, 0.0); num_reqs],
         };
         // bf16 numbers tie often by themselves; some that can never be drawn.
         for value in case.logits.iter_mut().step_by(17) {
@@ -85,6 +88,54 @@ impl Case {
     fn masked(mut self) -> Self {
         self.masked = true;
         self
+    }
+
+    /// All base logits equal: the lowest indices are the top.
+    fn flat(mut self) -> Self {
+        self.logits.fill(1.5);
+        self
+    }
+
+    /// Different filters from request to request; some have none.
+    fn filtered(mut self) -> Self {
+        let kinds = [
+            (5, 1.0, 0.0),
+            (0, 0.7, 0.0),
+            (0, 1.0, 0.1),
+            (12, 0.8, 0.02),
+            (0, 1.0, 0.0),
+        ];
+        self.filters = (0..self.num_reqs).map(|r| kinds[r % kinds.len()]).collect();
+        self.temperature.fill(0.9);
+        self
+    }
+
+    /// What the filters of request r leave of the logits; -inf for the rest.
+    fn filter(&self, r: usize, logits: &mut [f64]) {
+        let (top_k, top_p, min_p) = self.filters[r];
+        let temperature = f64::from(self.temperature[r]);
+        if temperature == 0.0 {
+            return;
+        }
+        let mut order: Vec<f64> = logits.to_vec();
+        order.sort_by(|a, b| b.total_cmp(a));
+        let last = if top_k > 0 {
+            order[(top_k as usize).min(order.len()) - 1]
+        } else {
+            f64::NEG_INFINITY
+        };
+        order.retain(|&l| l >= last);
+        let weight = |l: f64| ((l - order[0]) / temperature).exp();
+        let all: f64 = order.iter().map(|&l| weight(l)).sum();
+        for l in logits {
+            let above: f64 = order.iter().filter(|&&o| o > *l).map(|&o| weight(o)).sum();
+            let kept = *l >= last
+                && (top_p >= 1.0 || above < f64::from(top_p) * all)
+                && weight(*l) >= f64::from(min_p);
+            if !kept {
+                *l = f64::NEG_INFINITY;
+            }
+        }
     }
 
     fn allows(&self, token: usize) -> bool {
@@ -131,6 +182,12 @@ impl Case {
         let anchors = upload(device, &self.anchors[which.clone()]);
         let positions = upload(device, &vec![ANCHOR_POSITION as i32; num_reqs]);
         let temperature = upload(device, &self.temperature[which.clone()]);
+        let filters = &self.filters[which.clone()];
+        let filters = (
+            upload(device, &filters.iter().map(|f| f.0).collect::<Vec<_>>()),
+            upload(device, &filters.iter().map(|f| f.1).collect::<Vec<_>>()),
+            upload(device, &filters.iter().map(|f| f.2).collect::<Vec<_>>()),
+        );
         let seeds = upload(device, &self.seeds[which]);
         let mask = upload(device, &self.mask(num_rows));
         let mut tokens = upload(device, &vec![-7; num_rows]);
@@ -183,6 +240,9 @@ impl Case {
             } else {
                 std::ptr::null()
             },
+            top_k: filters.0.ptr(0),
+            top_p: filters.1.ptr(0),
+            min_p: filters.2.ptr(0),
         };
         // SAFETY: reads the sizes of `params` and writes one host integer.
         check(unsafe {
@@ -235,11 +295,17 @@ impl Case {
             let bias: f64 = products.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
             f64::from(base[v as usize]) + bias
         };
-        let pair = |v: i32| match v {
-            NO_CANDIDATE => (v, f64::NEG_INFINITY),
-            _ => (v, logit(v)),
-        };
-        order.into_iter().map(pair).collect()
+        let mut logits: Vec<f64> = (order.iter())
+            .map(|&v| {
+                if v == NO_CANDIDATE {
+                    f64::NEG_INFINITY
+                } else {
+                    logit(v)
+                }
+            })
+            .collect();
+        self.filter(row / self.draft_len, &mut logits);
+        order.into_iter().zip(logits).collect()
     }
 
     fn score(&self, r: usize, k: usize, (token, logit): (i32, f64)) -> f64 {
@@ -294,6 +360,14 @@ fn cases() -> Vec<Case> {
         Case::new(2, 2, 8193, 8).top(1),
         Case::new(3, 3, 9001, 64).bigrams(16).masked(),
         Case::new(2, 3, 20_003, 64).top(200).bf16().masked(),
+        Case::new(10, 3, 9001, 64).filtered(),
+        Case::new(6, 2, 1031, 256)
+            .top(100)
+            .bigrams(9)
+            .bf16()
+            .filtered(),
+        // More than one row's worth of equal logits.
+        Case::new(2, 2, 40_000, 32).top(64).flat(),
     ]
 }
 

@@ -1,4 +1,5 @@
-//! Acceptance: 8 rows of bf16 target logits a request, drafts from a law of 32 candidates or from dense f32 logits.
+//! Acceptance: 8 rows of bf16 target logits a request, drafts from a law of 32 candidates, from dense f32 logits, from a
+//! low-rank law (f32 base logits and latents of rank 256) or from none (point masses).
 //!
 //! Draft logits are target logits with noise and the drafts are drawn from them, so that requests stop where they would
 //! in service.
@@ -15,6 +16,7 @@ const VOCAB_SIZE: usize = 151_936;
 const DRAFT_LEN: usize = 7;
 const NUM_ROWS: usize = DRAFT_LEN + 1;
 const NUM_CANDIDATES: usize = 32;
+const RANK: usize = 256;
 const NUM_REQS: [usize; 4] = [1, 8, 32, 128];
 /// Requests with logits of their own; the others repeat them under other seeds.
 const DISTINCT: usize = 4;
@@ -26,8 +28,22 @@ struct Case {
     temperature: f32,
     /// top-k and top-p; without them the arrays are left out.
     filters: Option<(i32, f32)>,
-    /// The draft law is dense.
-    dense: bool,
+    law: Law,
+}
+
+/// What the drafts are drawn from, and what acceptance is told of it.
+#[derive(Clone, Copy, PartialEq)]
+enum Law {
+    Candidates,
+    Point,
+    Dense,
+    LowRank,
+}
+
+impl Law {
+    fn has_logits(self) -> bool {
+        matches!(self, Self::Dense | Self::LowRank)
+    }
 }
 
 const TOKEN: Case = Case {
@@ -35,10 +51,10 @@ const TOKEN: Case = Case {
     rule: ops::Rule::Token,
     temperature: 1.0,
     filters: None,
-    dense: false,
+    law: Law::Candidates,
 };
 
-const CASES: [Case; 6] = [
+const CASES: [Case; 8] = [
     TOKEN,
     Case {
         name: "greedy",
@@ -62,8 +78,18 @@ const CASES: [Case; 6] = [
         ..TOKEN
     },
     Case {
+        name: "token T=1, point masses",
+        law: Law::Point,
+        ..TOKEN
+    },
+    Case {
+        name: "token T=1, low-rank drafts",
+        law: Law::LowRank,
+        ..TOKEN
+    },
+    Case {
         name: "token T=1, dense f32 drafts",
-        dense: true,
+        law: Law::Dense,
         ..TOKEN
     },
 ];
@@ -71,8 +97,12 @@ const CASES: [Case; 6] = [
 /// Host logits of [`DISTINCT`] requests, and drafts drawn from them.
 struct Block {
     target: Vec<bf16>,
-    /// Empty unless the law is dense.
+    /// Draft logits, or base logits; empty unless the law has them.
     draft: Vec<f32>,
+    /// Of a low-rank law; else empty.
+    w2: Vec<bf16>,
+    latents: Vec<bf16>,
+    log_normalizers: Vec<f32>,
     candidate_tokens: Vec<i32>,
     candidate_logits: Vec<f32>,
     tokens: Vec<i32>,
@@ -90,6 +120,9 @@ impl Block {
         let mut block = Self {
             target: target.iter().map(|&x| bf16::from_f32(x)).collect(),
             draft: Vec::new(),
+            w2: Vec::new(),
+            latents: Vec::new(),
+            log_normalizers: Vec::new(),
             candidate_tokens: Vec::new(),
             candidate_logits: Vec::new(),
             tokens: Vec::new(),
@@ -99,7 +132,7 @@ impl Block {
             order.select_nth_unstable_by(NUM_CANDIDATES, |&a, &b| row[b].total_cmp(&row[a]));
             let candidates = &order[..NUM_CANDIDATES];
             let logits: Vec<f32> = candidates.iter().map(|&v| row[v]).collect();
-            block.tokens.push(if case.dense {
+            block.tokens.push(if case.law.has_logits() {
                 random.draw(row, case.temperature)
             } else {
                 candidates[random.draw(&logits, case.temperature) as usize] as i32
@@ -108,10 +141,36 @@ impl Block {
             block.candidate_tokens.extend(candidates);
             block.candidate_logits.extend(logits);
         }
-        if case.dense {
+        if case.law == Law::LowRank {
+            block.split(random, &draft, case.temperature);
+        } else if case.law == Law::Dense {
             block.draft = draft;
         }
         block
+    }
+
+    /// The logits `draft` as base logits and the bias of random latents and a random W2.
+    fn split(&mut self, random: &mut Random, draft: &[f32], temperature: f32) {
+        let scaled = |values: Vec<f32>, scale: f32| -> Vec<bf16> {
+            let values = values.into_iter();
+            values.map(|x| bf16::from_f32(x * scale)).collect()
+        };
+        self.w2 = scaled(random.normals(VOCAB_SIZE * RANK), 0.1);
+        self.latents = scaled(random.normals(DISTINCT * DRAFT_LEN * RANK), 0.1);
+        for (row, latent) in draft
+            .chunks_exact(VOCAB_SIZE)
+            .zip(self.latents.chunks_exact(RANK))
+        {
+            let scaled = |l: f32| f64::from(l / temperature);
+            let max = row.iter().copied().map(scaled).fold(f64::MIN, f64::max);
+            let sum: f64 = row.iter().map(|&l| (scaled(l) - max).exp()).sum();
+            self.log_normalizers.push((max + sum.ln()) as f32);
+            let rows = row.iter().zip(self.w2.chunks_exact(RANK));
+            self.draft.extend(rows.map(|(logit, w2)| {
+                let products = w2.iter().zip(latent).map(|(a, b)| a.to_f32() * b.to_f32());
+                logit - products.sum::<f32>()
+            }));
+        }
     }
 }
 
@@ -122,7 +181,8 @@ pub fn run(lab: &mut Lab) -> anyhow::Result<()> {
         for num_reqs in NUM_REQS {
             let target = NUM_ROWS * VOCAB_SIZE * size_of::<bf16>();
             let draft = DRAFT_LEN * VOCAB_SIZE * size_of::<f32>();
-            let needed = target + if case.dense { draft } else { 0 };
+            // Of a low-rank law only some logits and rows of W2 are looked at.
+            let needed = target + if case.law == Law::Dense { draft } else { 0 };
             let traffic = Traffic::once(num_reqs * needed);
             let name = format!("reqs={num_reqs} {}", case.name);
             lab.case(&name, traffic, |lab, copies| {
@@ -138,9 +198,12 @@ struct Acceptance {
     num_reqs: usize,
     filtered: bool,
     ruled: bool,
-    dense: bool,
+    law: Law,
     target_logits: Buffer<bf16>,
     draft_logits: Buffer<f32>,
+    w2: Buffer<bf16>,
+    latents: Buffer<bf16>,
+    log_normalizers: Buffer<f32>,
     candidate_tokens: Buffer<i32>,
     candidate_logits: Buffer<f32>,
     rules: Buffer<i32>,
@@ -182,13 +245,16 @@ impl Acceptance {
             num_reqs,
             filtered: case.filters.is_some(),
             ruled: case.rule != ops::Rule::Token,
-            dense: case.dense,
+            law: case.law,
             target_logits: lab.tiled(requests * NUM_ROWS * VOCAB_SIZE, &block.target)?,
-            draft_logits: if case.dense {
+            draft_logits: if case.law.has_logits() {
                 lab.tiled(requests * DRAFT_LEN * VOCAB_SIZE, &block.draft)?
             } else {
                 lab.empty(0)?
             },
+            w2: lab.empty(0)?,
+            latents: lab.empty(0)?,
+            log_normalizers: lab.empty(0)?,
             candidate_tokens: lab.tiled(pairs, &block.candidate_tokens)?,
             candidate_logits: lab.tiled(pairs, &block.candidate_logits)?,
             rules: lab.upload(&vec![case.rule as i32; num_reqs])?,
@@ -204,6 +270,11 @@ impl Acceptance {
             status: lab.upload(&vec![-1; requests])?,
             workspace: lab.empty(0)?,
         };
+        if case.law == Law::LowRank {
+            work.w2 = lab.upload(&block.w2)?;
+            work.latents = lab.tiled(requests * DRAFT_LEN * RANK, &block.latents)?;
+            work.log_normalizers = lab.tiled(requests * DRAFT_LEN, &block.log_normalizers)?;
+        }
         let mut bytes = 0;
         let params = work.params(0);
         // SAFETY: reads the sizes of `params` and writes one host integer.
@@ -228,10 +299,18 @@ impl Acceptance {
         params.vocab_size = VOCAB_SIZE as i32;
         params.target_logits = self.target_logits.ptr(first * NUM_ROWS * VOCAB_SIZE).cast();
         params.stride_target_row = VOCAB_SIZE as i64;
-        if self.dense {
+        if self.law.has_logits() {
             params.draft_logits = self.draft_logits.ptr(drafts * VOCAB_SIZE).cast();
             params.stride_draft_row = VOCAB_SIZE as i64;
-        } else {
+        }
+        if self.law == Law::LowRank {
+            params.draft_log_normalizers = self.log_normalizers.ptr(drafts);
+            params.draft_markov_w2 = self.w2.ptr(0).cast();
+            params.draft_latents = self.latents.ptr(drafts * RANK).cast();
+            params.draft_w2_dtype = sys::DSPARK_DTYPE_BF16;
+            params.draft_markov_rank = RANK as i32;
+        }
+        if self.law == Law::Candidates {
             params.num_candidates = NUM_CANDIDATES as i32;
             params.candidate_tokens = self.candidate_tokens.ptr(drafts * NUM_CANDIDATES);
             params.candidate_logits = self.candidate_logits.ptr(drafts * NUM_CANDIDATES);

@@ -243,7 +243,9 @@ impl VerifyAttention {
             window: 0,
             softcap: 0.0,
             batch_invariant: i32::from(self.batch_invariant),
-            reserved: 0,
+            kv_dtype: 0,
+            k_scale: std::ptr::null(),
+            v_scale: std::ptr::null(),
         }
     }
 }

@@ -142,6 +142,9 @@ impl Candidates {
             stride_logits_row: self.vocab_size as i64,
             rules: std::ptr::null(),
             mask: std::ptr::null(),
+            top_k: std::ptr::null(),
+            top_p: std::ptr::null(),
+            min_p: std::ptr::null(),
         }
     }
 }

@@ -19,11 +19,21 @@ __device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
   return before;
 }
 
+/* The same for who does not want to know, without a wait for the answer. */
+__device__ __forceinline__ void signal_arrival(uint32_t* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;\n" ::"l"(__cvta_generic_to_global(counter))
+               : "memory");
+}
+
 /* Returns once `count` CTAs have arrived. */
 __device__ __forceinline__ void wait_for_arrivals(const uint32_t* counter, uint32_t count) {
-  while (*static_cast<const volatile uint32_t*>(counter) < count) {
-  }
-  __threadfence();
+  uint32_t arrived;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n"
+                 : "=r"(arrived)
+                 : "l"(__cvta_generic_to_global(counter))
+                 : "memory");
+  } while (arrived < count);
 }
 
 }  // namespace dspark

@@ -181,6 +181,9 @@ struct LaunchShape {
   dim3 cta;
   size_t shared_bytes = 0;
   bool cooperative = false; /* all CTAs resident at once, or the launch fails */
+  /* Overlaps the end of the kernel before it: says wait_for_prerequisites() (dependent_launch.cuh)
+   * first of all. Where the loaded code has no such instruction the launch is a plain one. */
+  bool dependent = false;
 };
 
 /* Enqueues `kernel` on `stream`. */
@@ -191,16 +194,29 @@ dspark_status launch(const char* name,
                      dspark_stream stream,
                      Args&&... args) {
   DSPARK_TRY(opt_in_shared(name, kernel, shape.shared_bytes));
-  cudaLaunchAttribute cooperative = {};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.cta;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = shape.cooperative ? 1 : 0;
+  config.attrs = attributes;
+  if (shape.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  if (shape.dependent) {
+    constexpr int kFirstPtxWithDependents = 90;
+    cudaFuncAttributes loaded;
+    DSPARK_TRY(
+        check_cuda(name, cudaFuncGetAttributes(&loaded, reinterpret_cast<const void*>(kernel))));
+    if (loaded.ptxVersion >= kFirstPtxWithDependents) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
+  }
   return check_cuda(name, cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
 }
 
@@ -217,9 +233,7 @@ dspark_status launch(const char* name,
                 std::forward<Args>(args)...);
 }
 
-/* As launch, overlapping the end of the kernel before it on `stream`: `kernel` says
- * wait_for_prerequisites() (dependent_launch.cuh) first of all. Where the loaded code has no such
- * instruction the launch is a plain one. */
+/* The plain form of a dependent launch. */
 template <typename... Params, typename... Args>
 dspark_status launch_dependent(const char* name,
                                void (*kernel)(Params...),
@@ -227,20 +241,9 @@ dspark_status launch_dependent(const char* name,
                                dim3 cta,
                                dspark_stream stream,
                                Args&&... args) {
-  constexpr int kFirstPtxWithDependents = 90;
-  cudaFuncAttributes attributes;
-  DSPARK_TRY(
-      check_cuda(name, cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel))));
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = cta;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = attributes.ptxVersion >= kFirstPtxWithDependents ? 1 : 0;
-  return check_cuda(name, cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+  LaunchShape shape{grid, cta};
+  shape.dependent = true;
+  return launch(name, kernel, shape, stream, std::forward<Args>(args)...);
 }
 
 /* An attribute of the current device. */

@@ -6,6 +6,9 @@
  * It has no state: a number depends on what it is for and on nothing that ran before, so that a
  * draw is the same in any batch, on any grid and in any order.
  *
+ * Draws that share their noise (drafts and the coupled rule) are races; others invert the distribution
+ * function (kernels/verify/draw.cuh).
+ *
  * The race. With independent exponentials E_v (rate 1), the v that minimises E_v / weight(v) is
  * distributed as weight(v) / sum of weights: of runners with those speeds it finishes first. It
  * needs no normaliser and no prefix sum, every v is judged by itself, and partial winners merge in

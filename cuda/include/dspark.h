@@ -67,6 +67,7 @@ typedef int32_t dspark_dtype;
 #define DSPARK_DTYPE_F32 0
 #define DSPARK_DTYPE_BF16 1
 #define DSPARK_DTYPE_F16 2
+#define DSPARK_DTYPE_E4M3 3 /* OCP e4m3fn: KV caches and the draft head's markov_w2 alone */
 
 /* A CUDA stream (CUstream / cudaStream_t); 0 is the legacy default stream. */
 typedef struct CUstream_st* dspark_stream;
@@ -260,17 +261,21 @@ dspark_status DSPARK_FN(dspark_qk_norm_rope_append)(const dspark_qk_norm_rope_ap
  * Shapes        q, out [num_rows, num_q_heads, head_dim]; k_cache, v_cache [num_pages, page_size,
  *               num_kv_heads, head_dim]; k_block, v_block [num_rows, num_kv_heads, head_dim];
  *               page_table [num_reqs, max_pages_per_req] int32; tree_mask [num_rows, 2].
- * Dtypes        `dtype` (BF16, F16); scores, softmax and accumulation f32; tree_mask uint32.
+ * Dtypes        `dtype` (BF16, F16); the cache of dspark_verify_attention also E4M3 (kv_dtype), with
+ *               a factor per KV head: q and the probabilities then meet it in f16, q cut at +-65504;
+ *               scores, softmax and accumulation f32; tree_mask uint32.
  * Layout        NHD: head_dim contiguous; q and out heads contiguous (head stride head_dim), row
  *               strides given; cache by stride_cache_{page,slot,head}; k_block/v_block heads
  *               contiguous, row stride given.
- * Alignment     pointers 16 bytes, strides multiples of 8; head_dim in {64, 128}; num_q_heads a
- *               multiple of num_kv_heads, group size 1..16; any page_size >= 1. With tree_mask at
- *               most 64 rows a request, and a window of 0 or at least 64.
+ * Alignment     pointers and strides 16 bytes; head_dim in {64, 128, 256}; num_q_heads a multiple of
+ *               num_kv_heads, group size 1..16; any page_size >= 1 (multiples of 16 are read fastest
+ *               on sm_90). With tree_mask at most 64 rows a request, and a window of 0 or at least
+ *               64.
  * Aliasing      none allowed.
  * Workspace     dspark_attention_workspace_size bytes, 256-byte aligned; contents do not matter. It
  *               depends on the current device; for decode steps not on the context.
- * Determinism   bitwise from run to run for the same params and lengths. With batch_invariant = 1 a
+ * Determinism   bitwise from run to run for the same params and lengths; on sm_90, with pages of a
+ *               multiple of 16, also for other bounds max_seq_len. With batch_invariant = 1 a
  *               request's result is bitwise independent of the other requests and of the bounds in
  *               the params; otherwise the work is cut evenly over the batch, which is faster.
  * Stream/graph  capture-safe; replays for any lengths up to max_seq_len. Requests without rows cost
@@ -315,7 +320,9 @@ typedef struct dspark_attention_params {
   int32_t window;            /* 0: none */
   float softcap;             /* 0: none */
   int32_t batch_invariant;   /* 0 or 1 */
-  int32_t reserved;          /* 0 */
+  dspark_dtype kv_dtype;     /* of k_cache, v_cache: 0 (as `dtype`) or E4M3 */
+  const float* k_scale;      /* [num_kv_heads], E4M3 only: K = k_scale * k_cache; may be NULL: 1 */
+  const float* v_scale;
 } dspark_attention_params;
 #define DSPARK_ATTENTION_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_attention_params)
 /* Host. Bytes of workspace that the launch with these params needs; reads only sizes, no pointer.
@@ -326,6 +333,50 @@ dspark_status DSPARK_FN(dspark_verify_attention)(const dspark_attention_params* 
                                                  dspark_stream stream);
 dspark_status DSPARK_FN(dspark_draft_attention)(const dspark_attention_params* params,
                                                 dspark_stream stream);
+
+/*
+ * Computes      after a tree was accepted: the cache slots of the accepted rows move together. With
+ *               row_1 < row_2 < .. the rows 1 + j whose accept_flags[r, j] is not 0: slot seq_lens[r]
+ *               + i = slot seq_lens[r] + row_i, K and V, in every layer; i = 1, 2 .. Slot seq_lens[r],
+ *               the anchor's, stays. seq_lens as in the attention, before the commit.
+ * Shapes        accept_flags [num_reqs, draft_len]; seq_lens [num_reqs]; page_table [num_reqs,
+ *               max_pages_per_req]; k_cache, v_cache [num_layers, num_pages, page_size, num_kv_heads,
+ *               head_dim].
+ * Dtypes        cache kv_dtype (BF16, F16, E4M3); ints int32.
+ * Layout        cache by stride_cache_{layer,page,slot,head}, head_dim contiguous.
+ * Alignment     cache pointers and strides 16 bytes; head_dim in {64, 128, 256}; draft_len <= 63.
+ * Aliasing      in place.
+ * Workspace     none.
+ * Determinism   bitwise.
+ * Stream/graph  capture-safe. Slots whose page id is negative, or past max_pages_per_req, are
+ *               neither read nor written.
+ * Errors        null or misaligned pointers, unknown kv_dtype, unsupported head_dim, page_size = 0,
+ *               sizes < 0, draft_len > 63.
+ */
+typedef struct dspark_commit_tree_params {
+  uint32_t struct_size;
+  dspark_dtype kv_dtype;
+  int32_t num_reqs;
+  int32_t num_layers;
+  int32_t draft_len;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t page_size;
+  int32_t max_pages_per_req;
+  int32_t reserved; /* 0 */
+  const int32_t* accept_flags;
+  const int32_t* seq_lens;
+  const int32_t* page_table;
+  void* k_cache;
+  void* v_cache;
+  int64_t stride_cache_layer;
+  int64_t stride_cache_page;
+  int64_t stride_cache_slot;
+  int64_t stride_cache_head;
+} dspark_commit_tree_params;
+#define DSPARK_COMMIT_TREE_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_commit_tree_params)
+dspark_status DSPARK_FN(dspark_commit_tree)(const dspark_commit_tree_params* params,
+                                            dspark_stream stream);
 
 /* ------------------------------------------------------------------------------------------------
  * draft: the semi-autoregressive head
@@ -345,12 +396,18 @@ typedef int32_t dspark_rule;
 #define DSPARK_PURPOSE_BONUS 4
 
 /*
- * The noise of a draw (of a draft, a recovered or a bonus token): words W(a, b) of Philox4x32-10
- * with key = seeds[r] and counter = (a, position, purpose, b), u = (word + 0.5) * 2^-32,
- * E(word) = -log1p(-u). Tokens are cut into zones of 1024. The zone z of v has the minimum
- * m = E(W(z, 1).x) / 1024 at its token W(z, 1).y % 1024; that one has E_v = m, all others
- * E_v = m + E(W(v / 4, 0)[v % 4]). These are independent exponentials of rate 1, and the token
- * drawn is the argmin of E_v / weight(v).
+ * Words W(a, b) of a draw are those of Philox4x32-10 with key = seeds[r] and counter = (a, position,
+ * purpose, b). Tokens are cut into zones of 1024.
+ *
+ * The noise of drafts and of the coupled rule: u = (word + 0.5) * 2^-32, E(word) = -log1p(-u). The
+ * zone z of v has the minimum m = E(W(z, 1).x) / 1024 at its token W(z, 1).y % 1024; that one has
+ * E_v = m, all others E_v = m + E(W(v / 4, 0)[v % 4]). These are independent exponentials of rate 1,
+ * and the token drawn is the argmin of E_v / weight(v).
+ *
+ * Draws that share their noise with nobody (bonus and recovered tokens of the other rules) invert the
+ * distribution function: draw n takes U(W(n, 2).x, W(n, 2).y) for a strip of 256 tokens and U(W(n,
+ * 2).z, W(n, 2).w) for the token among the strip's, U(a, b) = (a * 2^20 + floor(b / 2^12) + 0.5) *
+ * 2^-52: the first at which the running sum of weights passes U times their whole.
  */
 
 typedef int32_t dspark_head_kind;
@@ -431,12 +488,92 @@ dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* param
                                            dspark_stream stream);
 
 /*
+ * Computes      the head over the whole vocabulary, the base logits left as they are. For k = 1 ..
+ *               draft_lens[r], left to right, x_0 = anchor: l_k(v) = U_k(v) + B_k(v), x_k from
+ *               softmax(l_k / temperature), or argmax l_k (lowest index wins) at temperature 0;
+ *               confidence_k as in dspark_draft_head; l_k(v) = -inf where mask forbids v.
+ *               The draft law handed on: q_k(v) = exp(l_k(v) / temperature - log_normalizers[k]),
+ *               log_normalizer = ln sum_v exp(l_k(v) / temperature) (of exp(l_k) at temperature 0),
+ *               l_k(v) = U_k(v) + W2[v] . latents[k] (fp8: U + dot * w2_scales[v]) by
+ *               cuda/common/low_rank_logit.cuh, bit for bit what was drawn from.
+ * Shapes        logits [num_reqs * draft_len, vocab_size] = U; w2_scales [vocab_size]; latents
+ *               [num_reqs * draft_len, markov_rank]; log_normalizers, draft_tokens, confidence,
+ *               confidence_logits [num_reqs, draft_len]; the rest as dspark_draft_head.
+ * Dtypes        logits `logits_dtype` (F32, BF16); hidden, weights and biases `dtype` (BF16, F16);
+ *               markov_w2 `w2_dtype`: `dtype`, or F8_E4M3 with f32 w2_scales. latents `dtype`, with
+ *               fp8 F16: vanilla W1[x_{k-1}] (fp8: as F16, limited to its range), gated and rnn
+ *               their latent rounded once. Products exact, sums f32; normalisers to 1e-6.
+ * Layout        logits row stride given; everything else contiguous. Columns from draft_lens[r] on
+ *               are not written, but for latents of gated and rnn.
+ * Alignment     markov_w1, markov_w2, latents 16 bytes; markov_rank a multiple of 16, at most 256.
+ *               logits at 16 bytes with rows of a multiple of 16 bytes are read fastest.
+ * Aliasing      none allowed.
+ * Workspace     dspark_draft_full_workspace_size bytes, 256-byte aligned; contents do not matter.
+ * Determinism   bitwise per device, independent of the batch. Draws of a row with temperature > 0
+ *               and without the coupled rule, purpose DRAFT: the vocabulary is cut into spans of 64
+ *               tokens; span j has the weight w_j = sum exp(l / temperature) and arrives at
+ *               E(W(j, 2).x) / w_j; in the one that arrives first the token is the first whose
+ *               running sum of weights exceeds u w_j, u from W(j, 2).y. COUPLED: the race over
+ *               tokens of dspark_draft_head with purpose BONUS. Position anchor_positions[r] + k.
+ * Stream/graph  capture-safe; one cooperative launch for vanilla. A row of NaN or all -inf (also: all
+ *               forbidden) yields token 0; its normaliser is NaN or -inf.
+ * Errors        null pointers, unknown head, sizes < 0, draft_len > 16, markov_rank out of range or
+ *               not a multiple of 16, workspace too small; UNSUPPORTED_DEVICE where a CTA of the
+ *               launch does not fit (about 100 KB of shared memory) or cannot be cooperative.
+ */
+typedef struct dspark_draft_full_params {
+  uint32_t struct_size;
+  dspark_dtype dtype;
+  dspark_dtype logits_dtype;
+  dspark_dtype w2_dtype;
+  dspark_head_kind head;
+  int32_t num_reqs;
+  int32_t draft_len;
+  int32_t vocab_size;
+  int32_t hidden_size;
+  int32_t markov_rank;
+  int32_t confidence_with_markov; /* 0 or 1 */
+  float confidence_bias;
+  const void* logits;
+  const void* hidden;            /* may be NULL for HEAD_NONE and HEAD_VANILLA without confidence */
+  const void* markov_w1;         /* NULL for HEAD_NONE */
+  const void* markov_w2;         /* NULL for HEAD_NONE */
+  const float* w2_scales;        /* fp8 */
+  const void* proj_weight;       /* gated, rnn */
+  const void* proj_bias;         /* gated, rnn */
+  const void* confidence_weight; /* may be NULL: no confidence is computed */
+  const int32_t* anchors;        /* [num_reqs]; may be NULL for HEAD_NONE */
+  const int32_t* anchor_positions; /* [num_reqs] */
+  const int32_t* draft_lens;       /* [num_reqs] 0 .. draft_len; may be NULL: all draft_len */
+  const float* temperature;        /* [num_reqs] */
+  const uint64_t* seeds;           /* [num_reqs] */
+  const int32_t* rules;            /* [num_reqs] DSPARK_RULE_*; may be NULL: none is coupled */
+  const int32_t* mask;             /* may be NULL: everything is allowed */
+  int32_t* draft_tokens;
+  float* log_normalizers;
+  void* latents;            /* NULL for HEAD_NONE */
+  float* confidence;        /* may be NULL when confidence_weight is NULL */
+  float* confidence_logits; /* ln(c / (1 - c)); may be NULL */
+  void* workspace;
+  size_t workspace_bytes;
+  int64_t stride_logits_row;
+} dspark_draft_full_params;
+#define DSPARK_DRAFT_FULL_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_full_params)
+/* Host. Reads only sizes (of the current device, too). */
+dspark_status DSPARK_FN(dspark_draft_full_workspace_size)(const dspark_draft_full_params* params,
+                                                          size_t* bytes);
+dspark_status DSPARK_FN(dspark_draft_full)(const dspark_draft_full_params* params,
+                                           dspark_stream stream);
+
+/*
  * Computes      the head over a candidate set, with q truncated to it (lossless: the pairs are the
  *               law sampled from). For k = 1..draft_len, left to right, x_0 = anchor: C_k = the
  *               num_top largest of U_k (ties: lowest index), joined with the tokens of
  *               bigram_tokens[x_{k-1}]; l_k(v) = U_k(v) + B_k(v) on C_k; x_k sampled from
  *               softmax(l_k / temperature) over C_k with the noise of dspark_draft_head, or argmax
- *               l_k (lowest index wins) at temperature 0; confidence_k as there.
+ *               l_k (lowest index wins) at temperature 0; confidence_k as there. Above temperature
+ *               0 the law on C_k is first cut down by the request's top_k, top_p and min_p, as the
+ *               target's is in dspark_accept: what is cut has the logit -inf.
  * Shapes        as dspark_draft_head; bigram_tokens [vocab_size, num_bigram], each token at most
  *               once per row, negative: none; candidate_tokens, candidate_logits [num_reqs *
  *               draft_len, num_top + num_bigram]: first the top, by falling U, then the bigrams.
@@ -447,8 +584,8 @@ dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* param
  *               candidate_logits f32; tokens int32. Latents, products and sums f32.
  * Layout        logits row stride given; everything else contiguous.
  * Alignment     element alignment of pointers; 16 bytes, stride_logits_row a multiple of 4 and
- *               markov_rank of 8 give the fast path. num_top 1 .. 256 and at most 12288 /
- *               ceil(vocab_size / 8192); num_bigram 0 .. 256; markov_rank <= 1024.
+ *               markov_rank of 8 give the fast path. num_top 1 .. 256; num_bigram 0 .. 256;
+ *               markov_rank <= 1024; vocab_size <= 2^18.
  * Aliasing      none allowed. The logits are not written.
  * Workspace     dspark_draft_candidates_workspace_size bytes, 256-byte aligned; contents do not
  *               matter.
@@ -492,6 +629,10 @@ typedef struct dspark_draft_candidates_params {
   int64_t stride_logits_row;
   const int32_t* rules; /* [num_reqs] DSPARK_RULE_*; may be NULL: none is coupled */
   const int32_t* mask;  /* may be NULL: everything is allowed */
+  /* NULL in the struct of a caller that ends before them; [num_reqs] each, NULL: off */
+  const int32_t* top_k; /* 0 = off */
+  const float* top_p;   /* 1 = off */
+  const float* min_p;   /* 0 = off */
 } dspark_draft_candidates_params;
 #define DSPARK_DRAFT_CANDIDATES_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_candidates_params)
 /* Host. Reads only sizes. */
@@ -597,7 +738,10 @@ dspark_status DSPARK_FN(dspark_schedule)(const dspark_schedule_params* params,
  *               after top-k) is at least top_p; min-p keeps p(v) >= min_p * max p. Ties at a
  *               threshold are all kept.
  * Draft law     q of draft k of request r, row r * draft_len + k: softmax(draft_logits /
- *               temperature) when draft_logits is given; else softmax(candidate_logits /
+ *               temperature) when draft_logits is given, each with W2[v] . latent added when
+ *               draft_markov_w2 is (dspark_draft_full: a low-rank law, one row of W2 for each token
+ *               looked at; all of W2 for each row under BLOCK or behind 1024 tries), -inf where
+ *               draft_mask has 0; both need draft_log_normalizers; else softmax(candidate_logits /
  *               temperature) over num_candidates tokens when candidate_tokens is given; else the
  *               point mass on the draft. Draft rows without a law (NaN, +inf, nothing) count as
  *               point masses.
@@ -612,7 +756,8 @@ dspark_status DSPARK_FN(dspark_schedule)(const dspark_schedule_params* params,
  *               purpose BONUS; accept x iff it is x. A draft that is a stop token of its request
  *               ends the run: it is the next token then.
  * Shapes        target_logits [num_rows, vocab_size]; draft_logits [num_reqs * draft_len,
- *               vocab_size]; candidates [num_reqs * draft_len, num_candidates]; draft_tokens,
+ *               vocab_size]; draft_mask as mask by draft row; candidates [num_reqs * draft_len,
+ *               num_candidates]; draft_tokens,
  *               parents, accept_flags [num_reqs, draft_len]; mask [num_rows, ceil(vocab_size /
  *               32)], bit v % 32 of word v / 32; edits of request r at edit_indptr[r] ..
  *               edit_indptr[r+1]-1, ascending by token, each once; logprobs [num_reqs, draft_len +
@@ -621,16 +766,21 @@ dspark_status DSPARK_FN(dspark_schedule)(const dspark_schedule_params* params,
  * Log-probs     entry i: ln p of committed token i (accepted drafts, then next) under its row's
  *               law, of temperature 1 where the temperature is 0; the likeliest tokens descending,
  *               equals by index; -1 and -inf where there are none.
- * Dtypes        target_logits, draft_logits F32, BF16 or F16; the rest f32 and int32. Laws in f32,
- *               sums by trees.
+ * Dtypes        target_logits, draft_logits F32, BF16 or F16; W2 BF16, F16 or F8_E4M3, latents of
+ *               its type, F16 with F8_E4M3; the rest f32 and int32. Laws in f32, sums by trees.
  * Layout        logits row strides given; the rest contiguous.
- * Alignment     element alignment; rows at multiples of 16 bytes are read with 16-byte accesses.
+ * Alignment     element alignment; rows at multiples of 16 bytes are read with 16-byte accesses; W2
+ *               and latents 16 bytes, draft_markov_rank a multiple of 16, at most 256.
  * Aliasing      none allowed. target_logits are not changed.
  * Workspace     dspark_accept_workspace_size bytes, 256-byte aligned; contents do not matter.
  * Determinism   bitwise, independent of the batch. Row k of request r decides position
  *               anchor_positions[r] + 1 + (depth of the row). u of the j-th sibling (0 in chains)
- *               = (x + 0.5) * 2^-32, x = W(j, 0).x with purpose ACCEPT at the draft's position;
- *               draws as above with purpose RESIDUAL after a rejection, BONUS without.
+ *               = (x + 0.5) * 2^-32, x = W(j, 0).x with purpose ACCEPT at the draft's position.
+ *               Without a rejection the next token is draw 0 of purpose BONUS. Behind one it is the
+ *               first of the draws n = 0 .. N - 1 from p of purpose RESIDUAL that is kept: u * ratio
+ *               p(v) < ratio p(v) - q(v) with the u of W(n, 0).x; when none is, or behind several, it
+ *               is draw N from the residual itself, or from p where rounding has left nothing of it.
+ *               N = 64, 1024 with a low-rank law.
  * Stream/graph  capture-safe; two launches, one more if any of top_k, top_p, min_p is given, one
  *               more for log-probs. Requests without rows get num_accepted 0, next_tokens -1,
  *               status 0. status[r] = 1 when a needed row holds NaN, +inf or only -inf (block: any
@@ -686,6 +836,12 @@ typedef struct dspark_accept_params {
   size_t workspace_bytes;
   int64_t stride_target_row;
   int64_t stride_draft_row;
+  const void* draft_markov_w2;  /* [vocab_size, draft_markov_rank]; may be NULL: no low-rank law */
+  const float* draft_w2_scales; /* [vocab_size]; F8_E4M3 */
+  const void* draft_latents;    /* [num_reqs * draft_len, draft_markov_rank] */
+  const int32_t* draft_mask;    /* of draft rows; may be NULL: everything is allowed */
+  dspark_dtype draft_w2_dtype;
+  int32_t draft_markov_rank;
 } dspark_accept_params;
 #define DSPARK_ACCEPT_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_accept_params)
 /* Host. Reads only sizes. */

@@ -8,6 +8,8 @@
 #include "kernels/attention/config.h"
 #include "kernels/attention/merge_splits.cuh"
 #include "kernels/attention/paged_attention.cuh"
+#include "launch/attention/commit_tree.cuh"
+#include "launch/attention/stream.cuh"
 
 namespace dspark {
 namespace {
@@ -28,6 +30,11 @@ constexpr float kLog2E = 1.4426950408889634f;
 /* A tree's masks are 64 bits; the window has to reach over the whole tree. */
 constexpr int kMaxTreeRows = 64;
 
+bool has_e4m3_keys(const AttentionParams* p) { return p->kv_dtype == DSPARK_DTYPE_E4M3; }
+
+/* Of an element of the cache. */
+int key_bytes(const AttentionParams* p) { return has_e4m3_keys(p) ? 1 : 2; }
+
 dspark_status check_sizes(const AttentionParams* p) {
   DSPARK_TRY(check_half_dtype(p->dtype));
   DSPARK_TRY(check_range("num_rows", p->num_rows, 0));
@@ -38,8 +45,13 @@ dspark_status check_sizes(const AttentionParams* p) {
   DSPARK_TRY(check_range("num_kv_heads", p->num_kv_heads, 1, kMaxGridYz));
   DSPARK_TRY(check_range("page_size", p->page_size, 1));
   DSPARK_TRY(check_range("max_pages_per_req", p->max_pages_per_req, 0));
-  DSPARK_CHECK_ARG(p->head_dim == 64 || p->head_dim == 128, DSPARK_ERROR_UNSUPPORTED_SHAPE,
-                   "head_dim: expected 64 or 128, got %d", p->head_dim);
+  DSPARK_CHECK_ARG(p->head_dim == 64 || p->head_dim == 128 || p->head_dim == 256,
+                   DSPARK_ERROR_UNSUPPORTED_SHAPE, "head_dim: expected 64, 128 or 256, got %d",
+                   p->head_dim);
+  DSPARK_CHECK_ARG(p->kv_dtype == 0 || p->kv_dtype == p->dtype || has_e4m3_keys(p),
+                   DSPARK_ERROR_UNSUPPORTED_DTYPE,
+                   "kv_dtype: expected 0, dtype = %d or DSPARK_DTYPE_E4M3 (3), got %d", p->dtype,
+                   p->kv_dtype);
   DSPARK_CHECK_ARG(
       p->num_q_heads % p->num_kv_heads == 0 && p->num_q_heads / p->num_kv_heads <= kMaxGroupSize,
       DSPARK_ERROR_UNSUPPORTED_SHAPE,
@@ -77,15 +89,21 @@ dspark_status check_pointers(const AttentionParams* p, AttentionForm form) {
   DSPARK_TRY(check_pointer("out", p->out, 16));
   DSPARK_TRY(check_multiple("stride_q_row", p->stride_q_row, kVectorElements));
   DSPARK_TRY(check_multiple("stride_out_row", p->stride_out_row, kVectorElements));
-  DSPARK_TRY(check_multiple("stride_cache_page", p->stride_cache_page, kVectorElements));
-  DSPARK_TRY(check_multiple("stride_cache_slot", p->stride_cache_slot, kVectorElements));
-  DSPARK_TRY(check_multiple("stride_cache_head", p->stride_cache_head, kVectorElements));
+  const int64_t cache_elements = 16 / key_bytes(p);
+  DSPARK_TRY(check_multiple("stride_cache_page", p->stride_cache_page, cache_elements));
+  DSPARK_TRY(check_multiple("stride_cache_slot", p->stride_cache_slot, cache_elements));
+  DSPARK_TRY(check_multiple("stride_cache_head", p->stride_cache_head, cache_elements));
+  DSPARK_TRY(check_aligned("k_scale", p->k_scale, alignof(float)));
+  DSPARK_TRY(check_aligned("v_scale", p->v_scale, alignof(float)));
   if (form == AttentionForm::kVerify) {
     DSPARK_CHECK_ARG(p->k_block == nullptr && p->v_block == nullptr, DSPARK_ERROR_INVALID_ARGUMENT,
                      "k_block, v_block: expected NULL for dspark_verify_attention, got %p, %p",
                      p->k_block, p->v_block);
     return DSPARK_OK;
   }
+  DSPARK_CHECK_ARG(!has_e4m3_keys(p), DSPARK_ERROR_UNSUPPORTED_DTYPE,
+                   "kv_dtype: expected 0 or dtype = %d for dspark_draft_attention, got %d",
+                   p->dtype, p->kv_dtype);
   DSPARK_TRY(check_pointer("k_block", p->k_block, 16));
   DSPARK_TRY(check_pointer("v_block", p->v_block, 16));
   return check_multiple("stride_block_row", p->stride_block_row, kVectorElements);
@@ -105,6 +123,8 @@ AttentionDesc describe(const AttentionParams* p) {
   desc.group_size = group_size(p);
   desc.num_kv_heads = p->num_kv_heads;
   desc.head_dim = p->head_dim;
+  desc.page_size = p->page_size;
+  desc.key_bytes = key_bytes(p);
   /* The size function does not know the form, and must ask for enough. */
   desc.is_draft = true;
   desc.batch_invariant = p->batch_invariant != 0;
@@ -113,15 +133,17 @@ AttentionDesc describe(const AttentionParams* p) {
 
 /* Of the current device; without one, of an H100, so that sizes can be asked for anywhere. */
 AttentionDevice current_device() {
-  AttentionDevice device = {132, 228 * 1024};
+  AttentionDevice device = {132, 228 * 1024, true};
   int ordinal = 0;
   int num_sms = 0;
   int shared_bytes = 0;
+  int major = 0;
   if (cudaGetDevice(&ordinal) == cudaSuccess &&
       cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, ordinal) == cudaSuccess &&
       cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, ordinal) ==
-          cudaSuccess) {
-    device = {num_sms, shared_bytes};
+          cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal) == cudaSuccess) {
+    device = {num_sms, shared_bytes, major == 9};
   }
   cudaGetLastError(); /* no device is no error here: the launch will say so */
   return device;
@@ -146,6 +168,8 @@ AttentionArgs<T> typed_args(const AttentionParams* p,
   args.num_q_heads = p->num_q_heads;
   args.num_kv_heads = p->num_kv_heads;
   args.group_size = group_size(p);
+  args.by_group_size = Divider::by(args.group_size);
+  args.by_page_size = Divider::by(p->page_size);
   args.window = p->window;
   args.scale_log2 = p->scale * kLog2E;
   if (p->softcap > 0.0f) {
@@ -154,10 +178,12 @@ AttentionArgs<T> typed_args(const AttentionParams* p,
   }
   args.plan = config.plan;
   args.q = static_cast<const T*>(p->q);
-  args.k_cache = static_cast<const T*>(p->k_cache);
-  args.v_cache = static_cast<const T*>(p->v_cache);
-  args.k_block = is_draft ? static_cast<const T*>(p->k_block) : nullptr;
-  args.v_block = is_draft ? static_cast<const T*>(p->v_block) : nullptr;
+  args.k_cache = p->k_cache;
+  args.v_cache = p->v_cache;
+  args.k_block = is_draft ? p->k_block : nullptr;
+  args.v_block = is_draft ? p->v_block : nullptr;
+  args.k_scale = p->k_scale;
+  args.v_scale = p->v_scale;
   args.qo_indptr = p->qo_indptr;
   args.seq_lens = p->seq_lens;
   args.tree_mask = p->tree_mask;
@@ -169,7 +195,6 @@ AttentionArgs<T> typed_args(const AttentionParams* p,
     args.partials.out = static_cast<float*>(p->workspace);
     args.partials.max_sum =
         reinterpret_cast<float2*>(args.partials.out + entries * static_cast<size_t>(p->head_dim));
-    args.partials.merges = reinterpret_cast<int4*>(args.partials.max_sum + entries);
   }
   args.stride_q_row = p->stride_q_row;
   args.stride_out_row = p->stride_out_row;
@@ -177,37 +202,47 @@ AttentionArgs<T> typed_args(const AttentionParams* p,
   return args;
 }
 
-template <typename T, int kHeadDim, int kWarpsM>
+template <typename T, int kHeadDim, int kWarpsM, int kKeyBytes>
 dspark_status launch_items(const AttentionConfig& config,
                            const AttentionArgs<T>& args,
                            dspark_stream stream) {
-  using Policy = AttentionPolicy<kHeadDim, kWarpsM>;
+  using Policy = AttentionPolicy<kHeadDim, kWarpsM, kKeyBytes>;
   const dim3 grid(static_cast<unsigned>(config.num_items * args.num_kv_heads));
   return launch("paged_attention_kernel", paged_attention_kernel<T, Policy>, grid,
                 dim3(Policy::kThreads), Policy::kSharedBytes, stream, args);
 }
 
+template <typename T, int kHeadDim, int kKeyBytes>
+dspark_status launch_keys(const AttentionParams* p,
+                          const AttentionConfig& config,
+                          const AttentionArgs<T>& args,
+                          dspark_stream stream) {
+  if (config.streams) {
+    StreamArgs<T> stream_args = {};
+    stream_args.attention = args;
+    DSPARK_CHECK_ARG(encode_maps(p, kKeyBytes, args.k_block != nullptr, &stream_args.maps),
+                     DSPARK_ERROR_CUDA, "cuTensorMapEncodeTiled failed");
+    return launch_stream<T, kHeadDim, kKeyBytes>(config, stream_args, stream);
+  }
+  if (config.warps_m == 2) return launch_items<T, kHeadDim, 2, kKeyBytes>(config, args, stream);
+  return launch_items<T, kHeadDim, 4, kKeyBytes>(config, args, stream);
+}
+
 template <typename T, int kHeadDim>
-dspark_status launch_head_dim(const AttentionConfig& config,
+dspark_status launch_head_dim(const AttentionParams* p,
+                              const AttentionConfig& config,
                               const AttentionArgs<T>& args,
                               dspark_stream stream) {
-  switch (config.warps_m) {
-    case 1:
-      DSPARK_TRY((launch_items<T, kHeadDim, 1>(config, args, stream)));
-      break;
-    case 2:
-      DSPARK_TRY((launch_items<T, kHeadDim, 2>(config, args, stream)));
-      break;
-    default:
-      DSPARK_TRY((launch_items<T, kHeadDim, 4>(config, args, stream)));
-      break;
+  if (has_e4m3_keys(p)) {
+    DSPARK_TRY((launch_keys<T, kHeadDim, 1>(p, config, args, stream)));
+  } else {
+    DSPARK_TRY((launch_keys<T, kHeadDim, 2>(p, config, args, stream)));
   }
   if (config.num_slots == 0) return DSPARK_OK;
   using Policy = MergePolicy<kHeadDim>;
-  const dim3 grid(static_cast<unsigned>(config.num_items), args.num_kv_heads,
-                  config.tile_m() / Policy::kRowsPerCta);
+  const dim3 grid(static_cast<unsigned>(config.num_items), args.num_kv_heads);
   return launch_dependent("merge_splits_kernel", merge_splits_kernel<T, kHeadDim>, grid,
-                          dim3(Policy::kThreads), stream, args, config.tile_m());
+                          dim3(Policy::kThreads), stream, args, config.tile_m);
 }
 
 dspark_status run_attention(const AttentionParams* params,
@@ -228,8 +263,14 @@ dspark_status run_attention(const AttentionParams* params,
   return dispatch_half_dtype(p->dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const AttentionArgs<T> args = typed_args<T>(p, config, form);
-    if (p->head_dim == 64) return launch_head_dim<T, 64>(config, args, stream);
-    return launch_head_dim<T, 128>(config, args, stream);
+    switch (p->head_dim) {
+      case 64:
+        return launch_head_dim<T, 64>(p, config, args, stream);
+      case 128:
+        return launch_head_dim<T, 128>(p, config, args, stream);
+      default:
+        return launch_head_dim<T, 256>(p, config, args, stream);
+    }
   });
 }
 
@@ -258,6 +299,12 @@ dspark_status DSPARK_FN(dspark_verify_attention)(const dspark_attention_params* 
 dspark_status DSPARK_FN(dspark_draft_attention)(const dspark_attention_params* params,
                                                 dspark_stream stream) {
   return dspark::run_attention(params, dspark::AttentionForm::kDraft, stream);
+}
+
+dspark_status DSPARK_FN(dspark_commit_tree)(const dspark_commit_tree_params* params,
+                                            dspark_stream stream) {
+  DSPARK_CHECK_PARAMS(params, stride_cache_head);
+  return dspark::commit_tree(params, stream);
 }
 
 }  // extern "C"

@@ -16,7 +16,9 @@ constexpr size_t kWorkspaceAlignment = 256;
 /* Offsets in bytes. Every part is there whether or not this call uses it: the size depends on sizes
  * alone. */
 struct AcceptLayout {
-  size_t zones;       /* ZoneStats [target rows, then draft rows; num_zones] */
+  size_t zones;       /* Strips [num_rows, num_zones] of maxima, then of sums */
+  size_t draft_zones; /* Strips [num_reqs * draft_len, num_zones] of maxima, then of sums */
+  size_t races;       /* ZoneRace [num_rows, num_zones] */
   size_t laws;        /* RowLaw [num_rows] */
   size_t tickets;     /* uint32 [num_reqs] */
   size_t row_results; /* uint32 [num_reqs, draft_len + 1] */
@@ -28,8 +30,8 @@ int64_t num_vocab_zones(const dspark_accept_params& p) {
   return ceil_div<int64_t>(p.vocab_size, kZone);
 }
 
-int64_t num_law_rows(const dspark_accept_params& p) {
-  return p.num_rows + static_cast<int64_t>(p.num_reqs) * p.draft_len;
+int64_t num_draft_rows(const dspark_accept_params& p) {
+  return static_cast<int64_t>(p.num_reqs) * p.draft_len;
 }
 
 AcceptLayout accept_layout(const dspark_accept_params& p) {
@@ -42,7 +44,9 @@ AcceptLayout accept_layout(const dspark_accept_params& p) {
   };
   const size_t num_reqs = p.num_reqs;
   const size_t num_committed = num_reqs * (static_cast<size_t>(p.draft_len) + 1);
-  layout.zones = carve(num_law_rows(p) * num_vocab_zones(p) * sizeof(ZoneStats));
+  layout.zones = carve(num_vocab_zones(p) * p.num_rows * 2 * sizeof(Strips));
+  layout.draft_zones = carve(num_vocab_zones(p) * num_draft_rows(p) * 2 * sizeof(Strips));
+  layout.races = carve(p.num_rows * num_vocab_zones(p) * sizeof(ZoneRace));
   layout.laws = carve(static_cast<size_t>(p.num_rows) * sizeof(RowLaw));
   layout.tickets = carve(num_reqs * sizeof(uint32_t));
   layout.row_results = carve(num_committed * sizeof(uint32_t));
@@ -57,12 +61,13 @@ dspark_status check_accept_sizes(const dspark_accept_params& p) {
   DSPARK_TRY(check_range("draft_len", p.draft_len, 0, kMaxDraftLen));
   DSPARK_TRY(check_range("vocab_size", p.vocab_size, 1, kMaxZones * kZone));
   const int64_t max_rows = INT32_MAX / num_vocab_zones(p);
-  DSPARK_CHECK_ARG(num_law_rows(p) <= max_rows && p.num_reqs <= INT32_MAX / kMaxRows,
+  const int64_t num_law_rows = p.num_rows + num_draft_rows(p);
+  DSPARK_CHECK_ARG(num_law_rows <= max_rows && p.num_reqs <= INT32_MAX / kMaxRows,
                    DSPARK_ERROR_UNSUPPORTED_SHAPE,
                    "num_rows + num_reqs * draft_len: expected at most %lld rows of %d tokens, got "
                    "%lld (num_reqs %d)",
                    static_cast<long long>(max_rows), p.vocab_size,
-                   static_cast<long long>(num_law_rows(p)), p.num_reqs);
+                   static_cast<long long>(num_law_rows), p.num_reqs);
   return DSPARK_OK;
 }
 
@@ -73,10 +78,25 @@ dspark_status check_logits(const char* name, const void* logits, dspark_dtype dt
   return check_pointer(name, logits, dtype_bytes(dtype));
 }
 
+/* W2 and latents of a law whose draft_logits are base logits. */
+dspark_status check_low_rank_law(const dspark_accept_params& p) {
+  constexpr int kMaxRank = 256;
+  DSPARK_TRY(check_pointer("draft_markov_w2", p.draft_markov_w2, 16));
+  DSPARK_TRY(check_pointer("draft_latents", p.draft_latents, 16));
+  DSPARK_TRY(check_range("draft_markov_rank", p.draft_markov_rank, kLowRankStep, kMaxRank));
+  DSPARK_TRY(check_multiple("draft_markov_rank", p.draft_markov_rank, kLowRankStep));
+  if (p.draft_w2_dtype != DSPARK_DTYPE_E4M3) return check_half_dtype(p.draft_w2_dtype);
+  return check_pointer("draft_w2_scales", p.draft_w2_scales, sizeof(float));
+}
+
 dspark_status check_draft_law(const dspark_accept_params& p) {
   if (p.draft_logits != nullptr) {
     DSPARK_TRY(check_logits("draft_logits", p.draft_logits, p.draft_dtype));
-    return check_aligned("draft_log_normalizers", p.draft_log_normalizers, sizeof(float));
+    DSPARK_TRY(check_aligned("draft_log_normalizers", p.draft_log_normalizers, sizeof(float)));
+    DSPARK_TRY(check_aligned("draft_mask", p.draft_mask, sizeof(int32_t)));
+    if (p.draft_markov_w2 != nullptr) DSPARK_TRY(check_low_rank_law(p));
+    if (p.draft_markov_w2 == nullptr && p.draft_mask == nullptr) return DSPARK_OK;
+    return check_pointer("draft_log_normalizers", p.draft_log_normalizers, sizeof(float));
   }
   if (p.candidate_tokens == nullptr) return DSPARK_OK;
   DSPARK_TRY(check_range("num_candidates", p.num_candidates, 1, kMaxCandidates));
@@ -151,12 +171,19 @@ ShapeInputs shape_inputs(const dspark_accept_params& p) {
   return shape;
 }
 
+bool has_filters(const dspark_accept_params& p) {
+  return p.top_k != nullptr || p.top_p != nullptr || p.min_p != nullptr;
+}
+
 VerifyInputs verify_inputs(const dspark_accept_params& p) {
   const bool dense = p.draft_len > 0 && p.draft_logits != nullptr;
   VerifyInputs in;
   in.target = logit_matrix(p.target_logits, p.stride_target_row, p.target_dtype);
   in.draft = logit_matrix(dense ? p.draft_logits : nullptr, p.stride_draft_row, p.draft_dtype);
   in.draft_log_normalizers = p.draft_log_normalizers;
+  in.low_rank = {dense ? p.draft_markov_w2 : nullptr, p.draft_w2_scales, p.draft_latents,
+                 p.draft_w2_dtype, p.draft_markov_rank};
+  in.draft_mask = p.draft_mask;
   in.candidate_tokens = p.candidate_tokens;
   in.candidate_logits = p.candidate_logits;
   in.draft_tokens = p.draft_tokens;
@@ -178,8 +205,59 @@ VerifyInputs verify_inputs(const dspark_accept_params& p) {
   in.vocab_size = p.vocab_size;
   in.num_candidates = p.num_candidates;
   in.num_zones = static_cast<int32_t>(num_vocab_zones(p));
+  in.has_filters = has_filters(p);
   in.wants_logprobs = p.logprobs != nullptr;
   return in;
+}
+
+/* As many CTAs as run at once, or fewer where a warp would find no zone. */
+template <typename T, ZonesKind kKind>
+dspark_status launch_zones_as(const VerifyInputs& in, const ZonesWork& work, dspark_stream stream) {
+  constexpr const char* kName = "zones_kernel";
+  const auto kernel = zones_kernel<T, kKind>;
+  int resident = 0;
+  DSPARK_TRY(resident_ctas(kName, kernel, ZonesPolicy::kNumThreads, 0, &resident));
+  const int64_t wanted = ceil_div<int64_t>(work.num_rows * in.num_zones, ZonesPolicy::kWarpsPerCta);
+  const auto num_ctas = static_cast<uint32_t>(std::min<int64_t>(wanted, resident));
+  return launch_dependent(kName, kernel, dim3(num_ctas), dim3(ZonesPolicy::kNumThreads), stream, in,
+                          work);
+}
+
+template <ZonesKind kKind>
+dspark_status launch_zones(const VerifyInputs& in, const ZonesWork& work, dspark_stream stream) {
+  if (work.num_rows == 0) return DSPARK_OK;
+  return dispatch_dtype(work.matrix.dtype, [&](auto tag) {
+    return launch_zones_as<typename decltype(tag)::type, kKind>(in, work, stream);
+  });
+}
+
+/* What the first kernels leave in the workspace. */
+struct AcceptParts {
+  Strips* maxima;
+  Strips* sums;
+  Strips* draft_maxima;
+  Strips* draft_sums;
+  ZoneRace* races;
+  RowLaw* laws;
+  uint32_t* tickets;
+};
+
+/* The read of all logits. */
+dspark_status launch_all_zones(const dspark_accept_params& p,
+                               const VerifyInputs& in,
+                               const AcceptParts& parts,
+                               dspark_stream stream) {
+  const bool reads_draft = in.draft.data != nullptr && p.draft_log_normalizers == nullptr;
+  if (reads_draft) {
+    const ZonesWork draft = {in.draft,         num_draft_rows(p), parts.draft_maxima,
+                             parts.draft_sums, nullptr,           nullptr};
+    DSPARK_TRY(launch_zones<ZonesKind::kDraft>(in, draft, stream));
+  }
+  const ZonesWork target = {in.target,  p.num_rows,  parts.maxima,
+                            parts.sums, parts.races, parts.tickets};
+  if (in.shape.any) return launch_zones<ZonesKind::kShaped>(in, target, stream);
+  if (p.rules != nullptr) return launch_zones<ZonesKind::kRaces>(in, target, stream);
+  return launch_zones<ZonesKind::kTarget>(in, target, stream);
 }
 
 /* The kernels of one call, in order. */
@@ -187,40 +265,41 @@ dspark_status launch_accept(const dspark_accept_params& p, dspark_stream stream)
   const AcceptLayout layout = accept_layout(p);
   char* workspace = static_cast<char*>(p.workspace);
   const VerifyInputs in = verify_inputs(p);
-  auto* zones = reinterpret_cast<ZoneStats*>(workspace + layout.zones);
-  auto* laws = reinterpret_cast<RowLaw*>(workspace + layout.laws);
-  const bool filters = p.top_k != nullptr || p.top_p != nullptr || p.min_p != nullptr;
+  auto* zones = reinterpret_cast<Strips*>(workspace + layout.zones);
+  auto* draft_zones = reinterpret_cast<Strips*>(workspace + layout.draft_zones);
+  const AcceptParts parts = {zones,
+                             zones + p.num_rows * num_vocab_zones(p),
+                             draft_zones,
+                             draft_zones + num_draft_rows(p) * num_vocab_zones(p),
+                             reinterpret_cast<ZoneRace*>(workspace + layout.races),
+                             reinterpret_cast<RowLaw*>(workspace + layout.laws),
+                             reinterpret_cast<uint32_t*>(workspace + layout.tickets)};
   AcceptWork work;
-  work.zones = zones;
-  work.laws = filters ? laws : nullptr;
-  work.tickets = reinterpret_cast<uint32_t*>(workspace + layout.tickets);
+  work.zones = {parts.maxima, parts.sums};
+  work.draft_zones = {parts.draft_maxima, parts.draft_sums};
+  work.races = parts.races;
+  work.laws = in.has_filters ? parts.laws : nullptr;
+  work.tickets = parts.tickets;
   work.row_results = reinterpret_cast<uint32_t*>(workspace + layout.row_results);
   work.committed = nullptr;
   if (in.wants_logprobs) {
     work.committed = reinterpret_cast<CommittedToken*>(workspace + layout.committed);
   }
   work.ctas_per_req = 1;
-  if (p.rules != nullptr) {
+  if (p.rules != nullptr && (in.has_filters || in.draft.data != nullptr)) {
     work.ctas_per_req =
         std::clamp(AcceptPolicy::kTargetCtas / p.num_reqs, 1, AcceptPolicy::kMaxCtasPerReq);
   }
 
-  const bool reads_draft = in.draft.data != nullptr && p.draft_log_normalizers == nullptr;
-  const int64_t num_warps = (reads_draft ? num_law_rows(p) : p.num_rows) * in.num_zones;
-  const int64_t num_ctas = ceil_div<int64_t>(num_warps, ZonesPolicy::kWarpsPerCta);
-  if (num_ctas > 0) {
-    const auto kernel = in.shape.any ? zones_kernel<true> : zones_kernel<false>;
-    DSPARK_TRY(launch("zones_kernel", kernel, dim3(static_cast<uint32_t>(num_ctas)),
-                      dim3(ZonesPolicy::kNumThreads), 0, stream, in, num_warps, zones,
-                      work.tickets));
-  }
-  if (filters && p.num_rows > 0) {
-    DSPARK_TRY(launch("filter_kernel", filter_kernel, dim3(p.num_rows),
-                      dim3(FilterPolicy::kNumThreads), 0, stream, in, zones, laws));
+  DSPARK_TRY(launch_all_zones(p, in, parts, stream));
+  if (in.has_filters && p.num_rows > 0) {
+    DSPARK_TRY(launch_dependent("filter_kernel", filter_kernel, dim3(p.num_rows),
+                                dim3(FilterPolicy::kNumThreads), stream, in, parts.maxima,
+                                parts.sums, parts.laws));
   }
   const AcceptOutputs out = {p.num_accepted, p.next_tokens, p.status, p.accept_flags};
-  DSPARK_TRY(launch("accept_kernel", accept_kernel, dim3(p.num_reqs * work.ctas_per_req),
-                    dim3(AcceptPolicy::kNumThreads), 0, stream, in, work, out));
+  DSPARK_TRY(launch_dependent("accept_kernel", accept_kernel, dim3(p.num_reqs * work.ctas_per_req),
+                              dim3(AcceptPolicy::kNumThreads), stream, in, work, out));
   if (!in.wants_logprobs) return DSPARK_OK;
   const LogprobsOutputs logprobs = {p.logprobs, p.top_tokens, p.top_logprobs, p.num_top_logprobs};
   return launch("logprobs_kernel", logprobs_kernel, dim3(p.num_reqs * (p.draft_len + 1)),
@@ -245,7 +324,7 @@ extern "C" dspark_status DSPARK_FN(dspark_accept_workspace_size)(const dspark_ac
 extern "C" dspark_status DSPARK_FN(dspark_accept)(const dspark_accept_params* params,
                                                   dspark_stream stream) {
   DSPARK_CHECK_PARAMS(params, stride_draft_row);
-  const dspark_accept_params& p = *params;
+  const dspark_accept_params p = complete(params);
   DSPARK_TRY(check_accept_sizes(p));
   if (p.num_reqs == 0) return DSPARK_OK;
   DSPARK_TRY(check_accept_pointers(p));

@@ -35,6 +35,9 @@ pub struct AcceptExtras<'a> {
     pub edits: Option<&'a [TokenEdits]>,
     /// `[num_rows, ceil(vocab / 32)]`: bit `v % 32` of word `v / 32` set allows token v.
     pub mask: Option<&'a [u32]>,
+    /// `[num_reqs * draft_len, ceil(vocab / 32)]`, as `mask`, of the rows of a low-rank draft law: what the head was not
+    /// allowed to draft.
+    pub draft_mask: Option<&'a [u32]>,
     /// `[num_reqs]`: the accepted run ends with the first of these tokens, which then is the next token.
     pub stop_tokens: Option<&'a [&'a [u32]]>,
     /// Log-probabilities of the committed tokens and of the likeliest n (at most [`MAX_TOP_LOGPROBS`]) at each.
@@ -76,6 +79,38 @@ pub enum DraftLaw<'a, O: Ops> {
     Logits(&'a O::Logits),
     /// `softmax(logits / temperature)` over a few candidates, nothing elsewhere.
     Sparse(&'a SparseLaw),
+    /// `exp((U(v) + W2[v] . latent) / temperature - log_normalizer)`, U the base logits: nothing of the vocabulary's
+    /// size was written when the drafts were drawn.
+    LowRank {
+        /// `[num_reqs * draft_len, vocab]`, as the head read them.
+        base: &'a O::Logits,
+        /// `[vocab, rank]`.
+        w2: &'a O::Weight,
+        /// The latents and normalisers that the head handed on.
+        law: &'a LowRankLaw,
+    },
+}
+
+/// What the head over the whole vocabulary hands on, besides the base logits, for each draft.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LowRankLaw {
+    /// Columns of W2.
+    pub rank: usize,
+    /// `[num_reqs * draft_len * rank]`; each a number of the 16-bit type that W2 is multiplied in.
+    pub latents: Vec<f32>,
+    /// `[num_reqs * draft_len]`, `ln sum exp(l / temperature)`; NaN or -inf where the row is no law.
+    pub log_normalizers: Vec<f32>,
+}
+
+impl LowRankLaw {
+    /// Checks the law of `num_drafts` drafts.
+    ///
+    /// # Errors
+    /// Names the array that does not fit.
+    pub(crate) fn check(&self, num_drafts: usize) -> Result<()> {
+        expect("latents", num_drafts * self.rank, self.latents.len())?;
+        expect("log_normalizers", num_drafts, self.log_normalizers.len())
+    }
 }
 
 /// Truncated draft laws: `num_candidates` (token, logit) pairs for each draft.
@@ -199,6 +234,13 @@ impl<O: Ops> AcceptBatch<'_, O> {
             let drafts = &self.draft_tokens[verified.clone()];
             expect_tokens("draft token", drafts.iter(), vocab_size)?;
             self.check_parents(r, verified)?;
+        }
+        if let Some(mask) = self.extras.draft_mask {
+            if !matches!(self.law, DraftLaw::LowRank { .. }) {
+                return Err(Error::argument("draft_mask", "a low-rank law", "another"));
+            }
+            let words = num_drafts * vocab_size.div_ceil(32);
+            expect("draft_mask", words, mask.len())?;
         }
         self.extras.check(num_reqs, num_rows, vocab_size)
     }

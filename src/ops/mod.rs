@@ -19,7 +19,8 @@ mod schedule;
 mod tensor;
 
 pub use accept::{
-    AcceptBatch, AcceptExtras, Accepted, DraftLaw, MAX_TOP_LOGPROBS, SparseLaw, TokenLogprobs,
+    AcceptBatch, AcceptExtras, Accepted, DraftLaw, LowRankLaw, MAX_TOP_LOGPROBS, SparseLaw,
+    TokenLogprobs,
 };
 pub use grammar::{Constraint, Grammar};
 pub use mapped_file::MappedFile;

@@ -57,27 +57,38 @@ fn follow(window: &Window<'_>, mut target: impl FnMut(usize) -> Result<usize>) -
 fn token_rule(window: &Window<'_>, choices: &mut dyn Choices) -> Result<Walk> {
     let (mut path, mut row) = (Vec::new(), 0);
     'rows: loop {
-        let mut rest = window.target_law(row)?;
-        let mut tried = 0;
+        let target = window.target_law(row)?;
+        let mut rest = target.clone();
+        let mut refused = Vec::new();
         for child in window.children(row) {
             let token = window.token(child) as usize;
             let draft = window.draft_law(child);
-            let draw = window.draw(row, Purpose::Accept, tried);
+            let draw = window.draw(row, Purpose::Accept, refused.len() as u32);
             if choices.accept(draw, rest[token], draft[token]) {
                 path.push(child);
                 row = child;
                 continue 'rows;
             }
             rest = law::residual(1.0, &rest, &draft).unwrap_or(rest);
-            tried += 1;
+            refused.push(draft);
         }
-        let purpose = if tried == 0 {
-            Purpose::Bonus
-        } else {
-            Purpose::Residual
+        let next = match &refused[..] {
+            [] => choices.sample(window.draw(row, Purpose::Bonus, 0), &target),
+            [draft] => {
+                let draw = window.draw(row, Purpose::Residual, 0);
+                let rest = law::remainder(1.0, &target, draft);
+                choices.residual(draw, window.num_tries(), &target, &rest)
+            }
+            // What several drafts leave is not bounded by the target's law.
+            _ => choices.sample(
+                window.draw(row, Purpose::Residual, window.num_tries()),
+                &rest,
+            ),
         };
-        let next = choices.categorical(window.draw(row, purpose, 0), &rest) as u32;
-        return Ok(Walk { path, next });
+        return Ok(Walk {
+            path,
+            next: next as u32,
+        });
     }
 }
 
@@ -115,16 +126,19 @@ fn block_rule(window: &Window<'_>, choices: &mut dyn Choices) -> Result<Walk> {
         if i > 0 && !choices.accept(window.draw(i - 1, Purpose::Accept, 0), accept, 1.0) {
             continue;
         }
-        let (purpose, next_law) = match laws.get(i) {
-            None => (Purpose::Bonus, bonus_law),
+        let next = match laws.get(i) {
+            None => choices.sample(window.draw(i, Purpose::Bonus, 0), &bonus_law),
             Some((target, draft)) => {
-                let rest = law::residual(ratio, target, draft).unwrap_or_else(|| target.clone());
-                (Purpose::Residual, rest)
+                let share: Vec<f64> = target.iter().map(|&p| ratio * p).collect();
+                let rest = law::remainder(ratio, target, draft);
+                let draw = window.draw(i, Purpose::Residual, 0);
+                choices.residual(draw, window.num_tries(), &share, &rest)
             }
         };
-        let next = choices.categorical(window.draw(i, purpose, 0), &next_law) as u32;
-        let path = (1..=i).collect();
-        return Ok(Walk { path, next });
+        return Ok(Walk {
+            path: (1..=i).collect(),
+            next: next as u32,
+        });
     }
     unreachable!("the empty prefix is always accepted")
 }

@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::philox::{ZONE, Zone, key, philox4x32, uniform};
+use super::philox::{STRIP, ZONE, Zone, key, philox4x32, uniform, wide_uniform};
 use crate::ops::Purpose;
 
 /// Names one random decision. No two decisions of a request share all of it.
@@ -17,23 +17,90 @@ pub struct Draw {
     pub position: u32,
     /// What the draw is for.
     pub purpose: Purpose,
-    /// Which of several decisions at that position (siblings of a tree); else 0.
+    /// Which of several decisions at that position (siblings of a tree, tries of a draw); else 0.
     pub ordinal: u32,
 }
 
 /// A source of random decisions.
 pub trait Choices: Send {
-    /// An index with probability proportional to `weights` (finite, >= 0, not all 0).
+    /// An index with probability proportional to `weights` (finite, >= 0, not all 0), by noise for each index: what drafts
+    /// and the coupled rule share.
     fn categorical(&mut self, draw: Draw, weights: &[f64]) -> usize;
+
+    /// The same law, for draws that share their noise with nobody.
+    fn sample(&mut self, draw: Draw, weights: &[f64]) -> usize {
+        self.categorical(draw, weights)
+    }
+
+    /// An index with probability proportional to `rest`, which is nowhere above `target`; to `target` when nothing is
+    /// left. `tries` says how, not with which law.
+    fn residual(&mut self, draw: Draw, _tries: u32, target: &[f64], rest: &[f64]) -> usize {
+        self.sample(draw, what_is_left(target, rest))
+    }
+
     /// Whether to accept a draft of probability `draft_prob` where the target has `target_prob`: true with probability
     /// `min(1, target_prob / draft_prob)`; where `draft_prob` is 0, whether `target_prob` is not.
     fn accept(&mut self, draw: Draw, target_prob: f64, draft_prob: f64) -> bool;
 }
 
-/// The decisions of `dspark_accept` and `dspark_draft_head` (cuda/include/dspark.h): Philox4x32-10 with the seed as key;
-/// draws race with the noise of [`Zone`], decisions take the first word of the counter `(ordinal, position, purpose, 0)`.
+/// `rest`, or `target` where rounding has left nothing of it.
+fn what_is_left<'w>(target: &'w [f64], rest: &'w [f64]) -> &'w [f64] {
+    if rest.iter().any(|&weight| weight > 0.0) {
+        rest
+    } else {
+        target
+    }
+}
+
+/// Tries of a residual before it is drawn from its own weights.
+pub const TRIES: u32 = 64;
+/// The same where the draft law is low-rank, whose weights cost a pass over W2.
+pub const TRIES_LOW_RANK: u32 = 1024;
+
+/// A draw from `rest` by thinning draws from `target`: a draw v is kept with probability `rest[v] / target[v]`, and what is
+/// kept has the law of `rest`. After `tries` that were not kept the draw is made from `rest` itself, so that the law is
+/// exact for any number of tries.
+fn thinned(
+    choices: &mut (impl Choices + ?Sized),
+    tries: u32,
+    draw: Draw,
+    target: &[f64],
+    rest: &[f64],
+) -> usize {
+    for ordinal in 0..tries {
+        let draw = Draw { ordinal, ..draw };
+        let v = choices.sample(draw, target);
+        if choices.accept(draw, rest[v], target[v]) {
+            return v;
+        }
+    }
+    let draw = Draw {
+        ordinal: tries,
+        ..draw
+    };
+    choices.sample(draw, what_is_left(target, rest))
+}
+
+/// The decisions of `dspark_accept` and `dspark_draft_head` (cuda/include/dspark.h): Philox4x32-10 with the seed as key.
+/// Draws that share noise race with that of [`Zone`]; others invert the distribution function, of strips of [`STRIP`]
+/// tokens and then of the tokens in one, with the counter `(ordinal, position, purpose, 2)`; decisions take the first word of `(ordinal,
+/// position, purpose, 0)`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Philox;
+
+/// The first index at which the running sum of `weights` passes `fraction` of their sum.
+fn invert(weights: &[f64], fraction: f64) -> usize {
+    let target = fraction * weights.iter().sum::<f64>();
+    let (mut running, mut last) = (0.0, 0);
+    for (index, &weight) in weights.iter().enumerate().filter(|&(_, &w)| w > 0.0) {
+        running += weight;
+        last = index;
+        if running > target {
+            break;
+        }
+    }
+    last
+}
 
 impl Choices for Philox {
     /// An exponential race: the smallest of `E_v / weights[v]` wins; zones that cannot win are passed over.
@@ -60,6 +127,20 @@ impl Choices for Philox {
             }
         }
         winner
+    }
+
+    fn sample(&mut self, draw: Draw, weights: &[f64]) -> usize {
+        let counter = [draw.ordinal, draw.position, draw.purpose as u32, 2];
+        let [strip_high, strip_low, token_high, token_low] = philox4x32(key(draw.seed), counter);
+        let strips = weights.chunks(STRIP);
+        let masses: Vec<f64> = strips.map(|strip| strip.iter().sum()).collect();
+        let first = invert(&masses, wide_uniform(strip_high, strip_low)) * STRIP;
+        let strip = &weights[first..weights.len().min(first + STRIP)];
+        first + invert(strip, wide_uniform(token_high, token_low))
+    }
+
+    fn residual(&mut self, draw: Draw, tries: u32, target: &[f64], rest: &[f64]) -> usize {
+        thinned(self, tries, draw, target, rest)
     }
 
     fn accept(&mut self, draw: Draw, target_prob: f64, draft_prob: f64) -> bool {
@@ -244,6 +325,111 @@ mod tests {
         };
         assert!(statistic(&weights) < 44.0);
         assert!(statistic(&[0.2, 0.0, 2.3, 0.5, 1.0]) > 44.0);
+    }
+
+    /// Laws of four tokens in two strips: ordinary, with zeros, with nothing left, and with nearly nothing left.
+    fn residuals() -> Vec<(Vec<f64>, Vec<f64>)> {
+        let apart = |law: [f64; 4]| {
+            let mut weights = vec![0.0; STRIP + 2];
+            for (weight, at) in law.into_iter().zip([0, 3, STRIP, STRIP + 1]) {
+                weights[at] = weight;
+            }
+            weights
+        };
+        [
+            ([0.4, 0.1, 0.2, 0.3], [0.1, 0.0, 0.2, 0.05]),
+            ([0.0, 0.5, 0.5, 0.0], [0.0, 0.5, 0.0, 0.0]),
+            ([0.25; 4], [0.0; 4]),
+            ([0.7, 0.1, 0.1, 0.1], [2e-12, 0.0, 1e-12, 0.0]),
+        ]
+        .map(|(target, rest)| (apart(target), apart(rest)))
+        .to_vec()
+    }
+
+    #[test]
+    fn thinning_has_the_law_of_the_rest_for_any_number_of_tries() {
+        for (target, rest) in residuals() {
+            let left = what_is_left(&target, &rest);
+            let mass: f64 = left.iter().sum();
+            for tries in 0..4 {
+                let mut law = vec![0.0; target.len()];
+                for (probability, v) in enumerate(|choices| {
+                    let mut choices = choices.clone();
+                    thinned(
+                        &mut choices,
+                        tries,
+                        draw(0, Purpose::Residual),
+                        &target,
+                        &rest,
+                    )
+                }) {
+                    law[v] += probability;
+                }
+                for (v, (&got, &weight)) in law.iter().zip(left).enumerate() {
+                    let want = weight / mass;
+                    assert!(
+                        (got - want).abs() < 1e-12,
+                        "{tries} tries, {v}: {got} {want}"
+                    );
+                }
+            }
+        }
+    }
+
+    /// Tries that look at the draft's probability alone keep too much where it is small against the target's.
+    #[test]
+    fn thinning_by_the_wrong_ratio_is_another_law() {
+        let (target, rest) = residuals().swap_remove(0);
+        let wrong: Vec<f64> = rest.iter().map(|&w| f64::from(u8::from(w > 0.0))).collect();
+        let mut law = vec![0.0; target.len()];
+        for (probability, v) in enumerate(|choices| {
+            thinned(
+                &mut choices.clone(),
+                2,
+                draw(0, Purpose::Residual),
+                &target,
+                &wrong,
+            )
+        }) {
+            law[v] += probability;
+        }
+        let mass: f64 = rest.iter().sum();
+        assert!((law[0] - rest[0] / mass).abs() > 1e-2);
+    }
+
+    /// 40000 draws each against the weights: chi-square with at most 3 degrees of freedom, false alarm about 1e-9 at 44.
+    #[test]
+    fn inversion_and_thinning_have_the_law_of_their_weights() {
+        let statistic = |draw_one: &dyn Fn(u32) -> usize, weights: &[f64]| {
+            let n = 40_000;
+            let mut counts = vec![0.0; weights.len()];
+            for position in 0..n {
+                counts[draw_one(position)] += 1.0;
+            }
+            let mass: f64 = weights.iter().sum();
+            let cells = counts.iter().zip(weights);
+            cells
+                .map(|(&count, &weight)| {
+                    let mean = f64::from(n) * weight / mass;
+                    if mean > 0.0 {
+                        (count - mean).powi(2) / mean
+                    } else {
+                        count * 1e9
+                    }
+                })
+                .sum::<f64>()
+        };
+        for (target, rest) in residuals() {
+            let draw = |position| draw(position, Purpose::Residual);
+            let inverted = |position| Philox.sample(draw(position), &target);
+            assert!(statistic(&inverted, &target) < 44.0);
+            let thinned = |position| Philox.residual(draw(position), TRIES, &target, &rest);
+            let left = what_is_left(&target, &rest);
+            assert!(statistic(&thinned, left) < 44.0);
+        }
+        let (target, rest) = residuals().swap_remove(0);
+        let inverted = |position| Philox.sample(draw(position, Purpose::Bonus), &target);
+        assert!(statistic(&inverted, &rest) > 44.0);
     }
 
     /// Noise that shares its zone's minimum is exponential of rate 1 and independent: first and second moments, within

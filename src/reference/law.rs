@@ -85,15 +85,19 @@ fn top_p_threshold(probs: &[f64], top_p: f64) -> f64 {
     0.0
 }
 
+/// `max(share * target - draft, 0)`.
+pub fn remainder(share: f64, target: &[f64], draft: &[f64]) -> Vec<f64> {
+    let pairs = target.iter().zip(draft);
+    pairs
+        .map(|(&target, &draft)| (share * target - draft).max(0.0))
+        .collect()
+}
+
 /// `normalise(max(share * target - draft, 0))`: the law of the recovered token; `share` is 1 but for the block rule, where
 /// it is the joint ratio of the prefix before. `None` when no mass is left, which exact
 /// arithmetic rules out after a rejection (the rejected token has `target < draft`, so another has `target > draft`).
 pub fn residual(share: f64, target: &[f64], draft: &[f64]) -> Option<Vec<f64>> {
-    let mut rest: Vec<f64> = target
-        .iter()
-        .zip(draft)
-        .map(|(&target, &draft)| (share * target - draft).max(0.0))
-        .collect();
+    let mut rest = remainder(share, target, draft);
     // Scaled by the maximum first: the mass may be so small that its reciprocal is not a number.
     let max = rest.iter().copied().fold(0.0, f64::max);
     if max <= 0.0 {

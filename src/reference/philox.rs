@@ -31,8 +31,17 @@ pub fn uniform(word: u32) -> f64 {
     (f64::from(word) + 0.5) * (-32.0_f64).exp2()
 }
 
+/// The uniform in (0, 1) of 52 bits of two random words.
+pub fn wide_uniform(high: u32, low: u32) -> f64 {
+    let bits = u64::from(high) << 20 | u64::from(low >> 12);
+    (bits as f64 + 0.5) * (-52.0_f64).exp2()
+}
+
 /// Tokens that share the noise of their minimum: see [`Zone`].
 pub const ZONE: usize = 1024;
+
+/// Tokens that a draw by inversion picks together first.
+pub const STRIP: usize = 256;
 
 /// The exponential noise of one zone of [`ZONE`] neighbouring tokens, for one draw.
 ///
@@ -126,5 +135,7 @@ mod tests {
         assert_eq!(key(0x0123_4567_89ab_cdef), [0x89ab_cdef, 0x0123_4567]);
         assert_eq!(uniform(0), 0.5 / 4_294_967_296.0);
         assert_eq!(uniform(u32::MAX), 1.0 - 0.5 / 4_294_967_296.0);
+        assert_eq!(wide_uniform(0, 0xfff), (-53.0_f64).exp2());
+        assert_eq!(wide_uniform(u32::MAX, u32::MAX), 1.0 - (-53.0_f64).exp2());
     }
 }

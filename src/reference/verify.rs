@@ -4,10 +4,11 @@ use std::borrow::Cow;
 
 use super::Reference;
 use super::accept::{self, Walk};
-use super::choices::{Choices, Draw};
+use super::choices::{Choices, Draw, TRIES, TRIES_LOW_RANK};
 use super::law;
 use super::shape::Shape;
 use super::tensor::expect_shape;
+use super::weight::Weight;
 use crate::error::{Error, Result};
 use crate::ops::{
     AcceptBatch, Accepted, DraftLaw, Matrix, Purpose, SamplingParams, SparseLaw, TokenLogprobs,
@@ -134,7 +135,27 @@ impl Window<'_> {
                 }
                 probs
             }
+            DraftLaw::LowRank { base, w2, law: low } => {
+                let latent = &low.latents[index * low.rank..][..low.rank];
+                let mut logits = low_rank_logits(base.row(index), w2, latent);
+                if let Some(mask) = self.batch.extras.draft_mask {
+                    let words = vocab_size.div_ceil(32);
+                    forbid(&mut logits, &mask[index * words..][..words]);
+                }
+                if law::defect(&logits).is_some() {
+                    return law::point_mass(token, vocab_size);
+                }
+                law::softmax(&logits, temperature)
+            }
             DraftLaw::PointMass | DraftLaw::Logits(_) => law::point_mass(token, vocab_size),
+        }
+    }
+
+    /// Tries of a residual: see [`Choices::residual`].
+    pub(super) fn num_tries(&self) -> u32 {
+        match self.batch.law {
+            DraftLaw::LowRank { .. } => TRIES_LOW_RANK,
+            _ => TRIES,
         }
     }
 
@@ -203,5 +224,31 @@ fn check_law(batch: &AcceptBatch<'_, Reference>) -> Result<()> {
             expect_shape("draft logits", *logits, rows, vocab_size)
         }
         DraftLaw::Sparse(sparse) => sparse.check(num_drafts, vocab_size),
+        DraftLaw::LowRank { base, w2, law } => {
+            expect_shape("draft logits", *base, num_drafts, vocab_size)?;
+            expect_shape("markov_w2", *w2, vocab_size, law.rank)?;
+            law.check(num_drafts)
+        }
     }
+}
+
+/// -inf where the mask has 0.
+fn forbid(logits: &mut [f32], mask: &[u32]) {
+    for (v, logit) in logits.iter_mut().enumerate() {
+        if mask[v / 32] >> (v % 32) & 1 == 0 {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+}
+
+/// `U + W2 latent`, each dot in f64.
+fn low_rank_logits(base: &[f32], w2: &Weight, latent: &[f32]) -> Vec<f32> {
+    let mut row = vec![0.0; latent.len()];
+    let logit = |(v, &base): (usize, &f32)| {
+        w2.copy_row(v, &mut row);
+        let products = row.iter().zip(latent);
+        let dot: f64 = products.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+        (f64::from(base) + dot) as f32
+    };
+    base.iter().enumerate().map(logit).collect()
 }

@@ -52,6 +52,9 @@ static void check_null_params(void) {
   CHECK_REFUSED(dspark_draft_head_workspace_size(NULL, &bytes), DSPARK_ERROR_NULL_POINTER,
                 "params");
   CHECK_REFUSED(dspark_draft_head(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
+  CHECK_REFUSED(dspark_draft_full_workspace_size(NULL, &bytes), DSPARK_ERROR_NULL_POINTER,
+                "params");
+  CHECK_REFUSED(dspark_draft_full(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
   CHECK_REFUSED(dspark_draft_candidates_workspace_size(NULL, &bytes), DSPARK_ERROR_NULL_POINTER,
                 "params");
   CHECK_REFUSED(dspark_draft_candidates(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
@@ -152,6 +155,7 @@ static void check_layers(void) {
 
 static void check_laws(void) {
   dspark_draft_head_params head = DSPARK_DRAFT_HEAD_PARAMS_INIT;
+  dspark_draft_full_params full = DSPARK_DRAFT_FULL_PARAMS_INIT;
   dspark_draft_candidates_params candidates = DSPARK_DRAFT_CANDIDATES_PARAMS_INIT;
   dspark_survival_params survival = DSPARK_SURVIVAL_PARAMS_INIT;
   dspark_schedule_params schedule = DSPARK_SCHEDULE_PARAMS_INIT;
@@ -173,6 +177,25 @@ static void check_laws(void) {
   head.markov_rank = 64;
   CHECK(dspark_draft_head_workspace_size(&head, &bytes) == DSPARK_OK && bytes > 0);
   CHECK_REFUSED(dspark_draft_head(&head, NULL), DSPARK_ERROR_NULL_POINTER, "logits");
+
+  full.dtype = DSPARK_DTYPE_BF16;
+  full.logits_dtype = DSPARK_DTYPE_BF16;
+  full.w2_dtype = DSPARK_DTYPE_F16;
+  full.head = DSPARK_HEAD_VANILLA;
+  full.num_reqs = 2;
+  full.draft_len = 17;
+  full.vocab_size = 1000;
+  full.markov_rank = 72;
+  CHECK_REFUSED(dspark_draft_full_workspace_size(&full, &bytes), DSPARK_ERROR_INVALID_ARGUMENT,
+                "draft_len");
+  full.draft_len = 16;
+  CHECK_REFUSED(dspark_draft_full_workspace_size(&full, &bytes), DSPARK_ERROR_UNSUPPORTED_SHAPE,
+                "markov_rank");
+  full.markov_rank = 64;
+  CHECK(dspark_draft_full_workspace_size(&full, &bytes) == DSPARK_OK && bytes > 0);
+  CHECK_REFUSED(dspark_draft_full(&full, NULL), DSPARK_ERROR_UNSUPPORTED_DTYPE, "w2_dtype");
+  full.w2_dtype = DSPARK_DTYPE_BF16;
+  CHECK_REFUSED(dspark_draft_full(&full, NULL), DSPARK_ERROR_NULL_POINTER, "logits");
 
   candidates.vocab_size = 151936;
   candidates.markov_rank = 64;

@@ -21,6 +21,8 @@ struct AttentionDesc {
   int group_size;
   int num_kv_heads;
   int head_dim;
+  int page_size;
+  int key_bytes; /* of an element of the cache */
   bool is_draft;
   bool batch_invariant;
 };
@@ -28,24 +30,23 @@ struct AttentionDesc {
 struct AttentionDevice {
   int num_sms;
   int shared_bytes_per_sm;
+  bool has_bulk_copies; /* and clusters: sm_90 */
 };
 
 struct AttentionConfig {
-  int warps_m; /* of AttentionPolicy */
+  bool streams; /* stream_attention.cuh, else paged_attention.cuh */
+  int warps_m;  /* of AttentionPolicy */
+  int tile_m;   /* rows of an M tile */
   WorkPlan plan;
   int64_t num_items; /* the grid is num_items * num_kv_heads */
   int64_t num_slots; /* of partial results per KV head; 0: nothing to merge */
 
-  int tile_m() const { return 16 * warps_m; }
   int64_t num_partials(const AttentionDesc& desc) const {
-    return num_slots * desc.num_kv_heads * tile_m();
+    return num_slots * desc.num_kv_heads * tile_m;
   }
-  /* O and (m, l) of every partial result, then a merge record per item. */
+  /* O and (m, l) of every partial result. */
   size_t workspace_bytes(const AttentionDesc& desc) const {
-    if (num_slots == 0) return 0;
-    constexpr size_t kMergeRecordBytes = 16;
-    return static_cast<size_t>(num_partials(desc)) * (desc.head_dim + 2) * sizeof(float) +
-           static_cast<size_t>(num_items) * kMergeRecordBytes;
+    return static_cast<size_t>(num_partials(desc)) * (desc.head_dim + 2) * sizeof(float);
   }
 };
 
@@ -61,40 +62,77 @@ int resident_ctas_of(const AttentionDevice& device) {
   return device.num_sms * std::max(std::min(Policy::kMinCtasPerSm, by_shared), 1);
 }
 
-/* CTAs of the attention kernel that the device holds at once. */
-inline int resident_ctas(int head_dim, int warps_m, const AttentionDevice& device) {
-  if (head_dim == 64) {
-    return warps_m == 1   ? resident_ctas_of<AttentionPolicy<64, 1>>(device)
-           : warps_m == 2 ? resident_ctas_of<AttentionPolicy<64, 2>>(device)
-                          : resident_ctas_of<AttentionPolicy<64, 4>>(device);
+template <int kHeadDim, int kWarpsM>
+int resident_ctas_of(int key_bytes, const AttentionDevice& device) {
+  return key_bytes == 1 ? resident_ctas_of<AttentionPolicy<kHeadDim, kWarpsM, 1>>(device)
+                        : resident_ctas_of<AttentionPolicy<kHeadDim, kWarpsM, 2>>(device);
+}
+
+template <int kHeadDim>
+int resident_ctas_of(int warps_m, int key_bytes, const AttentionDevice& device) {
+  return warps_m == 2 ? resident_ctas_of<kHeadDim, 2>(key_bytes, device)
+                      : resident_ctas_of<kHeadDim, 4>(key_bytes, device);
+}
+
+/* CTAs of the paged kernel that the device holds at once. */
+inline int resident_ctas(const AttentionDesc& desc, int warps_m, const AttentionDevice& device) {
+  switch (desc.head_dim) {
+    case 64:
+      return resident_ctas_of<64>(warps_m, desc.key_bytes, device);
+    case 128:
+      return resident_ctas_of<128>(warps_m, desc.key_bytes, device);
+    default:
+      return resident_ctas_of<256>(warps_m, desc.key_bytes, device);
   }
-  return warps_m == 1   ? resident_ctas_of<AttentionPolicy<128, 1>>(device)
-         : warps_m == 2 ? resident_ctas_of<AttentionPolicy<128, 2>>(device)
-                        : resident_ctas_of<AttentionPolicy<128, 4>>(device);
 }
 
 /* Warps along M, 16 rows each; the other warps of the CTA share the keys, so that the number decides
  * the order of sums: batch-invariant passes must not take it from their longest request. */
 inline int warps_m_of(const AttentionDesc& desc) {
   if (desc.batch_invariant) return 2;
-  const int m = desc.max_rows_per_req * desc.group_size;
-  return m <= 16 ? 1 : (m <= 32 ? 2 : 4);
+  return desc.max_rows_per_req * desc.group_size <= 32 ? 2 : 4;
+}
+
+/* The streaming kernel: one CTA for each SM. Where results must not depend on the batch, nothing that
+ * decides the order of sums may depend on its bounds: neither the kernel nor the M tile. */
+inline bool configure_stream(const AttentionDesc& desc,
+                             const AttentionDevice& device,
+                             AttentionConfig* config) {
+  const int64_t max_m = int64_t{desc.max_rows_per_req} * desc.group_size;
+  if (!device.has_bulk_copies || desc.page_size % kBoxKeys != 0) return false;
+  const int largest = desc.head_dim == 256 ? 32 : 64;
+  if (!desc.batch_invariant && max_m > int64_t{largest} * kMaxBalancedMTiles) return false;
+  config->streams = true;
+  config->tile_m = max_m <= 16 ? 16 : (max_m <= 32 ? 32 : largest);
+  if (desc.batch_invariant) config->tile_m = 32;
+  WorkPlan& plan = config->plan;
+  plan.num_chunks = std::max(device.num_sms / desc.num_kv_heads, 1);
+  plan.by_num_chunks = Divider::by(plan.num_chunks);
+  plan.min_tiles_per_chunk = 1;
+  plan.has_parts = desc.batch_invariant;
+  config->num_items = plan.num_chunks;
+  config->num_slots = config->num_items * plan.slots_per_chunk();
+  return true;
 }
 
 inline AttentionConfig configure_attention(const AttentionDesc& desc,
                                            const AttentionDevice& device) {
   AttentionConfig config = {};
+  if (configure_stream(desc, device, &config)) return config;
   config.warps_m = warps_m_of(desc);
+  config.tile_m = 16 * config.warps_m;
+  config.plan.min_tiles_per_chunk = kMinTilesPerChunk;
   const int64_t max_m = int64_t{desc.max_rows_per_req} * desc.group_size;
-  const int64_t m_tiles = (max_m + config.tile_m() - 1) / config.tile_m();
+  const int64_t m_tiles = (max_m + config.tile_m - 1) / config.tile_m;
   /* The draft form rounds cache and block up to tiles each: one tile more at most. */
   const int64_t max_tiles = num_key_tiles(desc.max_seq_len) + (desc.is_draft ? 1 : 0);
 
   if (!desc.batch_invariant && m_tiles <= kMaxBalancedMTiles && max_tiles > 1) {
-    const int64_t resident = resident_ctas(desc.head_dim, config.warps_m, device);
+    const int64_t resident = resident_ctas(desc, config.warps_m, device);
     const int64_t line = desc.num_reqs * m_tiles * max_tiles;
     const int64_t chunks = std::max<int64_t>(resident / desc.num_kv_heads, 1);
     config.plan.num_chunks = static_cast<int32_t>(std::min(chunks, line));
+    config.plan.by_num_chunks = Divider::by(config.plan.num_chunks);
     config.num_items = config.plan.num_chunks;
     config.num_slots = 2 * config.num_items;
     return config;

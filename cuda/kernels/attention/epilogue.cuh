@@ -25,7 +25,7 @@ struct WarpExchange {
 
   /* Leaves the rows of a warp with warp_n > 0. */
   template <typename T>
-  __device__ __forceinline__ void put(const WarpSoftmax<T, Policy>& state,
+  __device__ __forceinline__ void put(WarpSoftmax<T, Policy>& state,
                                       int warp_m,
                                       int warp_n,
                                       int lane) const {
@@ -33,11 +33,11 @@ struct WarpExchange {
     for (int half = 0; half < 2; ++half) {
       const int e = entry(warp_m, warp_n, half, lane);
       if (lane % 4 == 0) max_sum[e] = make_float2(state.row_max[half], state.row_sum[half]);
-      float* row = out + e * Policy::kOutStride + lane % 4 * 2;
+      float* row = out + e * Policy::kOutStride;
 #pragma unroll
       for (int n = 0; n < Policy::kHeadDim / 8; ++n) {
-        *reinterpret_cast<float2*>(row + n * 8) =
-            make_float2(state.out[n][2 * half], state.out[n][2 * half + 1]);
+        *reinterpret_cast<float2*>(row + state.column(n, lane)) =
+            make_float2(state.value(n, half, 0), state.value(n, half, 1));
       }
     }
   }
@@ -61,20 +61,20 @@ struct WarpExchange {
       state.row_sum[half] *= own_weight;
 #pragma unroll
       for (int n = 0; n < Policy::kHeadDim / 8; ++n) {
-        state.out[n][2 * half] *= own_weight;
-        state.out[n][2 * half + 1] *= own_weight;
+        state.value(n, half, 0) *= own_weight;
+        state.value(n, half, 1) *= own_weight;
       }
 #pragma unroll
       for (int w = 1; w < Policy::kWarpsN; ++w) {
         const int e = entry(warp_m, w, half, lane);
         const float weight = exp2_approx(max_sum[e].x - reference);
         state.row_sum[half] += weight * max_sum[e].y;
-        const float* row = out + e * Policy::kOutStride + lane % 4 * 2;
+        const float* row = out + e * Policy::kOutStride;
 #pragma unroll
         for (int n = 0; n < Policy::kHeadDim / 8; ++n) {
-          const float2 part = *reinterpret_cast<const float2*>(row + n * 8);
-          state.out[n][2 * half] += weight * part.x;
-          state.out[n][2 * half + 1] += weight * part.y;
+          const float2 part = *reinterpret_cast<const float2*>(row + state.column(n, lane));
+          state.value(n, half, 0) += weight * part.x;
+          state.value(n, half, 1) += weight * part.y;
         }
       }
     }
@@ -84,7 +84,7 @@ struct WarpExchange {
 /* Writes the warp's rows to `out`, or to the partial results of the segment's slot. */
 template <typename T, typename Policy>
 __device__ __forceinline__ void write_rows(const AttentionArgs<T>& args,
-                                           const TileNote& note,
+                                           const SegmentNote& note,
                                            WarpSoftmax<T, Policy>& state,
                                            int kv_head,
                                            int warp_m,
@@ -94,28 +94,28 @@ __device__ __forceinline__ void write_rows(const AttentionArgs<T>& args,
     const int m_in_tile = warp_m * 16 + half * 8 + lane / 4;
     const int m = note.m_begin + m_in_tile;
     if (m >= note.m_end(args.group_size)) continue;
-    const int column = lane % 4 * 2;
     if (note.slot == Segment::kWhole) {
-      const int64_t row = note.row_begin + m / args.group_size;
-      const int head = kv_head * args.group_size + m % args.group_size;
-      T* target = args.out + row * args.stride_out_row +
-                  static_cast<int64_t>(head) * Policy::kHeadDim + column;
+      const int row_in_req = args.by_group_size.quotient(m);
+      const int64_t row = note.row_begin + row_in_req;
+      const int head = kv_head * args.group_size + m - row_in_req * args.group_size;
+      T* target =
+          args.out + row * args.stride_out_row + static_cast<int64_t>(head) * Policy::kHeadDim;
       const float sum = state.row_sum[half];
 #pragma unroll
       for (int n = 0; n < Policy::kHeadDim / 8; ++n) {
-        float o[2] = {state.out[n][2 * half], state.out[n][2 * half + 1]};
+        float o[2] = {state.value(n, half, 0), state.value(n, half, 1)};
         normalise(o, sum);
-        *reinterpret_cast<uint32_t*>(target + n * 8) = Element<T>::pack(o[0], o[1]);
+        *reinterpret_cast<uint32_t*>(target + state.column(n, lane)) = Element<T>::pack(o[0], o[1]);
       }
       continue;
     }
     const int64_t entry =
         (note.slot * int64_t{args.num_kv_heads} + kv_head) * Policy::kTileM + m_in_tile;
-    float* target = args.partials.out + entry * Policy::kHeadDim + column;
+    float* target = args.partials.out + entry * Policy::kHeadDim;
 #pragma unroll
     for (int n = 0; n < Policy::kHeadDim / 8; ++n) {
-      *reinterpret_cast<float2*>(target + n * 8) =
-          make_float2(state.out[n][2 * half], state.out[n][2 * half + 1]);
+      *reinterpret_cast<float2*>(target + state.column(n, lane)) =
+          make_float2(state.value(n, half, 0), state.value(n, half, 1));
     }
     if (lane % 4 == 0) {
       args.partials.max_sum[entry] = make_float2(state.row_max[half], state.row_sum[half]);

@@ -8,6 +8,13 @@
 
 namespace dspark {
 
+/* Stands beside a tile in shared memory: the warps that read a stage need nothing else to know what
+ * they read. */
+struct StageNote {
+  TileNote tile;
+  SegmentNote segment;
+};
+
 /* Copies the tiles of a CTA's segments, one after the other, to shared memory. A lane looks after
  * one key (lane % 16) of its warp's 16: it finds the key's offset one tile ahead, so that the page
  * lookup hides behind the products, and hands it to the lanes that copy. */
@@ -33,7 +40,7 @@ struct KeyLoader {
 
   /* Starts the copy of the next tile, if there is one, into `stage`, describes it in `note`, and
    * closes a group either way. All threads call. */
-  __device__ __forceinline__ void copy_next(T* stage, TileNote* note) {
+  __device__ __forceinline__ void copy_next(unsigned char* stage, StageNote* note) {
     if (has_tile()) {
       copy(stage, note);
       step();
@@ -73,16 +80,20 @@ struct KeyLoader {
   }
 
   /* Key k of the tile is bit k of the note's mask: a word of 16 bits from every warp. */
-  __device__ __forceinline__ void copy(T* stage, TileNote* note) const {
+  __device__ __forceinline__ void copy(unsigned char* stage, StageNote* note) const {
     const uint32_t present = __ballot_sync(kAllLanes, offset != kUnmappedSlot);
     if (lane == 0) {
-      reinterpret_cast<uint16_t*>(&note->key_mask)[warp] = static_cast<uint16_t>(present);
+      reinterpret_cast<uint16_t*>(&note->tile.key_mask)[warp] = static_cast<uint16_t>(present);
     }
-    if (threadIdx.x == 0) describe(note);
+    if (threadIdx.x == 0) {
+      cursor.describe(&note->segment);
+      note->tile.first_key = cursor.tile * kTileKeys;
+      note->tile.ends_segment = cursor.tile + 1 == cursor.segment().last_tile;
+    }
 
     const bool in_cache = cursor.tile < cursor.segment().cache_tiles;
-    const T* k_base = in_cache ? args.k_cache : args.k_block;
-    const T* v_base = in_cache ? args.v_cache : args.v_block;
+    const auto* k_base = static_cast<const unsigned char*>(in_cache ? args.k_cache : args.k_block);
+    const auto* v_base = static_cast<const unsigned char*>(in_cache ? args.v_cache : args.v_block);
     constexpr int kKeysAtOnce = kWarpSize / Policy::kChunks;
     const int chunk = lane % Policy::kChunks;
 #pragma unroll
@@ -90,26 +101,12 @@ struct KeyLoader {
       const int key = i * kKeysAtOnce + lane / Policy::kChunks;
       const int64_t key_offset = __shfl_sync(kAllLanes, offset, key);
       const bool valid = key_offset != kUnmappedSlot;
-      const int64_t source = valid ? key_offset + chunk * 8 : 0;
+      const int64_t source = valid ? key_offset * Policy::kKeyBytes + chunk * 16 : 0;
       const int row = warp * Policy::kKeysCopied + key;
-      T* target = stage + row * Policy::kHeadDim + swizzle(row, chunk) * 8;
+      unsigned char* target = stage + tile_offset<Policy::kRowBytes>(row, chunk);
       copy_async_16(shared_address(target), k_base + source, valid);
-      copy_async_16(shared_address(target + Policy::kTileElements), v_base + source, valid);
+      copy_async_16(shared_address(target + Policy::kTileBytes), v_base + source, valid);
     }
-  }
-
-  __device__ __forceinline__ void describe(TileNote* note) const {
-    const Segment& segment = cursor.segment();
-    note->first_key = cursor.tile * kTileKeys;
-    note->whole_begin = segment.whole_begin;
-    note->whole_end = segment.whole_end;
-    note->seq_len = segment.seq_len;
-    note->row_begin = segment.row_begin;
-    note->num_rows = segment.num_rows;
-    note->m_begin = segment.m_tile * Policy::kTileM;
-    note->slot = segment.slot;
-    note->ends_segment = cursor.tile + 1 == segment.last_tile;
-    note->ends_work = note->ends_segment && !cursor.has_next();
   }
 };
 

@@ -1,11 +1,12 @@
 /*
  * Merges the partial results of the M tiles that more than one CTA worked on.
  *
- * Maths     M = max_s m_s;  out = sum_s 2^(m_s - M) O_s / sum_s 2^(m_s - M) l_s, in the order of the
- *           keys.
- * Mapping   One CTA per (item of the attention grid, KV head, few rows of the M tile); head_dim / 4
- *           lanes own one row, 4 values (16 bytes) each. The attention kernel has noted for every
- *           item what it leaves to merge: most have nothing or two partials, and nobody searches.
+ * Maths     M = max_s m_s;  out = sum_s 2^(m_s - M) O_s / sum_s 2^(m_s - M) l_s, summed up in the order
+ *           of the keys.
+ * Mapping   One CTA per (item of the attention grid, KV head). Those whose items worked on an M tile
+ *           share its rows; head_dim / 4 lanes own one row, 4 values (16 bytes) each. They find out
+ *           what there is by themselves, from the lists, while the attention kernel still runs beside
+ *           them; after that they wait for memory once or twice.
  * Traffic   partials * rows of the M tile * (head_dim + 2) * 4 bytes in, from L2.
  * Limit     launch latency, hidden behind the attention kernel by programmatic dependent launch.
  * Source    flash-decoding (Dao et al. 2023).
@@ -14,58 +15,165 @@
 
 #include "common/dependent_launch.cuh"
 #include "common/vec.cuh"
-#include "kernels/attention/tile.cuh"
+#include "kernels/attention/sum_up.cuh"
+#include "kernels/attention/work_cursor.cuh"
 
 namespace dspark {
 
-/* Grid (items, num_kv_heads, tile_m / kRowsPerCta); tile_m is that of the attention kernel. */
+/* The partial results of an M tile, and the rows of it that a CTA merges. */
+struct MergeWork {
+  int row_begin; /* of the request */
+  int m_begin;
+  int m_end;
+  int first_row; /* in the M tile */
+  int row_step;
+  int num_partials; /* fewer than two: nothing to merge */
+  int first_slot;
+  int second_slot;
+  int slot_step; /* from the second on */
+
+  __device__ __forceinline__ int slot(int i) const {
+    return i == 0 ? first_slot : second_slot + (i - 1) * slot_step;
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ MergeWork
+merge_of_m_tile(const AttentionArgs<T>& args, const RequestKeys& keys, int m_tile, int tile_m) {
+  MergeWork work = {};
+  work.row_begin = keys.row_begin;
+  work.m_begin = m_tile * tile_m;
+  work.m_end = min(work.m_begin + tile_m, keys.num_rows * args.group_size);
+  return work;
+}
+
+/* Balanced form: the M tile that stands at `found`, tile `position` of the line. */
+template <typename T>
+__device__ __forceinline__ MergeWork find_chunk_merge(const AttentionArgs<T>& args,
+                                                      const Chunks& chunks,
+                                                      const LinePlace& found,
+                                                      int position,
+                                                      int item,
+                                                      int tile_m) {
+  const RequestKeys keys = args.keys_of(found.req);
+  const int tiles = keys.num_tiles();
+  const bool has_parts = args.plan.has_parts;
+  const MTilePlace place(found.offset, tiles, false);
+  const int begin = position - place.first;
+  const int part = has_parts ? part_tiles(tiles) : 1;
+  const int first_chunk = chunks.chunk_of(begin + min(part, tiles) - 1);
+  const int last_chunk = chunks.chunk_of(begin + tiles - 1);
+  if (item < first_chunk || item > last_chunk || first_chunk == last_chunk) return {};
+  MergeWork work = merge_of_m_tile(args, keys, place.m_tile, tile_m);
+  work.first_row = item - first_chunk;
+  work.row_step = last_chunk - first_chunk + 1;
+  const int slots = args.plan.slots_per_chunk();
+  work.first_slot = first_chunk * slots;
+  if (has_parts) {
+    const int parts_added = (chunks.begin(first_chunk + 1) - begin) / part;
+    work.num_partials = (tiles - 1) / part + 1 - parts_added + 1;
+    work.second_slot = work.first_slot + parts_added;
+    work.slot_step = 1;
+  } else {
+    work.num_partials = work.row_step;
+    work.second_slot = work.first_slot + slots + 1;
+    work.slot_step = slots;
+  }
+  return work;
+}
+
+/* Fixed form: the M tile of the item. */
+template <typename T>
+__device__ __forceinline__ MergeWork find_split_merge(const AttentionArgs<T>& args,
+                                                      int item,
+                                                      int tile_m) {
+  const RequestKeys keys = args.keys_of(item / args.plan.ctas_per_req);
+  const int cta = item % args.plan.ctas_per_req;
+  const int m_tiles = keys.num_m_tiles(args.group_size, tile_m);
+  const int splits = m_tiles == 0 ? 1 : args.plan.splits_of(m_tiles, keys.num_tiles());
+  const int m_tile = cta / splits;
+  if (m_tile >= m_tiles) return {};
+  MergeWork work = merge_of_m_tile(args, keys, m_tile, tile_m);
+  const int tiles = keys.last_tile(keys.last_row(m_tile, tile_m)) -
+                    keys.first_tile(keys.first_row(m_tile, tile_m));
+  work.num_partials = min(splits, tiles);
+  work.first_row = cta % splits;
+  work.row_step = splits;
+  work.first_slot = item - cta % splits;
+  work.second_slot = work.first_slot + 1;
+  work.slot_step = 1;
+  return work;
+}
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void merge_rows(const AttentionArgs<T>& args,
+                                           const MergeWork& work,
+                                           int kv_head,
+                                           int tile_m) {
+  using Policy = MergePolicy<kHeadDim>;
+  if (work.num_partials < 2) return;
+  const int column = threadIdx.x % Policy::kLanesPerRow * 4;
+  for (int i = threadIdx.x / Policy::kLanesPerRow;; i += Policy::kRowsPerCta) {
+    const int m_in_tile = work.first_row + i * work.row_step;
+    const int m = work.m_begin + m_in_tile;
+    if (m >= work.m_end) return;
+    /* The reads of a batch go out together. */
+    RowSum total = RowSum::empty();
+    for (int first = 0; first < work.num_partials; first += Policy::kBatch) {
+      RowSum parts[Policy::kBatch];
+#pragma unroll
+      for (int p = 0; p < Policy::kBatch; ++p) {
+        parts[p] = RowSum::empty();
+        if (first + p >= work.num_partials) continue;
+        const int64_t slot = work.slot(first + p);
+        const int64_t entry = (slot * args.num_kv_heads + kv_head) * tile_m + m_in_tile;
+        parts[p].max_sum = args.partials.max_sum[entry];
+        parts[p].out =
+            *reinterpret_cast<const float4*>(args.partials.out + entry * kHeadDim + column);
+      }
+#pragma unroll
+      for (int p = 0; p < Policy::kBatch; ++p) {
+        if (first + p < work.num_partials) total.add(parts[p]);
+      }
+    }
+    float o[4] = {total.out.x, total.out.y, total.out.z, total.out.w};
+    normalise(o, total.max_sum.y);
+    const int row_in_req = args.by_group_size.quotient(m);
+    const int64_t row = work.row_begin + row_in_req;
+    const int head = kv_head * args.group_size + m - row_in_req * args.group_size;
+    const uint2 packed = make_uint2(Element<T>::pack(o[0], o[1]), Element<T>::pack(o[2], o[3]));
+    *reinterpret_cast<uint2*>(args.out + row * args.stride_out_row +
+                              static_cast<int64_t>(head) * kHeadDim + column) = packed;
+  }
+}
+
+/* Grid (items, num_kv_heads); tile_m is that of the attention kernel. */
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(MergePolicy<kHeadDim>::kThreads)
     merge_splits_kernel(const AttentionArgs<T> args, int tile_m) {
-  using Policy = MergePolicy<kHeadDim>;
-  wait_for_prerequisites();
+  __shared__ FinderScratch scratch;
   const int item = blockIdx.x;
   const int kv_head = blockIdx.y;
-  const int m_in_tile = blockIdx.z * Policy::kRowsPerCta + threadIdx.x / Policy::kLanesPerRow;
-  const int column = threadIdx.x % Policy::kLanesPerRow * 4;
-  const int4 record = args.partials.merges[item];
-  const int row_begin = record.x;
-  const int m = record.y + m_in_tile;
-  const int num_partials = record.w;
-  if (m >= record.z) return; /* also where there is nothing to merge */
-
-  const int first_slot = args.plan.is_balanced() ? 2 * item + 1 : item;
-  auto entry_of = [&](int i) {
-    const int64_t slot = args.plan.slot(first_slot, i);
-    return (slot * args.num_kv_heads + kv_head) * tile_m + m_in_tile;
-  };
-  float total_max = -INFINITY;
-#pragma unroll 8
-  for (int i = 0; i < num_partials; ++i) {
-    total_max = fmaxf(total_max, args.partials.max_sum[entry_of(i)].x);
+  MergeWork works[2] = {}; /* of the M tiles that the item begins and ends in */
+  if (args.plan.is_balanced()) {
+    const ChunkFinder<T, MergePolicy<kHeadDim>::kThreads> finder{args, scratch, tile_m};
+    const Chunks chunks = finder.find(item);
+    if (item < chunks.count) {
+      const int end = chunks.begin(item + 1);
+      works[0] = find_chunk_merge(args, chunks, scratch.found[0], chunks.begin(item), item, tile_m);
+      if (end < chunks.num_tiles) {
+        works[1] = find_chunk_merge(args, chunks, scratch.found[1], end, item, tile_m);
+        const bool same = works[0].row_begin == works[1].row_begin &&
+                          works[0].m_begin == works[1].m_begin && works[0].num_partials > 1;
+        if (same) works[1].num_partials = 0;
+      }
+    }
+  } else {
+    works[0] = find_split_merge(args, item, tile_m);
   }
-  const float reference = finite_max(total_max);
-  float o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  float sum = 0.0f;
-#pragma unroll 8
-  for (int i = 0; i < num_partials; ++i) {
-    const int64_t entry = entry_of(i);
-    const float2 max_sum = args.partials.max_sum[entry];
-    const float4 part =
-        *reinterpret_cast<const float4*>(args.partials.out + entry * kHeadDim + column);
-    const float weight = exp2_approx(max_sum.x - reference);
-    sum += weight * max_sum.y;
-    o[0] += weight * part.x;
-    o[1] += weight * part.y;
-    o[2] += weight * part.z;
-    o[3] += weight * part.w;
-  }
-  normalise(o, sum);
-  const int64_t row = row_begin + m / args.group_size;
-  const int head = kv_head * args.group_size + m % args.group_size;
-  const uint2 packed = make_uint2(Element<T>::pack(o[0], o[1]), Element<T>::pack(o[2], o[3]));
-  *reinterpret_cast<uint2*>(args.out + row * args.stride_out_row +
-                            static_cast<int64_t>(head) * kHeadDim + column) = packed;
+  wait_for_prerequisites();
+  merge_rows<T, kHeadDim>(args, works[0], kv_head, tile_m);
+  merge_rows<T, kHeadDim>(args, works[1], kv_head, tile_m);
 }
 
 }  // namespace dspark

@@ -56,31 +56,37 @@ namespace dspark {
 template <typename T, typename Policy>
 __global__ void __launch_bounds__(Policy::kThreads, Policy::kMinCtasPerSm)
     paged_attention_kernel(const AttentionArgs<T> args) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ TileNote notes[Policy::kStages];
+  extern __shared__ __align__(128) unsigned char stages[];
+  __shared__ StageNote notes[Policy::kStages];
   __shared__ CursorState cursor_states[Policy::kWarps];
+  __shared__ FinderScratch scratch;
 
   release_dependents(); /* the merge waits for the end of this grid before it reads */
   const int kv_head = blockIdx.x % args.num_kv_heads;
   const int item = blockIdx.x / args.num_kv_heads;
-  WorkCursor<T, Policy> cursor(args, cursor_states, item, kv_head == 0 && threadIdx.x == 0);
-  if (!cursor.start()) return;
+  WorkCursor<T, Policy> cursor(args, &cursor_states[threadIdx.x / kWarpSize], item);
+  if (args.plan.is_balanced()) {
+    const ChunkFinder<T, Policy::kThreads> finder{args, scratch, Policy::kTileM};
+    const Chunks chunks = finder.find(item);
+    if (!cursor.start_chunk(chunks, scratch.found)) return;
+  } else if (!cursor.start_fixed()) {
+    return;
+  }
 
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int warp_m = warp % Policy::kWarpsM;
   const int warp_n = warp / Policy::kWarpsM;
-  T* stages = reinterpret_cast<T*>(shared);
-
   KeyLoader<T, Policy> loader(args, cursor, kv_head);
 #pragma unroll
   for (int s = 0; s < Policy::kStages - 1; ++s) {
-    loader.copy_next(stages + s * Policy::kStageElements, &notes[s]);
+    loader.copy_next(stages + s * Policy::kStageBytes, &notes[s]);
   }
   __syncthreads(); /* the first note */
 
   WarpSoftmax<T, Policy> state;
-  state.init(args, notes[0], kv_head, warp_m, lane);
+  state.load_rows(args, notes[0].segment, kv_head, warp_m, lane);
+  state.reset();
   const int first_row = warp_n * Policy::kKeysPerWarp;
 
   int stage = 0;
@@ -88,15 +94,16 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kMinCtasPerSm)
     copy_async_wait<Policy::kStages - 2>();
     __syncthreads(); /* this turn's tile is here for all, and all are done with the last turn's */
     const int free_stage = stage == 0 ? Policy::kStages - 1 : stage - 1;
-    loader.copy_next(stages + free_stage * Policy::kStageElements, &notes[free_stage]);
+    loader.copy_next(stages + free_stage * Policy::kStageBytes, &notes[free_stage]);
 
-    T* tile = stages + stage * Policy::kStageElements;
-    const TileNote& note = notes[stage];
-    state.step(args, note, tile, first_row, warp_m, lane);
+    unsigned char* tile = stages + stage * Policy::kStageBytes;
+    const SegmentNote& note = notes[stage].segment;
+    const TileNote& keys = notes[stage].tile;
+    state.step(args, note, keys, tile, first_row, warp_m, lane);
     stage = stage + 1 == Policy::kStages ? 0 : stage + 1;
-    if (!note.ends_segment) continue;
+    if (!keys.ends_segment) continue;
 
-    state.sum_quads();
+    state.complete(args, kv_head);
     const WarpExchange<Policy> exchange(tile);
     __syncthreads(); /* all are done with the tile, whose place the exchange takes */
     if (warp_n > 0) exchange.put(state, warp_m, warp_n, lane);
@@ -106,7 +113,8 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kMinCtasPerSm)
       write_rows(args, note, state, kv_head, warp_m, lane);
     }
     if (note.ends_work) return;
-    state.init(args, notes[stage], kv_head, warp_m, lane);
+    state.load_rows(args, notes[stage].segment, kv_head, warp_m, lane);
+    state.reset();
   }
 }
 

@@ -14,9 +14,16 @@
  *             own rows and length: its result does not depend on its neighbours.
  *
  * A partial result has a slot. Those of one M tile are merged in the order of the keys:
- *   balanced  chunk c leaves slot 2 c when it goes on with an M tile that an earlier chunk began,
- *             and slot 2 c + 1 when it begins one that it cannot end: first, first + 1, first + 3 ..
+ *   balanced  chunk c leaves slot 2 c when it begins an M tile that it cannot end, and 2 c + 1 when it
+ *             goes on with one that an earlier chunk began
  *   fixed     one slot per CTA: first, first + 1, first + 2 ..
+ *
+ * Where results must not depend on the batch (has_parts), the balanced form sums up in one order: the
+ * tiles of an M tile form parts, by the request's own length; chunks are cut between parts; parts
+ * are summed up from the first to the last. The chunk c that an M tile begins in adds up the parts
+ * that it has and leaves the sum in slot s c, s = slots_per_chunk(); chunks that go on leave every
+ * part p for itself in slot s c + p, and the merge adds them to that sum one by one, as a CTA that
+ * has them all does.
  */
 #pragma once
 
@@ -36,13 +43,55 @@ namespace dspark {
  * tiles that make a split worth merging. */
 constexpr int kMaxSplits = 16;
 constexpr int kMinTilesPerSplit = 4;
-/* Below this a chunk costs more in merging than its CTA saves. */
+/* Below this a chunk of the paged kernel costs more in merging than its CTA saves. */
 constexpr int kMinTilesPerChunk = 4;
+/* Parts of an M tile where the order of sums must not depend on the batch. */
+constexpr int kMaxParts = 16;
+constexpr int kMinTilesPerPart = 2;
 
 DSPARK_HOST_DEVICE constexpr int num_key_tiles(int keys) {
   /* Not (keys + 63) / 64: keys may be close to INT32_MAX. */
   return keys / kTileKeys + (keys % kTileKeys != 0);
 }
+
+/* Division of numbers in [0, 2^31) by one divisor >= 1: a multiplication and a shift. */
+struct Divider {
+  uint32_t multiplier; /* 0: the divisor is 1 */
+  uint32_t shift;
+
+  static Divider by(int32_t divisor) {
+    if (divisor == 1) return {0, 0};
+    uint32_t bits = 0; /* 2^bits >= divisor */
+    while ((int64_t{1} << bits) < divisor) ++bits;
+    /* 2^(31 + bits) / divisor, rounded up: too large by less than 2^bits / 2^31 of itself. */
+    return {
+        static_cast<uint32_t>((uint64_t{1} << (31 + bits)) / static_cast<uint32_t>(divisor)) + 1,
+        bits - 1};
+  }
+  DSPARK_HOST_DEVICE int32_t quotient(int32_t n) const {
+    if (multiplier == 0) return n;
+#if defined(__CUDA_ARCH__)
+    return static_cast<int32_t>(__umulhi(static_cast<uint32_t>(n), multiplier) >> shift);
+#else
+    return static_cast<int32_t>((static_cast<uint64_t>(static_cast<uint32_t>(n)) * multiplier) >>
+                                (32 + shift));
+#endif
+  }
+};
+
+/* The line of tiles cut into `count` chunks of one length, but that the last may be shorter. */
+struct Chunks {
+  int32_t num_tiles;
+  int32_t length;
+  int32_t count;
+
+  /* First tile of a chunk; of those past the last, the end of the line. */
+  DSPARK_HOST_DEVICE int32_t begin(int32_t chunk) const {
+    return chunk < count ? chunk * length : num_tiles;
+  }
+  /* The chunk that tile `position` lies in. */
+  DSPARK_HOST_DEVICE int32_t chunk_of(int32_t position) const { return position / length; }
+};
 
 /* Fixed at launch by the sizes in the params. CTA b of the grid has KV head b % num_kv_heads and
  * item b / num_kv_heads. */
@@ -50,8 +99,19 @@ struct WorkPlan {
   int32_t num_chunks;   /* balanced: bound on the chunks; items are chunks. 0: the fixed form */
   int32_t ctas_per_req; /* fixed: per KV head; items are req * ctas_per_req + CTA */
   int32_t max_splits;   /* fixed: per M tile */
+  int32_t min_tiles_per_chunk;
+  bool has_parts; /* balanced: chunks end where parts end, and parts are summed up one by one */
+  Divider by_num_chunks;
 
   DSPARK_HOST_DEVICE bool is_balanced() const { return num_chunks > 0; }
+
+  /* As few chunks as the longest of num_chunks equal ones allows: merging costs, idle CTAs do not. */
+  DSPARK_HOST_DEVICE Chunks cut(int32_t tiles) const {
+    if (tiles == 0) return {0, 1, 0};
+    const int32_t even = by_num_chunks.quotient(tiles - 1) + 1;
+    const int32_t length = even > min_tiles_per_chunk ? even : min_tiles_per_chunk;
+    return {tiles, length, (tiles - 1) / length + 1};
+  }
 
   /* Splits of each M tile of a request in the fixed form. */
   DSPARK_HOST_DEVICE int splits_of(int num_m_tiles, int num_tiles) const {
@@ -61,35 +121,14 @@ struct WorkPlan {
     return splits < 1 ? 1 : splits;
   }
 
-  /* The slot of partial i of an M tile whose first partial has slot `first`. */
-  DSPARK_HOST_DEVICE int slot(int first, int i) const {
-    if (!is_balanced() || i == 0) return first + i;
-    return first + 2 * i - 1;
-  }
+  /* Slots of a chunk for partial results. */
+  DSPARK_HOST_DEVICE int slots_per_chunk() const { return has_parts ? kMaxParts + 1 : 2; }
 };
 
-/* The line of tiles cut into `count` chunks whose lengths differ by one at most; none is empty. */
-struct Chunks {
-  int64_t num_tiles;
-  int64_t count;
-
-  DSPARK_HOST_DEVICE Chunks(int64_t tiles, int64_t num_chunks)
-      : num_tiles(tiles), count(num_chunks) {}
-
-  /* As few chunks as the longest of max_chunks equal ones allows: merging costs, idle CTAs do not. */
-  static DSPARK_HOST_DEVICE Chunks cut(int64_t tiles, int max_chunks) {
-    if (tiles == 0) return {0, 0};
-    const int64_t even = (tiles + max_chunks - 1) / max_chunks;
-    const int64_t longest = even > kMinTilesPerChunk ? even : kMinTilesPerChunk;
-    return {tiles, (tiles + longest - 1) / longest};
-  }
-  /* First tile of a chunk; of chunk `count`, the end of the line. */
-  DSPARK_HOST_DEVICE int64_t begin(int64_t chunk) const { return chunk * num_tiles / count; }
-  /* The chunk that tile `position` lies in. */
-  DSPARK_HOST_DEVICE int64_t chunk_of(int64_t position) const {
-    return ((position + 1) * count - 1) / num_tiles;
-  }
-};
+/* Tiles of a part (but the last) of an M tile with so many: by the request's own length. */
+DSPARK_HOST_DEVICE constexpr int part_tiles(int tiles) {
+  return tiles <= kMaxParts * kMinTilesPerPart ? kMinTilesPerPart : (tiles - 1) / kMaxParts + 1;
+}
 
 /* The first cache slot in the window (0: none) of a row that stands `place` places after the
  * committed tokens; the window ends with the row itself. At most seq_len + place. */

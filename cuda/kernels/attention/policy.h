@@ -9,10 +9,13 @@ namespace dspark {
 
 /* Keys of one tile of the attention kernel. */
 constexpr int kTileKeys = 64;
+/* Keys that lie together in a tile: what one copy of the tensor memory accelerator brings. */
+constexpr int kBoxKeys = 16;
 
-template <int kHeadDim_, int kWarpsM_>
+template <int kHeadDim_, int kWarpsM_, int kKeyBytes_ = 2>
 struct AttentionPolicy {
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kKeyBytes = kKeyBytes_; /* of an element of K or V: 1 is e4m3 */
   static constexpr int kWarps = 4;
   static constexpr int kWarpsM = kWarpsM_;
   static constexpr int kWarpsN = kWarps / kWarpsM;
@@ -21,26 +24,27 @@ struct AttentionPolicy {
   static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
   /* Resident CTAs hide each other's page lookups and barriers: three where few rows leave the
    * registers for it (sm_90 has the shared memory), two for a prefill tile of head_dim 128. */
-  static constexpr int kMinCtasPerSm = kHeadDim == 128 && kWarpsM == 4 ? 2 : 3;
+  static constexpr int kMinCtasPerSm =
+      kHeadDim == 256 ? 1 : (kHeadDim == 128 && kWarpsM == 4 ? 2 : 3);
 
   static constexpr int kKeysPerWarp = kTileKeys / kWarpsN; /* of the products */
   static constexpr int kKeysCopied = kTileKeys / kWarps;   /* by one warp */
-  static constexpr int kChunks = kHeadDim / 8;             /* of 16 bytes in a key */
-  static constexpr int kTileElements = kTileKeys * kHeadDim;
-  static constexpr int kStageElements = 2 * kTileElements; /* K, then V */
-  static constexpr size_t kStageBytes = size_t{2} * kStageElements;
-  static constexpr size_t kSharedBytes = kStages * kStageBytes;
+  static constexpr int kRowBytes = kHeadDim * kKeyBytes;
+  static constexpr int kChunks = kRowBytes / 16; /* in a key */
+  static constexpr int kTileBytes = kTileKeys * kRowBytes;
 
   /* Exchange of the warps that share rows: O in f32, rows padded so that fragment accesses are free
    * of bank conflicts, then m and l. It takes the place of the stage just read. */
   static constexpr int kOutStride = kHeadDim + 8;
   static constexpr int kExchangeRows = (kWarpsN - 1) * kTileM;
+  static constexpr int kExchangeBytes = 4 * kExchangeRows * (kOutStride + 2);
+
+  static constexpr int kStageBytes = /* K, then V */
+      2 * kTileBytes > kExchangeBytes ? 2 * kTileBytes : kExchangeBytes;
+  static constexpr size_t kSharedBytes = size_t{kStages} * kStageBytes;
 
   static_assert(kWarpsM * kWarpsN == kWarps && kKeysPerWarp % 16 == 0, "warps tile M x keys");
   static_assert(kKeysCopied == 16, "the key mask of a tile is four 16-bit words");
-  static_assert(kHeadDim % 64 == 0, "the swizzle spreads eight rows over eight chunks");
-  static_assert(size_t{4} * kExchangeRows * (kOutStride + 2) <= kStageBytes,
-                "the exchange fits into a stage");
 };
 
 template <int kHeadDim>
@@ -48,6 +52,7 @@ struct MergePolicy {
   static constexpr int kThreads = 128;
   static constexpr int kLanesPerRow = kHeadDim / 4;
   static constexpr int kRowsPerCta = kThreads / kLanesPerRow;
+  static constexpr int kBatch = 8; /* partial results that a lane reads at once */
 };
 
 }  // namespace dspark

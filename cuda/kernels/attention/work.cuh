@@ -15,8 +15,6 @@ namespace dspark {
 struct PartialResults {
   float* out;      /* [entries, head_dim], not normalised */
   float2* max_sum; /* [entries] the maximum of the scores in base 2, and the sum of p */
-  int4* merges;    /* [items] (row_begin of the request, m_begin, m_end, number of partials) of the
-                      M tile whose first partial is the item's; zeros where there is none */
 };
 
 /* Which keys a row sees besides the committed ones. */
@@ -34,6 +32,7 @@ struct RequestKeys {
   int seq_len;
   int window; /* 0: none */
   RowForm form;
+  Divider by_group_size;
 
   /* Cache slots [0, n) that hold the keys of rows up to `row`. */
   __device__ __forceinline__ int cache_keys(int row) const {
@@ -90,11 +89,11 @@ struct RequestKeys {
   __device__ __forceinline__ int num_m_tiles(int group_size, int tile_m) const {
     return (num_rows * group_size + tile_m - 1) / tile_m;
   }
-  __device__ __forceinline__ int first_row(int m_tile, int group_size, int tile_m) const {
-    return m_tile * tile_m / group_size;
+  __device__ __forceinline__ int first_row(int m_tile, int tile_m) const {
+    return by_group_size.quotient(m_tile * tile_m);
   }
-  __device__ __forceinline__ int last_row(int m_tile, int group_size, int tile_m) const {
-    return min((m_tile * tile_m + tile_m - 1) / group_size, num_rows - 1);
+  __device__ __forceinline__ int last_row(int m_tile, int tile_m) const {
+    return min(by_group_size.quotient(m_tile * tile_m + tile_m - 1), num_rows - 1);
   }
 };
 

@@ -120,6 +120,13 @@ __device__ __forceinline__ void accumulate_dots(const T* const (&weights)[kNumRo
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
+/* Latents as 16-bit numbers; base nullptr: f32 instead. */
+struct LatentRows {
+  void* base = nullptr; /* [num_reqs, draft_len, markov_rank] */
+  bool is_f16 = false;  /* else bf16 */
+  int64_t stride = 0;   /* between requests */
+};
+
 template <typename T>
 struct LatentArgs {
   HeadInputs<T> in;
@@ -128,8 +135,27 @@ struct LatentArgs {
   const float* state_before; /* rnn: [num_reqs, markov_rank]; nullptr: zeros */
   float* state_after;        /* rnn */
   float* latent;             /* [num_reqs, markov_rank] */
+  LatentRows rows;           /* instead, where it has a base */
   int32_t step;
 };
+
+template <typename T>
+__device__ __forceinline__ void store_latent(const LatentArgs<T>& args,
+                                             int32_t req,
+                                             int32_t j,
+                                             float value) {
+  const int32_t rank = args.in.markov_rank;
+  if (args.rows.base == nullptr) {
+    args.latent[static_cast<int64_t>(req) * rank + j] = value;
+    return;
+  }
+  const int64_t at = req * args.rows.stride + static_cast<int64_t>(args.step) * rank + j;
+  if (args.rows.is_f16) {
+    static_cast<__half*>(args.rows.base)[at] = Element<__half>::from_float(value);
+  } else {
+    static_cast<__nv_bfloat16*>(args.rows.base)[at] = Element<__nv_bfloat16>::from_float(value);
+  }
+}
 
 /* kRnn: the rnn head, else gated. Grid: (latent elements / kWarpsPerCta, requests / kReqsPerCta). */
 template <typename T, bool kRnn, bool kVec>
@@ -186,17 +212,34 @@ __global__ void __launch_bounds__(LatentPolicy::kNumThreads) latent_kernel(Laten
       z[i] = warp_reduce(sums[i][q], SumOp{}) + Element<T>::to_float(args.proj_bias[i * rank + j]);
     }
     if (lane != 0 || first_req + q >= in.num_reqs) continue;
-    const int64_t at = static_cast<int64_t>(first_req + q) * rank + j;
     if constexpr (kRnn) {
+      const int64_t at = static_cast<int64_t>(first_req + q) * rank + j;
       const float keep = sigmoid(z[0]);
       const float before = state[q] == nullptr ? 0.f : state[q][j];
       args.state_after[at] = keep * before + (1.f - keep) * tanhf(z[1]);
-      args.latent[at] = tanhf(z[2]);
+      store_latent(args, first_req + q, j, tanhf(z[2]));
     } else {
       const float w1 = markov[q] == nullptr ? 0.f : Element<T>::to_float(markov[q][j]);
-      args.latent[at] = sigmoid(z[0]) * w1;
+      store_latent(args, first_req + q, j, sigmoid(z[0]) * w1);
     }
   }
+}
+
+/* w . [h ; w1] by a warp; `markov` nullptr: without the second part. kVec: sizes are multiples of 8
+ * and rows start at multiples of 16 bytes. */
+template <bool kVec, typename T>
+__device__ __forceinline__ float confidence_dot(
+    const T* weight, const T* hidden, int32_t hidden_size, const T* markov, int32_t markov_rank) {
+  float sums[1][1] = {};
+  const T* const hidden_weight[1] = {weight};
+  const T* const hidden_rows[1] = {hidden};
+  accumulate_dots<kVec>(hidden_weight, hidden_rows, hidden_size, sums);
+  if (markov != nullptr) {
+    const T* const markov_weight[1] = {weight + hidden_size};
+    const T* const markov_rows[1] = {markov};
+    accumulate_dots<kVec>(markov_weight, markov_rows, markov_rank, sums);
+  }
+  return warp_reduce(sums[0][0], SumOp{});
 }
 
 template <typename T>
@@ -219,16 +262,9 @@ __global__ void __launch_bounds__(LatentPolicy::kNumThreads)
   const int32_t req = static_cast<int32_t>(row / in.draft_len);
   const int32_t step = static_cast<int32_t>(row % in.draft_len);
 
-  float sums[1][1] = {};
-  const T* const hidden_weight[1] = {args.weight};
-  const T* const hidden[1] = {hidden_row(in, req, step)};
-  accumulate_dots<kVec>(hidden_weight, hidden, in.hidden_size, sums);
-  if (args.with_markov) {
-    const T* const markov_weight[1] = {args.weight + in.hidden_size};
-    const T* const markov[1] = {markov_row(in, req, step)};
-    accumulate_dots<kVec>(markov_weight, markov, in.markov_rank, sums);
-  }
-  const float z = warp_reduce(sums[0][0], SumOp{}) + args.bias;
+  const T* markov = args.with_markov ? markov_row(in, req, step) : nullptr;
+  const float z = args.bias + confidence_dot<kVec>(args.weight, hidden_row(in, req, step),
+                                                   in.hidden_size, markov, in.markov_rank);
   if (threadIdx.x % kWarpSize == 0) args.confidence[row] = sigmoid(z);
 }
 

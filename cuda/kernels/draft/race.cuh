@@ -80,6 +80,19 @@ __device__ __forceinline__ float largest_exponential(float l, float bound, const
   return fast_exp2(fmaf(l - bound, runner.log2e_per_temperature, kScreenSlackLog2));
 }
 
+/* E of one token; `zone` is its zone's noise. */
+__device__ __forceinline__ float token_exponential(const Runner& runner,
+                                                   const ZoneNoise& zone,
+                                                   int32_t token) {
+  const uint4 noise = philox_quad(runner.seed, static_cast<uint32_t>(token) / kQuad,
+                                  runner.position, runner.purpose);
+  const uint32_t words[kQuad] = {noise.x, noise.y, noise.z, noise.w};
+  uint32_t word = words[0];
+#pragma unroll
+  for (int j = 1; j < kQuad; ++j) word = token % kQuad == j ? words[j] : word;
+  return zone_exponential(zone, token % kZone, word);
+}
+
 /* Lets the tokens of a quad run that can still win; `zone` is theirs. A comparison with NaN lets the
  * token run, which judges it exactly. */
 __device__ __forceinline__ void race_screened(Indexed& best,

@@ -5,16 +5,18 @@
  *   C_k  = top-K of U_k  joined with  bigram_tokens[x_{k-1}]
  *   l(v) = U_k(v) + W2[v] . latent for v in C_k;   x_k ~ softmax(l / T) over C_k alone
  *
- * Mapping: a CTA walks the steps of one request; nothing crosses CTAs. Groups of kLanesPerRow lanes
- * take a candidate each: gathered rows of W2, 128 neighbouring bytes per access. Which rows the
- * top-K needs is known for all steps beforehand, so the walk begins by asking L2 for them.
+ * Mapping: a CTA walks the steps of one request; nothing crosses CTAs. What does not depend on the
+ * tokens drawn is done beforehand: the top-K of all steps and their noise go to shared memory, and
+ * the W2 rows of the next step are in registers when its latent comes. A step then is one read of
+ * W1 (from L2, where select_top_kernel had it brought), dots by kLanesPerRow lanes a candidate, and
+ * a reduction: four barriers.
  *
- * Bytes per request and step: (K + M) * 2 * rank, and the pairs written. Limited by latency: about
- * one read of L2 and two barriers per step. gated and rnn latents come from a kernel of their own,
- * with a launch per step.
+ * Bytes per request and step: (K + M) * 2 * rank, and the pairs written. Limited by latency. gated
+ * and rnn latents come from a kernel of their own, with a launch per step.
  */
 #pragma once
 
+#include "common/dependent_launch.cuh"
 #include "kernels/draft/latent.cuh"
 #include "kernels/draft/race.cuh"
 #include "kernels/draft/top_k.cuh"
@@ -23,8 +25,12 @@ namespace dspark {
 
 struct WalkPolicy {
   static constexpr int kNumThreads = 256;
-  static constexpr int kLanesPerRow = 8;
-  static constexpr int kNumGroups = kNumThreads / kLanesPerRow;
+  static constexpr int kNumWarps = kNumThreads / kWarpSize;
+  static constexpr int kLanesPerRow = 4;
+  static constexpr int kNumGroups = kNumThreads / kLanesPerRow; /* candidates at a time */
+  static constexpr int kChunk = 8;                              /* columns of 16 bytes */
+  static constexpr int kAheadChunks = 8; /* of a lane, in registers: 64 columns, rank 256 */
+  static constexpr int kAheadRank = kAheadChunks * kLanesPerRow * kChunk;
 };
 
 template <typename T, typename U>
@@ -38,7 +44,10 @@ struct WalkArgs {
   const int32_t* anchor_positions;
   const float* temperature;
   const uint64_t* seeds;
-  const int32_t* rules;      /* nullptr: none is coupled */
+  const int32_t* rules; /* nullptr: none is coupled */
+  const int32_t* top_k; /* these three: nullptr: off */
+  const float* top_p;
+  const float* min_p;
   int32_t* draft_tokens;     /* [num_reqs, draft_len] */
   int32_t* candidate_tokens; /* [num_reqs * draft_len, num_top + num_bigram] */
   float* candidate_logits;
@@ -52,134 +61,103 @@ struct WalkArgs {
 
 constexpr int32_t kNoCandidate = -1;
 
-/* Asks L2 for the rows of W2 that the top-K of this launch's steps will need. */
+/* Dynamic shared memory of a walk: latent, then top and bigram candidates of each step. */
+__host__ __device__ constexpr size_t walk_latent_floats(int32_t rank) {
+  return static_cast<size_t>(rank + 7) / 8 * 8;
+}
+
+struct Candidate {
+  float logit; /* U */
+  float noise; /* T log E: what the score loses; 0 at temperature 0 */
+  int32_t token;
+};
+
+__host__ __device__ constexpr size_t walk_shared_bytes(int32_t rank,
+                                                       int32_t num_candidates,
+                                                       int32_t num_steps) {
+  return walk_latent_floats(rank) * sizeof(float) +
+         static_cast<size_t>(num_candidates) * num_steps * sizeof(Candidate);
+}
+
+/* T log E of a token of the race, 0 where the temperature is. */
+__device__ __forceinline__ float token_noise(const Runner& runner, int32_t token) {
+  if (!(runner.temperature > 0.f)) return 0.f;
+  const ZoneNoise zone = zone_noise(runner.seed, token / kZone, runner.position, runner.purpose);
+  return runner.temperature * logf(token_exponential(runner, zone, token));
+}
+
+/* A walk's request. */
 template <typename T, typename U>
-__device__ __forceinline__ void prefetch_rows(const WalkArgs<T, U>& args, int64_t first_row) {
-  constexpr int kLineBytes = 128;
-  const int32_t row_bytes = args.in.markov_rank * static_cast<int32_t>(sizeof(T));
-  const int32_t num_lines = (row_bytes + kLineBytes - 1) / kLineBytes;
-  const RaceKey* top = args.top + first_row * args.num_top;
-  for (int32_t i = threadIdx.x; i < args.num_steps * args.num_top * num_lines;
-       i += WalkPolicy::kNumThreads) {
-    const RaceKey key = top[i / num_lines];
-    if (key == kEmptyRaceKey) continue;
-    const char* line = reinterpret_cast<const char*>(args.markov_w2) +
-                       static_cast<int64_t>(race_token(key)) * row_bytes +
-                       i % num_lines * kLineBytes;
-    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(line)));
-  }
-}
+struct Walk {
+  const WalkArgs<T, U>& args;
+  int32_t req;
+  int32_t num_candidates;
+  float* latent;         /* shared */
+  Candidate* candidates; /* shared, [num_steps, num_candidates] */
+  Runner runner;         /* position: of the launch's first step */
 
-/* Candidates of a step and their base logits into shared memory; kNoCandidate where there is none.
- */
-template <typename T, typename U>
-__device__ __forceinline__ void gather_candidates(
-    const WalkArgs<T, U>& args, int64_t row, int32_t previous, int32_t* tokens, float* logits) {
-  const int32_t vocab_size = args.in.vocab_size;
-  for (int32_t i = threadIdx.x; i < args.num_top; i += WalkPolicy::kNumThreads) {
-    const RaceKey key = args.top[row * args.num_top + i];
-    tokens[i] = key == kEmptyRaceKey ? kNoCandidate : race_token(key);
-    logits[i] = race_score(key);
-  }
-  __syncthreads();
-  const bool known = previous >= 0 && previous < vocab_size;
-  for (int32_t i = threadIdx.x; i < args.num_bigram; i += WalkPolicy::kNumThreads) {
-    int32_t token =
-        known ? args.bigrams[static_cast<int64_t>(previous) * args.num_bigram + i] : kNoCandidate;
-    const bool allowed =
-        token >= 0 && token < vocab_size &&
-        (allowed_in_quad(args.mask, row, token / kQuad) >> token % kQuad & 1u) != 0;
-    if (!allowed) token = kNoCandidate;
-    for (int32_t j = 0; j < args.num_top && token >= 0; ++j) {
-      if (tokens[j] == token) token = kNoCandidate;
-    }
-    float logit = -INFINITY;
-    if (token >= 0) {
-      logit = Element<U>::to_float(args.logits[row * args.stride_logits_row + token]);
-      if (!(logit > -INFINITY)) token = kNoCandidate;
-    }
-    tokens[args.num_top + i] = token;
-    logits[args.num_top + i] = logit;
-  }
-}
+  __device__ __forceinline__ Walk(const WalkArgs<T, U>& args, float4* shared)
+      : args(args),
+        req(static_cast<int32_t>(blockIdx.x)),
+        num_candidates(args.num_top + args.num_bigram),
+        latent(reinterpret_cast<float*>(shared)),
+        candidates(reinterpret_cast<Candidate*>(latent + walk_latent_floats(args.in.markov_rank))),
+        runner{args.seeds[req], args.temperature[req], 0.f,
+               args.anchor_positions[req] + 1 + args.first_step, draft_purpose(args.rules, req)} {}
 
-/* Adds the bias, writes the pairs and races them; every thread gets the winner. kVec as in
- * accumulate_dots. */
-template <bool kVec, typename T, typename U>
-__device__ __forceinline__ Indexed race_candidates(const WalkArgs<T, U>& args,
-                                                   int64_t row,
-                                                   const Runner& runner,
-                                                   const int32_t* tokens,
-                                                   const float* logits,
-                                                   const float* latent,
-                                                   Indexed* scratch) {
-  constexpr int kChunk = kChunkSize<kVec>;
-  const int32_t num_candidates = args.num_top + args.num_bigram;
-  const int sub_lane = threadIdx.x % WalkPolicy::kLanesPerRow;
-  Indexed best = empty_race();
-  /* All lanes of a warp run the same number of rounds: the sums shuffle. */
-  for (int32_t base = 0; base < num_candidates; base += WalkPolicy::kNumGroups) {
-    const int32_t i = base + threadIdx.x / WalkPolicy::kLanesPerRow;
-    const int32_t token = i < num_candidates ? tokens[i] : kNoCandidate;
-    float sum = 0.f;
-    if (token >= 0 && args.markov_w2 != nullptr) {
-      const T* weights = args.markov_w2 + static_cast<int64_t>(token) * args.in.markov_rank;
-#pragma unroll 4
-      for (int32_t column = sub_lane * kChunk; column < args.in.markov_rank;
-           column += WalkPolicy::kLanesPerRow * kChunk) {
-        float weight[kChunk];
-        float input[kChunk];
-        load_chunk<kVec>(weights + column, weight);
-        load_chunk<kVec>(latent + column, input);
-#pragma unroll
-        for (int j = 0; j < kChunk; ++j) sum = fmaf(weight[j], input[j], sum);
-      }
-    }
-    sum = warp_reduce<WalkPolicy::kLanesPerRow>(sum, SumOp{});
-    if (sub_lane != 0 || i >= num_candidates) continue;
-    const float l = token < 0 ? -INFINITY : logits[i] + sum;
-    args.candidate_tokens[row * num_candidates + i] = token;
-    args.candidate_logits[row * num_candidates + i] = l;
-    if (token < 0) continue;
-    float score = l;
-    if (runner.temperature > 0.f) {
-      const uint4 noise = philox_quad(runner.seed, static_cast<uint32_t>(token) / kQuad,
-                                      runner.position, runner.purpose);
-      const uint32_t words[kQuad] = {noise.x, noise.y, noise.z, noise.w};
-      uint32_t word = words[0];
-#pragma unroll
-      for (int j = 1; j < kQuad; ++j) word = token % kQuad == j ? words[j] : word;
-      const ZoneNoise zone =
-          zone_noise(runner.seed, token / kZone, runner.position, runner.purpose);
-      const float exponential = zone_exponential(zone, token % kZone, word);
-      score = race_score_logit(l, runner.temperature, exponential);
-    }
-    race_step(best, score, token);
+  /* The i-th step of the launch. */
+  __device__ __forceinline__ int64_t row(int32_t i) const {
+    return static_cast<int64_t>(req) * args.in.draft_len + args.first_step + i;
   }
-  return cta_reduce<WalkPolicy::kNumThreads>(best, ArgmaxOp{}, empty_race(), scratch);
-}
 
-/* Grid: requests. Shared memory: latent f32 [markov_rank, rounded up to 8], candidate logits and
- * tokens. */
-template <typename T, typename U, bool kVec>
-__global__ void __launch_bounds__(WalkPolicy::kNumThreads) walk_kernel(WalkArgs<T, U> args) {
-  extern __shared__ float4 shared_walk[];
-  __shared__ Indexed scratch[WalkPolicy::kNumThreads / kWarpSize];
-  const int32_t rank = args.in.markov_rank;
-  const int32_t req = blockIdx.x;
-  float* latent = reinterpret_cast<float*>(shared_walk);
-  float* logits = latent + (rank + 7) / 8 * 8;
-  auto* tokens = reinterpret_cast<int32_t*>(logits + args.num_top + args.num_bigram);
-  const int64_t first_row = static_cast<int64_t>(req) * args.in.draft_len + args.first_step;
-  if (args.markov_w2 != nullptr) prefetch_rows(args, first_row);
+  __device__ __forceinline__ Candidate* of_step(int32_t i) const {
+    return candidates + i * num_candidates;
+  }
 
-  int32_t previous = args.first_step == 0 && args.markov_w2 == nullptr
-                         ? 0
-                         : previous_token(args.in, req, args.first_step);
-  for (int32_t i = 0; i < args.num_steps; ++i) {
+  __device__ __forceinline__ Candidate candidate(int32_t i, int32_t token, float logit) const {
+    Runner at = runner;
+    at.position += i;
+    return {logit, token < 0 ? 0.f : token_noise(at, token), token};
+  }
+
+  /* The top of all steps. */
+  __device__ __forceinline__ void stage_top() {
+    for (int32_t at = threadIdx.x; at < args.num_steps * args.num_top;
+         at += WalkPolicy::kNumThreads) {
+      const int32_t i = at / args.num_top;
+      const RaceKey key = args.top[row(0) * args.num_top + at];
+      const int32_t token = key == kEmptyRaceKey ? kNoCandidate : race_token(key);
+      of_step(i)[at % args.num_top] = candidate(i, token, race_score(key));
+    }
+  }
+
+  /* The bigrams of a step. */
+  __device__ __forceinline__ void stage_bigrams(int32_t i, int32_t previous) {
     const bool known = previous >= 0 && previous < args.in.vocab_size;
-    for (int32_t j = threadIdx.x; j < rank && args.markov_w2 != nullptr;
-         j += WalkPolicy::kNumThreads) {
+    const Candidate* top = of_step(i);
+    for (int32_t j = threadIdx.x; j < args.num_bigram; j += WalkPolicy::kNumThreads) {
+      int32_t token =
+          known ? args.bigrams[static_cast<int64_t>(previous) * args.num_bigram + j] : kNoCandidate;
+      const bool allowed =
+          token >= 0 && token < args.in.vocab_size &&
+          (allowed_in_quad(args.mask, row(i), token / kQuad) >> token % kQuad & 1u) != 0;
+      if (!allowed) token = kNoCandidate;
+      for (int32_t other = 0; other < args.num_top && token >= 0; ++other) {
+        if (top[other].token == token) token = kNoCandidate;
+      }
+      float logit = -INFINITY;
+      if (token >= 0) {
+        logit = Element<U>::to_float(args.logits[row(i) * args.stride_logits_row + token]);
+        if (!(logit > -INFINITY)) token = kNoCandidate;
+      }
+      of_step(i)[args.num_top + j] = candidate(i, token, logit);
+    }
+  }
+
+  __device__ __forceinline__ void stage_latent(int32_t previous) {
+    const int32_t rank = args.in.markov_rank;
+    const bool known = previous >= 0 && previous < args.in.vocab_size;
+    for (int32_t j = threadIdx.x; j < rank; j += WalkPolicy::kNumThreads) {
       if (args.latent != nullptr) {
         latent[j] = args.latent[static_cast<int64_t>(req) * rank + j];
       } else {
@@ -189,16 +167,205 @@ __global__ void __launch_bounds__(WalkPolicy::kNumThreads) walk_kernel(WalkArgs<
                 : 0.f;
       }
     }
-    gather_candidates(args, first_row + i, previous, tokens, logits);
+  }
+};
+
+/* 16-byte pieces of this thread's share of its group's candidate: columns (i * kLanesPerRow + lane)
+ * * kChunk. */
+using AheadRow = uint4[WalkPolicy::kAheadChunks];
+
+/* Starts the reads of the first kNumGroups candidates of a step. */
+template <typename T, typename U>
+__device__ __forceinline__ void read_ahead(const Walk<T, U>& walk, int32_t i, AheadRow& ahead) {
+  const int32_t at = threadIdx.x / WalkPolicy::kLanesPerRow;
+  if (i >= walk.args.num_steps || at >= walk.args.num_top) return;
+  const int32_t token = walk.of_step(i)[at].token;
+  if (token < 0) return;
+  const int32_t rank = walk.args.in.markov_rank;
+  const T* row = walk.args.markov_w2 + static_cast<int64_t>(token) * rank;
+#pragma unroll
+  for (int piece = 0; piece < WalkPolicy::kAheadChunks; ++piece) {
+    const int32_t column = (piece * WalkPolicy::kLanesPerRow +
+                            static_cast<int32_t>(threadIdx.x) % WalkPolicy::kLanesPerRow) *
+                           WalkPolicy::kChunk;
+    if (column < rank) ahead[piece] = *reinterpret_cast<const uint4*>(row + column);
+  }
+}
+
+/* This lane's part of the dot of a row that was read ahead. */
+template <typename T>
+__device__ __forceinline__ float dot_ahead(const AheadRow& ahead,
+                                           const float* latent,
+                                           int32_t rank) {
+  float sum = 0.f;
+#pragma unroll
+  for (int piece = 0; piece < WalkPolicy::kAheadChunks; ++piece) {
+    const int32_t column = (piece * WalkPolicy::kLanesPerRow +
+                            static_cast<int32_t>(threadIdx.x) % WalkPolicy::kLanesPerRow) *
+                           WalkPolicy::kChunk;
+    if (column >= rank) continue;
+    float weight[WalkPolicy::kChunk];
+    float input[WalkPolicy::kChunk];
+    unpack_vec<T>(ahead[piece], weight);
+    load_chunk<true>(latent + column, input);
+#pragma unroll
+    for (int j = 0; j < WalkPolicy::kChunk; ++j) sum = fmaf(weight[j], input[j], sum);
+  }
+  return sum;
+}
+
+/* The same from memory, in the same order where kVec is set. kVec as in accumulate_dots. */
+template <bool kVec, typename T>
+__device__ __forceinline__ float dot_row(const T* row, const float* latent, int32_t rank) {
+  constexpr int kChunk = kChunkSize<kVec>;
+  float sum = 0.f;
+#pragma unroll 4
+  for (int32_t column = static_cast<int32_t>(threadIdx.x) % WalkPolicy::kLanesPerRow * kChunk;
+       column < rank; column += WalkPolicy::kLanesPerRow * kChunk) {
+    float weight[kChunk];
+    float input[kChunk];
+    load_chunk<kVec>(row + column, weight);
+    load_chunk<kVec>(latent + column, input);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) sum = fmaf(weight[j], input[j], sum);
+  }
+  return sum;
+}
+
+/* Adds the bias to the candidates of a step. kAhead: the first round's rows are in `ahead`. */
+template <bool kVec, bool kAhead, typename T, typename U>
+__device__ __forceinline__ void bias_candidates(const Walk<T, U>& walk,
+                                                int32_t step,
+                                                const AheadRow& ahead) {
+  const WalkArgs<T, U>& args = walk.args;
+  const int32_t rank = args.in.markov_rank;
+  /* All lanes of a warp run the same number of rounds: the sums shuffle. */
+  for (int32_t base = 0; base < walk.num_candidates; base += WalkPolicy::kNumGroups) {
+    const int32_t i = base + static_cast<int32_t>(threadIdx.x) / WalkPolicy::kLanesPerRow;
+    const int32_t token = i < walk.num_candidates ? walk.of_step(step)[i].token : kNoCandidate;
+    float sum = 0.f;
+    if (token >= 0) {
+      if (kAhead && base == 0 && i < args.num_top) {
+        sum = dot_ahead<T>(ahead, walk.latent, rank);
+      } else {
+        sum = dot_row<kVec>(args.markov_w2 + static_cast<int64_t>(token) * rank, walk.latent, rank);
+      }
+    }
+    sum = warp_reduce<WalkPolicy::kLanesPerRow>(sum, SumOp{});
+    if (threadIdx.x % WalkPolicy::kLanesPerRow == 0 && token >= 0) {
+      walk.of_step(step)[i].logit += sum;
+    }
+  }
+}
+
+/* What a request cuts its law down to; as in the target's law. */
+struct LawFilter {
+  int32_t top_k; /* 0: off */
+  float top_p;   /* 1: off */
+  float min_p;   /* 0: off */
+};
+
+template <typename T, typename U>
+__device__ __forceinline__ LawFilter law_filter(const WalkArgs<T, U>& args, int32_t req) {
+  return {args.top_k == nullptr ? 0 : args.top_k[req],
+          args.top_p == nullptr ? 1.f : args.top_p[req],
+          args.min_p == nullptr ? 0.f : args.min_p[req]};
+}
+
+/* Drops the candidates whose logit keep() refuses, all decisions before all drops. */
+template <typename Keep>
+__device__ __forceinline__ void drop_candidates(Candidate* candidates, int32_t count, Keep keep) {
+  constexpr int kMaxPerThread = 2;
+  bool dropped[kMaxPerThread];
+#pragma unroll
+  for (int j = 0; j < kMaxPerThread; ++j) {
+    const int32_t i = threadIdx.x + j * WalkPolicy::kNumThreads;
+    dropped[j] = i < count && !keep(candidates[i].logit);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < kMaxPerThread; ++j) {
+    if (dropped[j]) candidates[threadIdx.x + j * WalkPolicy::kNumThreads].logit = -INFINITY;
+  }
+  __syncthreads();
+}
+
+/* Cuts softmax(l / temperature) over the candidates down: what is left out gets -inf. */
+__device__ __forceinline__ void filter_candidates(Candidate* candidates,
+                                                  int32_t count,
+                                                  float temperature,
+                                                  const LawFilter& filter) {
+  if (filter.top_k > 0) {
+    drop_candidates(candidates, count, [&](float l) {
+      int32_t larger = 0;
+      for (int32_t i = 0; i < count; ++i) larger += candidates[i].logit > l;
+      return larger < filter.top_k;
+    });
+  }
+  float top = -INFINITY;
+  for (int32_t i = 0; i < count; ++i) top = fmaxf(top, candidates[i].logit);
+  drop_candidates(candidates, count, [&](float l) {
+    float larger = 0.f;
+    float all = 0.f;
+    for (int32_t i = 0; i < count; ++i) {
+      const float other = candidates[i].logit;
+      const float weight = expf((other - top) / temperature);
+      all += weight;
+      larger += other > l ? weight : 0.f;
+    }
+    return (filter.top_p >= 1.f || larger < filter.top_p * all) &&
+           expf((l - top) / temperature) >= filter.min_p;
+  });
+}
+
+/* Writes the pairs and races them; every thread gets the winner. */
+template <typename T, typename U>
+__device__ __forceinline__ Indexed race_candidates(const Walk<T, U>& walk,
+                                                   int32_t step,
+                                                   Indexed* scratch) {
+  Indexed best = empty_race();
+  for (int32_t i = threadIdx.x; i < walk.num_candidates; i += WalkPolicy::kNumThreads) {
+    const Candidate candidate = walk.of_step(step)[i];
+    const int64_t pair = walk.row(step) * walk.num_candidates + i;
+    const float l = candidate.token < 0 ? -INFINITY : candidate.logit;
+    walk.args.candidate_tokens[pair] = candidate.token;
+    walk.args.candidate_logits[pair] = l;
+    if (candidate.token >= 0) race_step(best, l - candidate.noise, candidate.token);
+  }
+  return cta_reduce<WalkPolicy::kNumThreads>(best, ArgmaxOp{}, empty_race(), scratch);
+}
+
+/* Grid: requests. Shared memory: walk_shared_bytes. kAhead: kVec and rank at most kAheadRank. */
+template <typename T, typename U, bool kVec, bool kAhead>
+__global__ void __launch_bounds__(WalkPolicy::kNumThreads) walk_kernel(WalkArgs<T, U> args) {
+  extern __shared__ float4 shared_walk[];
+  __shared__ Indexed scratch[WalkPolicy::kNumWarps];
+  wait_for_prerequisites();
+  Walk<T, U> walk(args, shared_walk);
+  int32_t previous = args.first_step == 0 && args.markov_w2 == nullptr
+                         ? 0
+                         : previous_token(args.in, walk.req, args.first_step);
+  const LawFilter filter = law_filter(args, walk.req);
+  const float temperature = walk.runner.temperature;
+  const bool filtered =
+      temperature > 0.f && (filter.top_k > 0 || filter.top_p < 1.f || filter.min_p > 0.f);
+  walk.stage_top();
+  __syncthreads();
+  AheadRow ahead = {};
+  if constexpr (kAhead) read_ahead(walk, 0, ahead);
+  for (int32_t i = 0; i < args.num_steps; ++i) {
+    if (args.markov_w2 != nullptr) walk.stage_latent(previous);
+    if (args.num_bigram > 0) walk.stage_bigrams(i, previous);
     __syncthreads();
-    const Runner runner = {args.seeds[req], args.temperature[req], 0.f,
-                           args.anchor_positions[req] + 1 + args.first_step + i,
-                           draft_purpose(args.rules, req)};
-    const Indexed best =
-        race_candidates<kVec>(args, first_row + i, runner, tokens, logits, latent, scratch);
+    if (args.markov_w2 != nullptr) {
+      bias_candidates<kVec, kAhead>(walk, i, ahead);
+      __syncthreads();
+    }
+    if (filtered) filter_candidates(walk.of_step(i), walk.num_candidates, temperature, filter);
+    const Indexed best = race_candidates(walk, i, scratch);
+    if constexpr (kAhead) read_ahead(walk, i + 1, ahead);
     previous = best.index == kNoRunner ? 0 : best.index;
-    if (threadIdx.x == 0) args.draft_tokens[first_row + i] = previous;
-    __syncthreads(); /* the shared arrays are free */
+    if (threadIdx.x == 0) args.draft_tokens[walk.row(i)] = previous;
   }
 }
 

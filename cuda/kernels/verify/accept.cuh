@@ -2,27 +2,27 @@
  * Acceptance: from the zones of all rows to the accepted drafts and the next token, one CTA per
  * request.
  *
- *   1. window   a warp per row merges its zones into a law (or takes the filtered one); p and q of
- *               every draft token are gathered side by side.
- *   2. decide   every thread walks the same rows on what lies in shared memory: some hundred
- *               instructions per draft. u q < p is compared in f64, where u q is exact to 2^-53:
- *               q = 0 accepts whenever p > 0, p = 0 never accepts, q = p always does.
- *   3. draw     race_row over the row where the request stopped: a few zones of it.
+ *   1. window   laws of the rows, p and q of every draft token (window.cuh).
+ *   2. decide   every thread walks the same rows on what lies in shared memory. u q < p is compared in
+ *               f64, where u q is exact to 2^-53: q = 0 accepts whenever p > 0, p = 0 never accepts,
+ *               q = p always does.
+ *   3. draw     the next token of the row where the request stopped (draw.cuh): a zone or two of it.
  *
  * A row behind the stop cannot matter, so that a bad row there is not reported. Two rules need more
- * than the window of one CTA: the coupled rule a race for every row, the block rule with a dense law
- * a pass over every row (with point and sparse laws its residual mass follows from the candidates:
- * ratio * (1 - p of them) + what they leave). Such requests get up to kMaxCtasPerReq CTAs, which
- * deal the rows among them (a row is one CTA's, so their number does not show in the result); the last to finish (a ticket, cleared by zones_kernel) goes on.
+ * than the window of one CTA: the coupled rule with filters a race for every row, the block rule with a
+ * dense law a pass over every row (with point and sparse laws its residual mass follows from the
+ * candidates: ratio * (1 - p of them) + what they leave). Such requests get up to kMaxCtasPerReq CTAs,
+ * which deal the rows among them (a row is one CTA's, so their number does not show in the result); the
+ * last to finish (a ticket, cleared by zones_kernel) goes on.
  *
  * A residual without mass. A rejection implies p(x) < q(x) for the draft token, and then p > q
  * somewhere else, since both sum to 1. In f32 that "somewhere else" may be lost only when p and q
  * agree to rounding everywhere and u came within rounding of 1 (or when the draft token is outside
- * the vocabulary, so that no q produced it). The draw then falls back to p with the same noise; to
- * rounding, the two laws have no difference to correct.
+ * the vocabulary, so that no q produced it). The draw then falls back to p; to rounding, the two laws
+ * have no difference to correct.
  *
- * Bytes: 16 * num_zones per row of statistics and some 2 KiB zones per draw, all from L2. Limited by
- * latency: about three dependent reads and as many races of one zone.
+ * Bytes: 32 * num_zones per row of statistics and some strips of 256 logits per draw, all from L2. Limited by
+ * latency: about three dependent reads.
  */
 #pragma once
 
@@ -42,28 +42,29 @@ struct Stop {
   uint64_t kept; /* bit k: draft k was accepted */
   int32_t row;
   bool bad;
-  int32_t next;           /* -1: to be drawn */
-  int32_t num_rejections; /* of Window::rejections */
-  float share;
+  int32_t next;  /* -1: to be drawn from Window::source */
   bool rejected; /* a draft behind `row` was turned down */
 };
 
-/* Adds a rejection. All threads take part. */
-__device__ __forceinline__ void reject(Window& window, int32_t row, int32_t index) {
-  __syncthreads(); /* readers of the list are done */
-  if (threadIdx.x == 0) window.rejections[index] = {row, window.draft_laws[row], 1.f};
-  __syncthreads();
+/* Scratch of one step at a time. */
+union AcceptShared {
+  DrawShared draw;
+  RowRaceShared race;
+};
+
+__device__ __forceinline__ uint64_t low_bits(int32_t count) {
+  return count == 64 ? ~0ull : (1ull << count) - 1;
 }
 
-/* Greedy and coupled: drafts that are what their parent's row says. */
-__device__ __forceinline__ Stop follow(const RequestView& view, const Window& window) {
-  Stop stop = {0, 0, false, -1, 0, 1.f, false};
+/* Greedy and coupled on a tree. */
+__device__ __forceinline__ Stop follow_tree(const RequestView& view, const Window& window) {
+  Stop stop = {0, 0, false, -1, false};
   while (true) {
     stop.bad = window.target_laws[stop.row].bad != 0;
     if (stop.bad) return stop;
     stop.next = window.targets[stop.row];
     int32_t child = next_child(view, window, stop.row, 0);
-    while (child != 0 && window.tokens[child] != stop.next) {
+    while (child != 0 && (window.passes >> (child - 1) & 1) == 0) {
       child = next_child(view, window, stop.row, child);
     }
     if (child == 0) return stop;
@@ -72,64 +73,98 @@ __device__ __forceinline__ Stop follow(const RequestView& view, const Window& wi
   }
 }
 
-/* The token rule, with siblings one after another. All threads take part. */
-__device__ __forceinline__ Stop decide_token_rule(const VerifyInputs& in,
-                                                  const AcceptWork& work,
-                                                  const RequestView& view,
-                                                  Window& window,
-                                                  RaceShared& race) {
-  Stop stop = {0, 0, false, -1, 0, 1.f, false};
+/* A chain up to its first draft that does not pass: all rules but block. All threads take part. */
+__device__ __forceinline__ Stop follow_chain(const VerifyInputs& in,
+                                             const AcceptWork& work,
+                                             const RequestView& view,
+                                             Window& window) {
+  Stop stop = {0, 0, false, -1, false};
+  const int first_refused = __ffsll(static_cast<long long>(~window.passes)) - 1;
+  stop.row = first_refused < 0 ? view.num_drafts : min(first_refused, view.num_drafts);
+  stop.kept = low_bits(stop.row);
+  stop.bad = window.target_laws[stop.row].bad != 0;
+  if (view.rule == DSPARK_RULE_TOKEN) {
+    stop.rejected = stop.row < view.num_drafts;
+    stand_at(in, work, view, stop.row, 1.f, stop.rejected ? stop.row + 1 : 0, window);
+  } else {
+    stop.next = window.targets[stop.row];
+  }
+  return stop;
+}
+
+/* What the drafts turned down before leave of `rest` = p of a token, normalised. */
+__device__ __noinline__ float rest_of_token(const VerifyInputs& in,
+                                            const WeightSource& source,
+                                            int32_t num_rejections,
+                                            int32_t token,
+                                            float rest) {
+  for (int32_t i = 0; i < num_rejections && in_vocab(in, token); ++i) {
+    const Rejection& rejection = source.rejections[i];
+    const float prob = draft_probability(in, source.row.req, rejection.row, rejection.law, token);
+    rest = fmaxf(rest - prob, 0.f) * rejection.inv_mass;
+  }
+  return rest;
+}
+
+/* The token rule with siblings one after another. All threads take part. */
+__device__ __noinline__ void decide_token_tree(const VerifyInputs& in,
+                                               const AcceptWork& work,
+                                               const RequestView& view,
+                                               Window& window,
+                                               DrawShared& shared,
+                                               Stop& stop) {
+  WeightSource& source = window.source;
+  stand_at(in, work, view, 0, 1.f, 0, window);
   int32_t child = 0;
-  int32_t tried = 0; /* siblings turned down at this row */
   while (true) {
     stop.bad = window.target_laws[stop.row].bad != 0;
-    if (stop.bad) return stop;
+    if (stop.bad) return;
     child = next_child(view, window, stop.row, child);
-    if (child == 0) return stop;
-    const int32_t token = window.tokens[child];
-    float rest = window.target_probs[child];
-    if (stop.num_rejections > 0) {
-      const WeightSource before =
-          weight_source(in, work, view, window, stop.row, stop.num_rejections, 1.f);
-      const float mass = row_mass(in, before, race);
+    if (child == 0) return;
+    int32_t num_rejections = source.num_rejections;
+    float rest = 0.f;
+    if (num_rejections == 0) {
+      rest = window.target_probs[child];
+    } else {
+      const auto mass = static_cast<float>(sweep_row(in, source, shared));
       if (mass > 0.f) {
-        if (threadIdx.x == 0) window.rejections[stop.num_rejections - 1].inv_mass = 1.f / mass;
-        __syncthreads();
+        if (threadIdx.x == 0) source.rejections[num_rejections - 1].inv_mass = 1.f / mass;
       } else {
-        --stop.num_rejections; /* rounding has left nothing: the law stays as it was before */
+        --num_rejections; /* rounding has left nothing: the law stays as it was before */
       }
-      for (int32_t i = 0; i < stop.num_rejections && in_vocab(in, token); ++i) {
-        const Rejection& rejection = window.rejections[i];
-        const float prob = draft_probability(in, view.req, rejection.row, rejection.law, token);
-        rest = fmaxf(rest - prob, 0.f) * rejection.inv_mass;
-      }
+      __syncthreads();
+      rest = rest_of_token(in, source, num_rejections, window.tokens[child],
+                           window.target_probs[child]);
     }
-    const double uniform = accept_uniform(in, view, window, stop.row, tried);
-    if (uniform * static_cast<double>(window.draft_probs[child]) < static_cast<double>(rest)) {
+    const double bar = window.uniforms[child] * static_cast<double>(window.draft_probs[child]);
+    __syncthreads(); /* all have read the list of rejections */
+    if (bar < static_cast<double>(rest)) {
       stop.kept |= 1ull << (child - 1);
       stop.row = child;
-      stop.num_rejections = 0;
+      stand_at(in, work, view, child, 1.f, 0, window);
       child = 0;
-      tried = 0;
-      stop.rejected = false;
-    } else {
-      reject(window, child, stop.num_rejections);
-      ++stop.num_rejections;
-      ++tried;
-      stop.rejected = true;
+    } else if (threadIdx.x == 0) {
+      source.rejections[num_rejections] = {child, window.draft_laws[child], 1.f};
+      source.num_rejections = num_rejections + 1;
     }
+    stop.rejected = child > 0;
+    __syncthreads();
   }
 }
 
-/* ratio_i of the block rule: 1 for i = 0. */
-__device__ __forceinline__ float joint_ratio(const Window& window, int32_t row) {
-  float ratio = 1.f;
-  for (int32_t i = 1; i <= row; ++i) {
-    const float joint = ratio * window.target_probs[i];
-    const float draft = window.draft_probs[i];
-    ratio = joint >= draft ? (joint > 0.f ? 1.f : 0.f) : joint / draft;
+/* window.ratios of the block rule: 1 for row 0. All threads take part. */
+__device__ __forceinline__ void load_ratios(const RequestView& view, Window& window) {
+  if (threadIdx.x == 0) {
+    float ratio = 1.f;
+    window.ratios[0] = ratio;
+    for (int32_t i = 1; i <= view.num_drafts; ++i) {
+      const float joint = ratio * window.target_probs[i];
+      const float draft = window.draft_probs[i];
+      ratio = joint >= draft ? (joint > 0.f ? 1.f : 0.f) : joint / draft;
+      window.ratios[i] = ratio;
+    }
   }
-  return ratio;
+  __syncthreads();
 }
 
 /* S_i of row i < num_drafts from its few candidates, by a warp. */
@@ -159,11 +194,13 @@ __device__ __forceinline__ float candidate_mass(const VerifyInputs& in,
   return ratio * fmaxf(outside, 0.f) + warp_reduce(left, SumOp{});
 }
 
-/* The block rule on a chain. `masses` of a dense law are there already. All threads take part. */
-__device__ __forceinline__ Stop decide_block_rule(const VerifyInputs& in,
-                                                  const RequestView& view,
-                                                  Window& window) {
-  Stop stop = {0, 0, false, -1, 0, 1.f, false};
+/* The block rule on a chain; its ratios, and the masses of a dense law, are there already. All threads
+ * take part. */
+__device__ __noinline__ Stop decide_block_rule(const VerifyInputs& in,
+                                               const AcceptWork& work,
+                                               const RequestView& view,
+                                               Window& window) {
+  Stop stop = {0, 0, false, -1, false};
   for (int32_t row = 0; row <= view.num_drafts; ++row) {
     stop.bad |= window.target_laws[row].bad != 0;
   }
@@ -171,41 +208,36 @@ __device__ __forceinline__ Stop decide_block_rule(const VerifyInputs& in,
   if (in.draft.data == nullptr) {
     for (int32_t row = 1 + threadIdx.x / kWarpSize; row < view.num_drafts;
          row += AcceptPolicy::kNumWarps) {
-      const float mass = candidate_mass(in, view, window, row, joint_ratio(window, row));
+      const float mass = candidate_mass(in, view, window, row, window.ratios[row]);
       if (threadIdx.x % kWarpSize == 0) window.masses[row] = mass;
     }
-    __syncthreads();
   }
-  for (int32_t row = view.num_drafts; row > 0; --row) {
-    const double ratio = joint_ratio(window, row);
+  if (threadIdx.x == 0) window.passes = 0; /* from here on of prefixes */
+  __syncthreads();
+  for (int32_t row = 1 + threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
+    const double ratio = window.ratios[row];
     double accept = ratio;
     if (row < view.num_drafts && ratio < 1.0) {
       const double mass = window.masses[row];
       accept = mass / (mass + (1.0 - ratio));
     }
-    if (accept_uniform(in, view, window, row - 1, 0) < accept) {
-      stop.row = row;
-      break;
-    }
+    if (window.uniforms[row] < accept) note_pass(window, row);
   }
-  stop.share = joint_ratio(window, stop.row);
-  stop.kept = stop.row == 64 ? ~0ull : (1ull << stop.row) - 1;
-  if (stop.row == view.num_drafts) {
-    stop.share = 1.f;
-  } else {
-    reject(window, stop.row + 1, 0);
-    stop.num_rejections = 1;
-    stop.rejected = true;
-  }
+  __syncthreads();
+  stop.row = 64 - __clzll(static_cast<long long>(window.passes)); /* the longest that passes */
+  stop.kept = low_bits(stop.row);
+  stop.rejected = stop.row < view.num_drafts;
+  const float share = stop.rejected ? window.ratios[stop.row] : 1.f;
+  stand_at(in, work, view, stop.row, share, stop.rejected ? stop.row + 1 : 0, window);
   return stop;
 }
 
 /* The rows that this CTA works out for its request; true for the CTA that has them all then. */
-__device__ __forceinline__ bool share_rows(const VerifyInputs& in,
-                                           const AcceptWork& work,
-                                           const RequestView& view,
-                                           Window& window,
-                                           RaceShared& race) {
+__device__ __noinline__ bool share_rows(const VerifyInputs& in,
+                                        const AcceptWork& work,
+                                        const RequestView& view,
+                                        Window& window,
+                                        AcceptShared& shared) {
   __shared__ bool is_last;
   uint32_t* results = work.row_results + static_cast<int64_t>(view.req) * (in.draft_len + 1);
   const bool coupled = view.rule == DSPARK_RULE_COUPLED;
@@ -215,13 +247,14 @@ __device__ __forceinline__ bool share_rows(const VerifyInputs& in,
     uint32_t result;
     if (coupled) {
       const DrawKey key = draw_key(in, view, window, row, DSPARK_PURPOSE_BONUS);
-      const WeightSource source = weight_source(in, work, view, window, row, 0, 1.f);
-      result = static_cast<uint32_t>(race_row(in, source, key, race));
+      const TargetRow target = target_row(view, row);
+      const Strips* maxima = zones_of(in, work.zones, target.index).maxima;
+      result = static_cast<uint32_t>(
+          race_row(in, target, window.target_laws[row], maxima, key, shared.race));
     } else {
-      reject(window, row + 1, 0);
-      const float ratio = joint_ratio(window, row);
-      const WeightSource source = weight_source(in, work, view, window, row, 1, ratio);
-      result = __float_as_uint(row_mass(in, source, race));
+      stand_at(in, work, view, row, window.ratios[row], row + 1, window);
+      result = __float_as_uint(static_cast<float>(sweep_row(in, window.source, shared.draw)));
+      __syncthreads(); /* all are done with the source */
     }
     if (threadIdx.x == 0) results[row] = result;
   }
@@ -243,6 +276,7 @@ __device__ __forceinline__ bool share_rows(const VerifyInputs& in,
     }
   }
   __syncthreads();
+  if (coupled) compare_tokens(view, window);
   return true;
 }
 
@@ -264,23 +298,15 @@ __device__ __forceinline__ void cut_at_stop_token(const VerifyInputs& in,
   }
 }
 
-/* Phase 3. All threads take part. */
+/* Step 3. All threads take part. */
 __device__ __forceinline__ int32_t draw_next(const VerifyInputs& in,
-                                             const AcceptWork& work,
                                              const RequestView& view,
                                              const Window& window,
                                              const Stop& stop,
-                                             RaceShared& race) {
-  const bool residual = stop.rejected;
+                                             DrawShared& shared) {
   const DrawKey key = draw_key(in, view, window, stop.row,
-                               residual ? DSPARK_PURPOSE_RESIDUAL : DSPARK_PURPOSE_BONUS);
-  int32_t next =
-      race_row(in, weight_source(in, work, view, window, stop.row, stop.num_rejections, stop.share),
-               key, race);
-  if (next == kNoRunner && residual) {
-    next = race_row(in, weight_source(in, work, view, window, stop.row, 0, 1.f), key, race);
-  }
-  return next == kNoRunner ? window.target_laws[stop.row].argmax : next;
+                               stop.rejected ? DSPARK_PURPOSE_RESIDUAL : DSPARK_PURPOSE_BONUS);
+  return draw_row(in, window.source, key, shared);
 }
 
 __device__ __forceinline__ void write_outputs(const VerifyInputs& in,
@@ -313,37 +339,41 @@ __device__ __forceinline__ void write_outputs(const VerifyInputs& in,
 
 /* Grid: requests x ctas_per_req, flat. */
 __global__ void __launch_bounds__(AcceptPolicy::kNumThreads, 1)
-    accept_kernel(VerifyInputs in, AcceptWork work, AcceptOutputs out) {
+    accept_kernel(const __grid_constant__ VerifyInputs in,
+                  const __grid_constant__ AcceptWork work,
+                  const __grid_constant__ AcceptOutputs out) {
   __shared__ Window window;
-  __shared__ RaceShared race;
+  __shared__ AcceptShared shared;
   RequestView view;
   view.req = static_cast<int32_t>(blockIdx.x) / work.ctas_per_req;
   view.first_row = in.qo_indptr[view.req];
   view.num_drafts = verify_len(in, view.req);
   const int32_t rule = in.rules == nullptr ? DSPARK_RULE_TOKEN : in.rules[view.req];
   view.rule = in.temperature[view.req] > 0.f ? rule : -1;
-  const bool dense_block = rule == DSPARK_RULE_BLOCK && in.draft.data != nullptr;
-  const bool shared =
-      view.num_drafts >= 0 && view.rule >= 0 && (rule == DSPARK_RULE_COUPLED || dense_block);
-  if (!shared && blockIdx.x % work.ctas_per_req != 0) return; /* whole CTA, as all returns here */
+  if (view.num_drafts >= 0) prepare_window(in, work, view, window);
+  wait_for_prerequisites();
+  const bool needs_rows = (rule == DSPARK_RULE_BLOCK && in.draft.data != nullptr) ||
+                          (rule == DSPARK_RULE_COUPLED && work.laws != nullptr);
+  const bool shares = view.num_drafts >= 0 && view.rule >= 0 && needs_rows;
+  if (!shares && blockIdx.x % work.ctas_per_req != 0) return; /* whole CTA, as all returns here */
 
-  Stop stop = {0, 0, false, -1, 0, 1.f, false};
+  Stop stop = {0, 0, false, -1, false};
   if (view.num_drafts >= 0) {
-    load_window(in, work, view, window);
-    if (shared && !share_rows(in, work, view, window, race)) return;
-    switch (view.rule) {
-      case DSPARK_RULE_TOKEN:
-        stop = decide_token_rule(in, work, view, window, race);
-        break;
-      case DSPARK_RULE_BLOCK:
-        stop = decide_block_rule(in, view, window);
-        break;
-      default:
-        stop = follow(view, window);
+    finish_window(in, work, view, window);
+    if (view.rule == DSPARK_RULE_BLOCK) load_ratios(view, window);
+    if (shares && !share_rows(in, work, view, window, shared)) return;
+    if (view.rule == DSPARK_RULE_BLOCK) {
+      stop = decide_block_rule(in, work, view, window);
+    } else if (in.parents == nullptr) {
+      stop = follow_chain(in, work, view, window);
+    } else if (view.rule == DSPARK_RULE_TOKEN) {
+      decide_token_tree(in, work, view, window, shared.draw, stop);
+    } else {
+      stop = follow_tree(view, window);
     }
     cut_at_stop_token(in, view, window, &stop);
     if (!stop.bad && stop.next < 0) {
-      stop.next = draw_next(in, work, view, window, stop, race);
+      stop.next = draw_next(in, view, window, stop, shared.draw);
     }
   }
   write_outputs(in, work, view, window, stop, out);

@@ -1,10 +1,9 @@
 /*
  * What acceptance reads: the arrays of a call, and logits as the target law sees them.
  *
- * A row is read by zones of kZone tokens, a warp per zone: kGroupsPerLane groups of kGroup
- * neighbouring tokens per lane. Token j of group i of a lane is zone * kZone + (i * 32 + lane) *
- * kGroup + j: 16 bytes per access of 16-bit logits, two accesses of f32. Groups past the vocabulary
- * are -inf, so that loops need no tail.
+ * A row is read by zones of kZone tokens, a warp per zone, or by strips of kStrip, four to a zone, where
+ * it is known which one matters. A lane has kGroup neighbours of a strip, in order of the lanes: 16 bytes
+ * of 16-bit logits, two accesses of f32. Tokens past the vocabulary are -inf, so that loops need no tail.
  *
  * Shaping (penalties, biases, mask) happens on the values just read. The edits of a request are a
  * list in ascending order, and few fall into a zone, so that a warp finds its part by one binary
@@ -15,6 +14,7 @@
 #pragma once
 
 #include <cfloat>
+#include <type_traits>
 
 #include "common/philox.cuh"
 #include "common/vec.cuh"
@@ -23,7 +23,8 @@
 namespace dspark {
 
 constexpr int kGroup = 8;
-constexpr int kGroupsPerLane = kZone / (kWarpSize * kGroup);
+constexpr int kStrip = kWarpSize * kGroup;
+constexpr int kStripsPerZone = kZone / kStrip;
 constexpr int kMaxDraftLen = 64;
 constexpr int kMaxRows = kMaxDraftLen + 1; /* rows of a request */
 constexpr int kMaxZones = 2048;
@@ -52,11 +53,22 @@ struct ShapeInputs {
   bool any;
 };
 
+/* What turns base logits into the logits of a low-rank draft law; w2 nullptr: they are the law's. */
+struct LowRankInputs {
+  const void* w2; /* [vocab_size, rank] */
+  const float* scales;
+  const void* latents; /* [num_reqs * draft_len, rank] */
+  dspark_dtype w2_dtype;
+  int32_t rank;
+};
+
 /* The arrays of dspark_accept. Draft rows follow the target rows wherever rows are counted. */
 struct VerifyInputs {
   LogitMatrix target; /* [num_rows, vocab_size] */
   LogitMatrix draft;  /* [num_reqs * draft_len, vocab_size]; data nullptr: no dense law */
   const float* draft_log_normalizers;
+  LowRankInputs low_rank;
+  const int32_t* draft_mask; /* of draft rows; may be nullptr */
   const int32_t* candidate_tokens;
   const float* candidate_logits;
   const int32_t* draft_tokens;
@@ -78,6 +90,7 @@ struct VerifyInputs {
   int32_t vocab_size;
   int32_t num_candidates;
   int32_t num_zones; /* of a row */
+  bool has_filters;
   bool wants_logprobs;
 };
 
@@ -88,13 +101,29 @@ struct TargetRow {
   int32_t local;
 };
 
+/* The randomness of one draw. */
+struct DrawKey {
+  uint64_t seed;
+  int32_t position;
+  uint32_t purpose;
+};
+
 /* w = exp2((l - max) * scale) is exp((l - max) / T); finite, so that 0 * scale stays 0. */
 __device__ __forceinline__ float weight_scale(float temperature) {
   return fminf(kLog2E / temperature, FLT_MAX);
 }
 
+/* 2^x to 2 ulp; below 2^-126 it is 0. */
+__device__ __forceinline__ float exp2_flushed(float x) {
+  float result = 0.f;
+#ifdef __CUDA_ARCH__
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+#endif
+  return result;
+}
+
 __device__ __forceinline__ float logit_weight(float logit, float max, float scale) {
-  return exp2f((logit - max) * scale);
+  return exp2_flushed((logit - max) * scale);
 }
 
 /* The scale of a request's target rows; 0 where no law is needed (greedy). */
@@ -124,11 +153,32 @@ __device__ __forceinline__ int32_t find_request(const VerifyInputs& in, int32_t 
   return low;
 }
 
+/* find_request by a warp for one row: a read or two instead of one for every bit of num_reqs. */
+__device__ __forceinline__ int32_t find_request_by_warp(const VerifyInputs& in, int32_t row) {
+  int32_t before = 0; /* requests that start at or before `row` */
+  for (int32_t first = 0; first <= in.num_reqs; first += kWarpSize) {
+    const int32_t req = first + static_cast<int32_t>(threadIdx.x % kWarpSize);
+    const bool starts = req <= in.num_reqs && in.qo_indptr[req] <= row;
+    const int32_t count = __popc(__ballot_sync(kAllLanes, starts));
+    before += count;
+    if (count < kWarpSize) break;
+  }
+  return before > in.num_reqs ? -1 : before - 1;
+}
+
 /* The row (of the same request) that `row` > 0 follows. */
 __device__ __forceinline__ int32_t parent_row(const VerifyInputs& in, int32_t req, int32_t row) {
   if (in.parents == nullptr) return row - 1;
   const int32_t parent = in.parents[static_cast<int64_t>(req) * in.draft_len + row - 1];
   return max(0, min(parent, row - 1));
+}
+
+/* Drafts on the way to `row`. */
+__device__ __forceinline__ int32_t row_depth(const VerifyInputs& in, int32_t req, int32_t row) {
+  if (in.parents == nullptr) return row;
+  int32_t depth = 0;
+  for (int32_t at = row; at > 0; at = parent_row(in, req, at)) ++depth;
+  return depth;
 }
 
 __device__ __forceinline__ int32_t draft_token(const VerifyInputs& in, int32_t req, int32_t row) {
@@ -193,24 +243,37 @@ __device__ __forceinline__ bool has_penalties(const ShapeInputs& shape) {
          shape.frequency_penalty != nullptr;
 }
 
-/* Whether the mask allows a token of a row. */
-__device__ __forceinline__ bool mask_allows(const VerifyInputs& in, int64_t row, int32_t token) {
-  if (in.shape.mask == nullptr) return true;
-  const int64_t num_words = (in.vocab_size + 31) / 32;
-  const auto word = static_cast<uint32_t>(in.shape.mask[row * num_words + token / 32]);
-  return (word >> (token % 32) & 1u) != 0;
+/* Whether a mask, which may be nullptr, allows a token of a row. */
+__device__ __forceinline__ bool mask_bit(const int32_t* mask,
+                                         int32_t vocab_size,
+                                         int64_t row,
+                                         int32_t token) {
+  if (mask == nullptr) return true;
+  const int64_t num_words = (vocab_size + 31) / 32;
+  return (static_cast<uint32_t>(mask[row * num_words + token / 32]) >> (token % 32) & 1u) != 0;
+}
+
+/* f(row) with the row of a matrix in its type. */
+template <typename F>
+__device__ __forceinline__ void with_row(const LogitMatrix& matrix, int64_t row, F&& f) {
+  const int64_t at = row * matrix.stride_row;
+  switch (matrix.dtype) {
+    case DSPARK_DTYPE_BF16:
+      return f(static_cast<const __nv_bfloat16*>(matrix.data) + at);
+    case DSPARK_DTYPE_F16:
+      return f(static_cast<const __half*>(matrix.data) + at);
+    default:
+      return f(static_cast<const float*>(matrix.data) + at);
+  }
 }
 
 __device__ __forceinline__ float load_logit(const LogitMatrix& matrix, int64_t row, int32_t token) {
-  const int64_t at = row * matrix.stride_row + token;
-  switch (matrix.dtype) {
-    case DSPARK_DTYPE_BF16:
-      return __bfloat162float(static_cast<const __nv_bfloat16*>(matrix.data)[at]);
-    case DSPARK_DTYPE_F16:
-      return __half2float(static_cast<const __half*>(matrix.data)[at]);
-    default:
-      return static_cast<const float*>(matrix.data)[at];
-  }
+  float logit = 0.f;
+  with_row(matrix, row, [&](const auto* data) {
+    using T = std::remove_cv_t<std::remove_pointer_t<decltype(data)>>;
+    logit = Element<T>::to_float(data[token]);
+  });
+  return logit;
 }
 
 /* The shaped logit of one token. */
@@ -228,13 +291,12 @@ __device__ __forceinline__ float shaped_logit(const VerifyInputs& in,
     bias = in.shape.edit_biases[at];
   }
   logit = edit_logit(in.shape, row.req, logit, total_count(listed, drafted), bias);
-  return mask_allows(in, row.index, token) ? logit : -INFINITY;
+  return mask_bit(in.shape.mask, in.vocab_size, row.index, token) ? logit : -INFINITY;
 }
 
-/* First token of group `group` of this lane. */
-__device__ __forceinline__ int32_t group_token(int32_t zone, int group) {
-  const int lane = threadIdx.x % kWarpSize;
-  return zone * kZone + (group * kWarpSize + lane) * kGroup;
+/* First token of a strip that is this lane's. */
+__device__ __forceinline__ int32_t strip_token(int32_t strip) {
+  return strip * kStrip + static_cast<int32_t>(threadIdx.x % kWarpSize) * kGroup;
 }
 
 template <typename T>
@@ -256,45 +318,6 @@ __device__ __forceinline__ void load_group_as(
   }
 }
 
-/* Logits first .. first + kGroup - 1 of a row, as they are. */
-__device__ __forceinline__ void load_group(const LogitMatrix& matrix,
-                                           int64_t row,
-                                           int32_t first,
-                                           int32_t vocab_size,
-                                           float (&values)[kGroup]) {
-  const int64_t at = row * matrix.stride_row;
-  switch (matrix.dtype) {
-    case DSPARK_DTYPE_BF16:
-      return load_group_as(static_cast<const __nv_bfloat16*>(matrix.data) + at, first, vocab_size,
-                           matrix.aligned, values);
-    case DSPARK_DTYPE_F16:
-      return load_group_as(static_cast<const __half*>(matrix.data) + at, first, vocab_size,
-                           matrix.aligned, values);
-    default:
-      return load_group_as(static_cast<const float*>(matrix.data) + at, first, vocab_size,
-                           matrix.aligned, values);
-  }
-}
-
-/* Starts the loads of a zone, an access per lane and group, so that reading it group by group (few
- * registers) waits for memory once. */
-__device__ __forceinline__ void touch_zone(const LogitMatrix& matrix,
-                                           int64_t row,
-                                           int32_t zone,
-                                           int32_t vocab_size) {
-#ifdef __CUDA_ARCH__
-  const int element_bytes = matrix.dtype == DSPARK_DTYPE_F32 ? 4 : 2;
-  const char* data = static_cast<const char*>(matrix.data);
-#pragma unroll
-  for (int group = 0; group < kGroupsPerLane; ++group) {
-    const int32_t first = group_token(zone, group);
-    if (first >= vocab_size) break;
-    const char* address = data + (row * matrix.stride_row + first) * element_bytes;
-    asm volatile("prefetch.global.L1 [%0];" : : "l"(address));
-  }
-#endif
-}
-
 /* values[token - first] = f(values[token - first]) if this lane's group has the token. */
 template <typename F>
 __device__ __forceinline__ void update_token(float (&values)[kGroup],
@@ -308,20 +331,20 @@ __device__ __forceinline__ void update_token(float (&values)[kGroup],
   }
 }
 
-/* Shapes a group just loaded. All lanes of a warp are in the same zone. */
+/* Shapes what the warp's lanes have just loaded of a strip. */
 __device__ __forceinline__ void shape_group(const VerifyInputs& in,
                                             const TargetRow& row,
-                                            int32_t zone,
-                                            int32_t first,
+                                            int32_t strip,
                                             float (&values)[kGroup]) {
   const ShapeInputs& shape = in.shape;
   if (!shape.any) return;
+  const int32_t first = strip_token(strip);
   const bool penalties = has_penalties(shape);
   if (shape.edit_indptr != nullptr) {
     const int32_t end = shape.edit_indptr[row.req + 1];
-    for (int32_t at = find_edit(shape, row.req, zone * kZone); at < end; ++at) {
+    for (int32_t at = find_edit(shape, row.req, strip * kStrip); at < end; ++at) {
       const int32_t token = shape.edit_tokens[at];
-      if (token - zone * kZone >= kZone) break;
+      if (token - strip * kStrip >= kStrip) break;
       const int32_t drafted = penalties ? count_drafted(in, row, token) : 0;
       const int32_t count = total_count(shape.edit_counts[at], drafted);
       update_token(values, first, token, [&](float logit) {
@@ -334,7 +357,7 @@ __device__ __forceinline__ void shape_group(const VerifyInputs& in,
       const int32_t token = draft_token(in, row.req, local);
       const TargetRow before = {row.index, row.req, parent_row(in, row.req, local)};
       const bool done = count_drafted(in, before, token) > 0 || has_edit(shape, row.req, token);
-      if (done || token / kZone != zone) continue;
+      if (done || token / kStrip != strip) continue;
       const int32_t count = count_drafted(in, row, token);
       update_token(values, first, token,
                    [&](float logit) { return edit_logit(shape, row.req, logit, count, 0.f); });
@@ -351,15 +374,24 @@ __device__ __forceinline__ void shape_group(const VerifyInputs& in,
   }
 }
 
-/* A group of a target row, shaped. */
-__device__ __forceinline__ void load_target_group(const VerifyInputs& in,
+/* This lane's part of a strip of a matrix; -inf past the end. */
+__device__ __forceinline__ void load_strip(const LogitMatrix& matrix,
+                                           int64_t row,
+                                           int32_t strip,
+                                           int32_t vocab_size,
+                                           float (&values)[kGroup]) {
+  with_row(matrix, row, [&](const auto* data) {
+    load_group_as(data, strip_token(strip), vocab_size, matrix.aligned, values);
+  });
+}
+
+/* The same of a target row, shaped. */
+__device__ __forceinline__ void load_target_strip(const VerifyInputs& in,
                                                   const TargetRow& row,
-                                                  int32_t zone,
-                                                  int group,
+                                                  int32_t strip,
                                                   float (&values)[kGroup]) {
-  const int32_t first = group_token(zone, group);
-  load_group(in.target, row.index, first, in.vocab_size, values);
-  shape_group(in, row, zone, first, values);
+  load_strip(in.target, row.index, strip, in.vocab_size, values);
+  shape_group(in, row, strip, values);
 }
 
 }  // namespace dspark

@@ -33,23 +33,20 @@ __device__ __forceinline__ float log_probability(const RowLaw& law, float logit)
 }
 
 /* The first token behind `last` in the order of likelihood, by a warp over its zones. */
-__device__ __forceinline__ Indexed next_likeliest(const VerifyInputs& in,
-                                                  const TargetRow& row,
-                                                  const ZoneStats* zones,
-                                                  float floor,
-                                                  Indexed last) {
+__device__ __forceinline__ Indexed next_likeliest(
+    const VerifyInputs& in, const TargetRow& row, const Strips* maxima, float floor, Indexed last) {
   Indexed best = {-INFINITY, INT32_MAX};
   for (int32_t zone = threadIdx.x / kWarpSize; zone < in.num_zones;
        zone += LogprobsPolicy::kNumWarps) {
-    if (zones[zone].max < floor) continue; /* the same for the whole warp */
-    touch_zone(in.target, row.index, zone, in.vocab_size);
+    if (zone_max(maxima[zone]) < floor) continue; /* the same for the whole warp */
 #pragma unroll 1
-    for (int group = 0; group < kGroupsPerLane; ++group) {
+    for (int i = 0; i < kStripsPerZone; ++i) {
+      const int32_t strip = zone * kStripsPerZone + i;
       float values[kGroup];
-      load_target_group(in, row, zone, group, values);
+      load_target_strip(in, row, strip, values);
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
-        const Indexed own = {values[j], group_token(zone, group) + j};
+        const Indexed own = {values[j], strip_token(strip) + j};
         const bool behind =
             own.value < last.value || (own.value == last.value && own.index > last.index);
         if (behind) best = ArgmaxOp{}(best, own);
@@ -80,7 +77,7 @@ __global__ void __launch_bounds__(LogprobsPolicy::kNumThreads, 1)
   }
   const TargetRow row = {static_cast<int64_t>(in.qo_indptr[req]) + committed.row, req,
                          committed.row};
-  const ZoneStats* zones = zones_of(in, work, row.index);
+  const RowZones zones = zones_of(in, work.zones, row.index);
   if (threadIdx.x < kWarpSize) {
     const RowLaw merged = merge_zones(zones, in.num_zones, target_scale(in, req));
     if (threadIdx.x == 0) {
@@ -94,17 +91,18 @@ __global__ void __launch_bounds__(LogprobsPolicy::kNumThreads, 1)
     out.logprobs[index] = log_probability(law, shaped_logit(in, row, committed.token));
   }
   for (int32_t zone = threadIdx.x; zone < in.num_zones; zone += LogprobsPolicy::kNumThreads) {
+    const float own = zone_max(zones.maxima[zone]);
     int32_t before = 0;
     for (int32_t other = 0; other < in.num_zones; ++other) {
-      const bool larger = zones[other].max > zones[zone].max;
-      before += larger || (zones[other].max == zones[zone].max && other < zone);
+      const float value = zone_max(zones.maxima[other]);
+      before += value > own || (value == own && other < zone);
     }
-    if (before == out.num_top - 1) shared_floor = zones[zone].max;
+    if (before == out.num_top - 1) shared_floor = own;
   }
   __syncthreads();
   Indexed last = {INFINITY, -1};
   for (int32_t i = 0; i < out.num_top; ++i) {
-    const Indexed own = next_likeliest(in, row, zones, shared_floor, last);
+    const Indexed own = next_likeliest(in, row, zones.maxima, shared_floor, last);
     last = cta_reduce<LogprobsPolicy::kNumThreads>(own, ArgmaxOp{}, Indexed{-INFINITY, INT32_MAX},
                                                    scratch);
     const float logprob = log_probability(law, last.value);

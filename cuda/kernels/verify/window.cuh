@@ -1,9 +1,11 @@
 /*
  * A request on the chip: the laws of its rows, and p and q of every draft token.
  *
- * A warp per row merges the row's zones (or takes the filtered law), then a thread per draft gathers
- * its token's two probabilities. What decides about the request reads shared memory alone after that.
- * Limited by latency: three dependent reads from L2.
+ * What does not wait for the zones comes first, while they are still read (prepare_window): the drafts,
+ * their laws, the target logits of the draft tokens, the uniforms. Then a warp per row merges the row's
+ * zones (or takes the filtered law), finds what a greedy or coupled row says, and a thread per draft
+ * turns its logit into p (finish_window). What decides about the request reads shared memory alone
+ * after that. Limited by latency: two dependent reads from L2.
  */
 #pragma once
 
@@ -12,8 +14,8 @@
 namespace dspark {
 
 struct AcceptPolicy {
-  static constexpr int kNumThreads = RacePolicy::kNumThreads;
-  static constexpr int kNumWarps = RacePolicy::kNumWarps;
+  static constexpr int kNumThreads = DrawPolicy::kNumThreads;
+  static constexpr int kNumWarps = DrawPolicy::kNumWarps;
   static constexpr int kMaxCtasPerReq = 8; /* when a rule may need them ... */
   static constexpr int kTargetCtas = 132;  /* ... and as long as they all run at once */
 };
@@ -25,7 +27,9 @@ struct CommittedToken {
 };
 
 struct AcceptWork {
-  const ZoneStats* zones;    /* [all rows, num_zones] */
+  RowZones zones;            /* [num_rows, num_zones] */
+  RowZones draft_zones;      /* [num_reqs * draft_len, num_zones] */
+  const ZoneRace* races;     /* [num_rows, num_zones] of coupled rows without filters */
   const RowLaw* laws;        /* [num_rows] filtered; nullptr: no filters in this call */
   uint32_t* tickets;         /* [num_reqs], 0 */
   uint32_t* row_results;     /* [num_reqs, draft_len + 1] tokens or masses of shared rows */
@@ -40,11 +44,16 @@ struct Window {
   int32_t tokens[kMaxRows];
   int32_t parents[kMaxRows];
   int32_t depths[kMaxRows];
+  double
+      uniforms[kMaxRows]; /* of the decision on the draft, when all siblings before were refused */
+  float token_logits[kMaxRows]; /* of the draft's token in its parent's row */
   float target_probs[kMaxRows]; /* p of the draft's token under its parent's law */
   float draft_probs[kMaxRows];
   int32_t targets[kMaxRows]; /* what each row says: greedy and coupled */
   float masses[kMaxRows];    /* S_i of the block rule */
-  Rejection rejections[kMaxRows];
+  float ratios[kMaxRows];    /* joint, of the block rule */
+  uint64_t passes;           /* bit k: draft k passes when no sibling was refused before */
+  WeightSource source;       /* of the row where the request stands */
 };
 
 struct RequestView {
@@ -62,17 +71,25 @@ __device__ __forceinline__ TargetRow target_row(const RequestView& view, int32_t
   return {static_cast<int64_t>(view.first_row) + row, view.req, row};
 }
 
-__device__ __forceinline__ const ZoneStats* zones_of(const VerifyInputs& in,
-                                                     const AcceptWork& work,
-                                                     int64_t row) {
-  return work.zones + row * in.num_zones;
+/* The zones of row `row` among those of many. */
+__device__ __forceinline__ RowZones zones_of(const VerifyInputs& in,
+                                             const RowZones& all,
+                                             int64_t row) {
+  return {all.maxima + row * in.num_zones, all.sums + row * in.num_zones};
 }
 
-/* The law of draft row `index`, by a warp; bad: the draft counts as a point mass. */
+/* Draft laws come from zones, too. */
+__device__ __forceinline__ bool merges_draft_rows(const VerifyInputs& in) {
+  return in.draft.data != nullptr && in.draft_log_normalizers == nullptr;
+}
+
+/* The law of the draft of `row`, by a warp; bad: the draft counts as a point mass. */
 __device__ __forceinline__ RowLaw draft_law(const VerifyInputs& in,
                                             const AcceptWork& work,
-                                            int64_t index,
-                                            float temperature) {
+                                            const RequestView& view,
+                                            int32_t row) {
+  const int64_t index = static_cast<int64_t>(view.req) * in.draft_len + row - 1;
+  const float temperature = in.temperature[view.req];
   RowLaw law = {};
   law.bad = 1;
   law.scale = weight_scale(temperature);
@@ -82,90 +99,26 @@ __device__ __forceinline__ RowLaw draft_law(const VerifyInputs& in,
     law.inv_sum = 1.f;
     law.bad = !(fabsf(law.max) < INFINITY);
   } else if (in.draft.data != nullptr) {
-    law = merge_zones(zones_of(in, work, in.num_rows + index), in.num_zones, law.scale);
+    law = merge_zones(zones_of(in, work.draft_zones, index), in.num_zones, law.scale);
   } else if (in.candidate_tokens != nullptr) {
     const int32_t* tokens = in.candidate_tokens + index * in.num_candidates;
     const float* logits = in.candidate_logits + index * in.num_candidates;
-    float max = -INFINITY;
-    bool bad = false;
-    for (int32_t i = threadIdx.x % kWarpSize; i < in.num_candidates; i += kWarpSize) {
-      if (tokens[i] < 0) continue;
-      max = fmaxf(max, logits[i]);
-      bad |= !(logits[i] < INFINITY);
+    const int32_t lane = threadIdx.x % kWarpSize;
+    float max = -INFINITY; /* NaN if a logit is */
+    for (int32_t i = lane; i < in.num_candidates; i += kWarpSize) {
+      const float logit = logits[i];
+      if (tokens[i] >= 0) max = max_nan(max, logit);
     }
-    max = warp_reduce(max, MaxOp{});
-    law.bad = __ballot_sync(kAllLanes, bad) != 0 || !(max > -INFINITY);
+    max = from_ordered(__reduce_max_sync(kAllLanes, ordered(max)));
+    law.bad = !(fabsf(max) < INFINITY);
     float sum = 0.f;
-    for (int32_t i = threadIdx.x % kWarpSize; i < in.num_candidates; i += kWarpSize) {
+    for (int32_t i = lane; i < in.num_candidates; i += kWarpSize) {
       if (tokens[i] >= 0 && law.bad == 0) sum += logit_weight(logits[i], max, law.scale);
     }
     law.max = max;
     law.inv_sum = 1.f / warp_reduce(sum, SumOp{});
   }
   return law;
-}
-
-/* Phase 1. All threads take part. */
-__device__ __forceinline__ void load_window(const VerifyInputs& in,
-                                            const AcceptWork& work,
-                                            const RequestView& view,
-                                            Window& window) {
-  const int warp = threadIdx.x / kWarpSize;
-  const bool leads = threadIdx.x % kWarpSize == 0;
-  const float scale = target_scale(in, view.req);
-  const int64_t first_draft = static_cast<int64_t>(view.req) * in.draft_len;
-  for (int32_t row = warp; row <= view.num_drafts; row += AcceptPolicy::kNumWarps) {
-    const int64_t index = static_cast<int64_t>(view.first_row) + row;
-    RowLaw law = {};
-    if (work.laws != nullptr) {
-      law = work.laws[index];
-    } else {
-      law = merge_zones(zones_of(in, work, index), in.num_zones, scale);
-    }
-    if (leads) window.target_laws[row] = law;
-  }
-  if (view.rule == DSPARK_RULE_TOKEN || view.rule == DSPARK_RULE_BLOCK) {
-    const float temperature = in.temperature[view.req];
-    for (int32_t row = 1 + warp; row <= view.num_drafts; row += AcceptPolicy::kNumWarps) {
-      const RowLaw law = draft_law(in, work, first_draft + row - 1, temperature);
-      if (leads) window.draft_laws[row] = law;
-    }
-  }
-  for (int32_t row = threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
-    int32_t depth = 0;
-    for (int32_t at = row; at > 0; at = parent_row(in, view.req, at)) ++depth;
-    window.depths[row] = depth;
-    window.tokens[row] = row > 0 ? draft_token(in, view.req, row) : -1;
-    window.parents[row] = row > 0 ? parent_row(in, view.req, row) : -1;
-  }
-  __syncthreads();
-  for (int32_t row = threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
-    window.targets[row] = window.target_laws[row].argmax;
-    const int32_t token = window.tokens[row];
-    float target_prob = 0.f, draft_prob = 1.f;
-    if (row > 0 && view.rule >= 0 && view.rule != DSPARK_RULE_COUPLED && in_vocab(in, token)) {
-      const int32_t parent = window.parents[row];
-      const float logit = shaped_logit(in, target_row(view, parent), token);
-      target_prob = probability(window.target_laws[parent], logit);
-      draft_prob = draft_probability(in, view.req, row, window.draft_laws[row], token);
-    }
-    window.target_probs[row] = target_prob;
-    window.draft_probs[row] = draft_prob;
-  }
-  __syncthreads();
-}
-
-/* The weights that the next token of `row` is drawn from. */
-__device__ __forceinline__ WeightSource weight_source(const VerifyInputs& in,
-                                                      const AcceptWork& work,
-                                                      const RequestView& view,
-                                                      const Window& window,
-                                                      int32_t row,
-                                                      int32_t num_rejections,
-                                                      float share) {
-  const TargetRow target = target_row(view, row);
-  return {target, window.target_laws[row], zones_of(in, work, target.index),
-          share,  window.rejections,       num_rejections};
 }
 
 __device__ __forceinline__ DrawKey draw_key(const VerifyInputs& in,
@@ -176,16 +129,203 @@ __device__ __forceinline__ DrawKey draw_key(const VerifyInputs& in,
   return {in.seeds[view.req], in.anchor_positions[view.req] + 1 + window.depths[row], purpose};
 }
 
-/* The uniform of the `ordinal`-th decision on a draft behind `row`. */
+/* The uniform of the decision on a draft with `depth` drafts up to it and `ordinal` siblings before. */
 __device__ __forceinline__ double accept_uniform(const VerifyInputs& in,
                                                  const RequestView& view,
-                                                 const Window& window,
-                                                 int32_t row,
+                                                 int32_t depth,
                                                  int32_t ordinal) {
-  const DrawKey key = draw_key(in, view, window, row, DSPARK_PURPOSE_ACCEPT);
-  const uint4 words =
-      philox_quad(key.seed, static_cast<uint32_t>(ordinal), key.position, key.purpose);
+  const uint4 words = philox_quad(in.seeds[view.req], static_cast<uint32_t>(ordinal),
+                                  in.anchor_positions[view.req] + depth, DSPARK_PURPOSE_ACCEPT);
   return uniform_from_word(words.x);
+}
+
+__device__ __forceinline__ bool compares_laws(const RequestView& view) {
+  return view.rule == DSPARK_RULE_TOKEN || view.rule == DSPARK_RULE_BLOCK;
+}
+
+/* Laws and q of the first `num_drafts` drafts, by the first warps. */
+__device__ __forceinline__ void load_draft_laws(const VerifyInputs& in,
+                                                const AcceptWork& work,
+                                                const RequestView& view,
+                                                int32_t num_drafts,
+                                                int num_warps,
+                                                Window& window) {
+  const int warp = threadIdx.x / kWarpSize;
+  for (int32_t row = 1 + warp; row <= num_drafts; row += num_warps) {
+    const int32_t token = draft_token(in, view.req, row);
+    const RowLaw law = draft_law(in, work, view, row);
+    const float prob = in_vocab(in, token) ? draft_probability(in, view.req, row, law, token) : 1.f;
+    if (threadIdx.x % kWarpSize != 0) continue;
+    window.draft_laws[row] = law;
+    window.draft_probs[row] = prob;
+  }
+}
+
+/* What needs no zones: half of the warps on the draft laws (those that are merged from zones come with
+ * finish_window), the others on the rows. All threads take part. */
+__device__ __forceinline__ void prepare_window(const VerifyInputs& in,
+                                               const AcceptWork& work,
+                                               const RequestView& view,
+                                               Window& window) {
+  constexpr int kLawWarps = AcceptPolicy::kNumWarps / 2;
+  constexpr int kRowThreads = AcceptPolicy::kNumThreads - kLawWarps * kWarpSize;
+  const int thread = static_cast<int>(threadIdx.x) - kLawWarps * kWarpSize;
+  const bool compares = compares_laws(view);
+  if (thread < 0) {
+    /* All drafts, verified or not: no load waits for the number of rows. */
+    if (compares && !merges_draft_rows(in)) {
+      load_draft_laws(in, work, view, in.draft_len, kLawWarps, window);
+    }
+    return;
+  }
+  if (thread == 0) window.passes = 0;
+  for (int32_t row = thread; row <= in.draft_len; row += kRowThreads) {
+    const int32_t parent = row > 0 ? parent_row(in, view.req, row) : -1;
+    const int32_t token = row > 0 ? draft_token(in, view.req, row) : -1;
+    if (row > view.num_drafts) return;
+    const int32_t depth = row_depth(in, view.req, row);
+    window.depths[row] = depth;
+    window.tokens[row] = token;
+    window.parents[row] = parent;
+    if (!compares || row == 0) continue;
+    window.token_logits[row] =
+        in_vocab(in, token) ? shaped_logit(in, target_row(view, parent), token) : -INFINITY;
+    int32_t ordinal = 0; /* siblings before it */
+    if (in.parents != nullptr) {
+      for (int32_t other = parent + 1; other < row; ++other) {
+        ordinal += parent_row(in, view.req, other) == parent;
+      }
+    }
+    window.uniforms[row] = accept_uniform(in, view, depth, ordinal);
+  }
+}
+
+/* The lowest token of the row's largest logit (or 0), and in `law` whether there is one, by a warp. */
+__device__ __forceinline__ int32_t row_argmax(const VerifyInputs& in,
+                                              const TargetRow& row,
+                                              const Strips* maxima,
+                                              RowLaw& law) {
+  float max = -INFINITY; /* of this lane's zones, and its first strip; NaN stays */
+  int32_t strip = INT32_MAX;
+#pragma unroll 5
+  for (int32_t zone = threadIdx.x % kWarpSize; zone < in.num_zones; zone += kWarpSize) {
+    const Strips own = maxima[zone];
+#pragma unroll
+    for (int i = 0; i < kStripsPerZone; ++i) {
+      if (!(own.of[i] <= max) && !(max != max)) {
+        max = own.of[i];
+        strip = zone * kStripsPerZone + i;
+      }
+    }
+  }
+  const float most = from_ordered(__reduce_max_sync(kAllLanes, ordered(max)));
+  strip = __reduce_min_sync(kAllLanes, max == most ? strip : INT32_MAX);
+  law = {most, 0.f, 0.f, -INFINITY, 0.f, !(fabsf(most) < INFINITY)};
+  if (law.bad != 0) return 0; /* the same for the whole warp */
+  float values[kGroup];
+  load_target_strip(in, row, strip, values);
+  int32_t token = INT32_MAX;
+#pragma unroll
+  for (int j = kGroup - 1; j >= 0; --j) {
+    if (values[j] == most) token = strip_token(strip) + j;
+  }
+  return __reduce_min_sync(kAllLanes, token);
+}
+
+/* The winner of a row that has raced zone by zone, by a warp. */
+__device__ __forceinline__ int32_t row_race(const VerifyInputs& in, const ZoneRace* races) {
+  Indexed best = empty_race();
+  for (int32_t z = threadIdx.x % kWarpSize; z < in.num_zones; z += kWarpSize) {
+    best = ArgmaxOp{}(best, Indexed{races[z].score, races[z].token});
+  }
+  const int32_t most = __reduce_max_sync(kAllLanes, ordered(best.value));
+  return __reduce_min_sync(kAllLanes, ordered(best.value) == most ? best.index : kNoRunner);
+}
+
+/* Draft laws that come from zones: out of line, where it costs the other laws no registers. */
+__device__ __noinline__ void merge_draft_laws(const VerifyInputs& in,
+                                              const AcceptWork& work,
+                                              const RequestView& view,
+                                              Window& window) {
+  load_draft_laws(in, work, view, view.num_drafts, AcceptPolicy::kNumWarps, window);
+}
+
+__device__ __forceinline__ void note_pass(Window& window, int32_t row) {
+  atomicOr(reinterpret_cast<unsigned long long*>(&window.passes), 1ull << (row - 1));
+}
+
+/* Drafts that are what their parent's row says. All threads take part. */
+__device__ __forceinline__ void compare_tokens(const RequestView& view, Window& window) {
+  for (int32_t row = 1 + threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
+    const int32_t says = window.targets[window.parents[row]];
+    if (says >= 0 && window.tokens[row] == says) note_pass(window, row);
+  }
+  __syncthreads();
+}
+
+/* The rest, from the zones. All threads take part. */
+__device__ __forceinline__ void finish_window(const VerifyInputs& in,
+                                              const AcceptWork& work,
+                                              const RequestView& view,
+                                              Window& window) {
+  const int warp = threadIdx.x / kWarpSize;
+  const bool leads = threadIdx.x % kWarpSize == 0;
+  const float scale = target_scale(in, view.req);
+  for (int32_t row = warp; row <= view.num_drafts; row += AcceptPolicy::kNumWarps) {
+    const TargetRow target = target_row(view, row);
+    const RowZones zones = zones_of(in, work.zones, target.index);
+    RowLaw law;
+    int32_t says = -1;
+    if (view.rule < 0) {
+      says = row_argmax(in, target, zones.maxima, law);
+    } else if (work.laws != nullptr) {
+      law = work.laws[target.index];
+    } else {
+      law = merge_zones(zones, in.num_zones, scale);
+      if (view.rule == DSPARK_RULE_COUPLED) {
+        says = row_race(in, work.races + target.index * in.num_zones);
+      }
+    }
+    if (!leads) continue;
+    window.target_laws[row] = law;
+    window.targets[row] = law.bad == 0 ? says : -1;
+  }
+  const bool compares = compares_laws(view);
+  if (compares && merges_draft_rows(in)) merge_draft_laws(in, work, view, window);
+  __syncthreads();
+  if (compares) {
+    for (int32_t row = 1 + threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
+      const float target_prob =
+          probability(window.target_laws[window.parents[row]], window.token_logits[row]);
+      window.target_probs[row] = target_prob;
+      const double bar = window.uniforms[row] * static_cast<double>(window.draft_probs[row]);
+      if (bar < static_cast<double>(target_prob)) note_pass(window, row);
+    }
+    __syncthreads();
+  } else {
+    compare_tokens(view, window);
+  }
+}
+
+/* The request comes to `row`: window.source is p there, times `share`, less the draft of `rejected` if
+ * that is not 0. All threads take part. */
+__device__ __forceinline__ void stand_at(const VerifyInputs& in,
+                                         const AcceptWork& work,
+                                         const RequestView& view,
+                                         int32_t row,
+                                         float share,
+                                         int32_t rejected,
+                                         Window& window) {
+  if (threadIdx.x == 0) {
+    WeightSource& source = window.source;
+    source.row = target_row(view, row);
+    source.law = window.target_laws[row];
+    source.zones = zones_of(in, work.zones, source.row.index);
+    source.share = share;
+    source.num_rejections = rejected > 0;
+    if (rejected > 0) source.rejections[0] = {rejected, window.draft_laws[rejected], 1.f};
+  }
+  __syncthreads();
 }
 
 /* The next child of `row` after row `after`; 0 when there is none. */

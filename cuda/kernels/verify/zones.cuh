@@ -1,171 +1,171 @@
 /*
  * The one read of the logits: per row and zone of kZone tokens, what every later step needs.
  *
- *   max, argmax (lowest index), sum of exp((l - max) / T), whether a logit is NaN or +inf
+ *   maxima  of the zone's four strips; NaN where a strip holds one
+ *   sums    of exp((l - max of the zone) / T) over the strips, for rows that need a law
+ *   race    the winner of the zone under the coupled rule's noise, unless it cannot win the row
  *
- * A law is merged from these in a few microseconds of one warp: max of the row, Z = sum of
- * zone.sum * exp((zone.max - max) / T). And they are an index into the row: a race, a search for a
- * threshold or for the likeliest tokens reads the zones whose max says that they matter.
+ * A law is merged from these in a microsecond of one warp. And they are an index into the row: a draw,
+ * an argmax, a search for a threshold or for the likeliest tokens reads the strips that matter.
  *
- * A warp takes a zone, so that there is no barrier and no shared memory: 4 accesses of 16 bytes per
- * lane in flight (2 KiB of 16-bit logits per warp), then max, one scan for the argmax, sum. Zones are
- * cut by the vocabulary alone, so a law is the same bits in every batch.
+ * The CTAs that fit on the device at once share all zones in equal runs; a warp takes every eighth
+ * zone of its CTA's run, with the loads of its next zone (2 KiB of 16-bit logits) in flight while it
+ * works on one. So some 64 KiB per SM are always on their way, a request is looked up once per row and
+ * warp, and there is no barrier. Zones are cut by the vocabulary alone and a zone's numbers come from
+ * it alone, so a law is the same bits in every batch. 16-bit logits stay packed until they are summed:
+ * a maximum costs less than an instruction a logit, its sum five (unpack, subtract, scale, ex2, add).
  *
- * Bytes: 2 or 4 * vocab_size per row. About 9 instructions per logit (unpack, max, compare, fma, ex2,
- * add): two thirds of what would keep up with the memory of an H100; greedy rows skip the last four.
+ * The coupled race (common/philox.cuh) happens here, in race_zones.cuh, because most zones of a flat
+ * law could hold the winner: reading them again would cost as much as reading them.
+ *
+ * Bytes: 2 or 4 * vocab_size per row. Limited by memory from a few requests on, before that by latency.
  */
 #pragma once
 
-#include "kernels/verify/inputs.cuh"
+#include "common/dependent_launch.cuh"
+#include "kernels/verify/race_zones.cuh"
 
 namespace dspark {
 
-struct ZonesPolicy {
-  static constexpr int kWarpsPerCta = 8;
-  static constexpr int kNumThreads = kWarpsPerCta * kWarpSize;
-};
-
-struct alignas(16) ZoneStats {
-  float max;
-  float sum; /* of exp((l - max) / T); 0 for greedy rows and when max is -inf */
-  int32_t argmax;
-  int32_t bad; /* holds NaN or +inf */
-};
-
-/* The dense draft row at `index` of all draft rows is needed: its temperature's scale, else 0. */
-__device__ __forceinline__ float draft_row_scale(const VerifyInputs& in, int64_t index) {
-  if (in.draft_log_normalizers != nullptr) return 0.f;
-  const int32_t req = static_cast<int32_t>(index / in.draft_len);
-  const int32_t k = static_cast<int32_t>(index % in.draft_len);
-  const float temperature = in.temperature[req];
-  return k < verify_len(in, req) && temperature > 0.f ? weight_scale(temperature) : 0.f;
-}
-
-/* Stats of the warp's zone from this lane's values. */
-__device__ __forceinline__ ZoneStats reduce_zone(const float (&values)[kGroupsPerLane][kGroup],
-                                                 int32_t zone,
-                                                 float scale) {
-  float lane_max = -INFINITY;
-  bool bad = false;
-#pragma unroll
-  for (int i = 0; i < kGroupsPerLane; ++i) {
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      lane_max = fmaxf(lane_max, values[i][j]);
-      bad |= !(values[i][j] < INFINITY);
-    }
-  }
-  const float max = warp_reduce(lane_max, MaxOp{});
-  bad = __ballot_sync(kAllLanes, bad) != 0;
-  int32_t argmax = INT32_MAX;
-  if (lane_max == max) {
-#pragma unroll
-    for (int i = kGroupsPerLane - 1; i >= 0; --i) {
-#pragma unroll
-      for (int j = kGroup - 1; j >= 0; --j) {
-        if (values[i][j] == max) argmax = group_token(zone, i) + j;
-      }
-    }
-  }
-  argmax = warp_reduce(argmax, [](int32_t a, int32_t b) { return min(a, b); });
-  float sum = 0.f;
-  if (scale > 0.f && max > -INFINITY) { /* the same for the whole warp */
-#pragma unroll
-    for (int i = 0; i < kGroupsPerLane; ++i) {
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j) sum += logit_weight(values[i][j], max, scale);
-    }
-    sum = warp_reduce(sum, SumOp{});
-  }
-  return {max, sum, argmax, bad ? 1 : 0};
-}
-
-/* Grid: a warp per zone of all rows (target, then draft), flat. Also clears `tickets` [num_reqs] for
- * the kernels behind it. kShaped: there may be penalties, biases or a mask. */
-template <bool kShaped>
-__global__ void __launch_bounds__(ZonesPolicy::kNumThreads, 2)
-    zones_kernel(VerifyInputs in, int64_t num_warps, ZoneStats* stats, uint32_t* tickets) {
-  if (blockIdx.x == 0) {
-    for (int32_t r = threadIdx.x; r < in.num_reqs; r += ZonesPolicy::kNumThreads) tickets[r] = 0;
-  }
-  const int64_t warp =
-      static_cast<int64_t>(blockIdx.x) * ZonesPolicy::kWarpsPerCta + threadIdx.x / kWarpSize;
-  if (warp >= num_warps) return; /* whole warps */
-  const int64_t row_index = warp / in.num_zones;
-  const int32_t zone = static_cast<int32_t>(warp % in.num_zones);
-  float values[kGroupsPerLane][kGroup];
-  float scale;
-  if (row_index < in.num_rows) {
-    const int32_t index = static_cast<int32_t>(row_index);
-    if (index < in.qo_indptr[0] || index >= in.qo_indptr[in.num_reqs]) return; /* padding */
-    /* In flight before the request is known. */
-#pragma unroll
-    for (int i = 0; i < kGroupsPerLane; ++i) {
-      load_group(in.target, row_index, group_token(zone, i), in.vocab_size, values[i]);
-    }
-    const int32_t req = find_request(in, index);
-    const TargetRow row = {row_index, req, index - in.qo_indptr[req]};
-    scale = target_scale(in, req);
-    if constexpr (kShaped) {
-#pragma unroll
-      for (int i = 0; i < kGroupsPerLane; ++i) {
-        shape_group(in, row, zone, group_token(zone, i), values[i]);
-      }
-    }
-  } else {
-    const int64_t draft_row = row_index - in.num_rows;
-    scale = draft_row_scale(in, draft_row);
-    if (scale == 0.f) return; /* whole warp */
-#pragma unroll
-    for (int i = 0; i < kGroupsPerLane; ++i) {
-      load_group(in.draft, draft_row, group_token(zone, i), in.vocab_size, values[i]);
-    }
-  }
-  const ZoneStats own = reduce_zone(values, zone, scale);
-  if (threadIdx.x % kWarpSize == 0) stats[warp] = own;
-}
-
-/* The law of a row: p(v) = kept(v) ? w(v) * inv_sum : 0, kept(v) = l >= threshold and w >=
- * min_weight, w(v) = exp2((l - max) * scale). */
-struct RowLaw {
-  float max;
-  float scale;
-  float inv_sum;    /* 0 for greedy rows */
-  float threshold;  /* a logit; -inf: top-k and top-p keep all */
-  float min_weight; /* 0: min-p keeps all */
-  int32_t argmax;
-  int32_t bad; /* NaN, +inf or nothing but -inf: no law */
-};
-
-__device__ __forceinline__ float probability(const RowLaw& law, float logit) {
-  const float weight = logit_weight(logit, law.max, law.scale);
-  return logit >= law.threshold && weight >= law.min_weight ? weight * law.inv_sum : 0.f;
-}
-
-/* A warp merges the zones of a row into a law without filters, in a fixed order. */
-__device__ __forceinline__ RowLaw merge_zones(const ZoneStats* zones,
-                                              int32_t num_zones,
-                                              float scale) {
+/* The sum of `values` [i] over all lanes, in the lanes of the i-th quarter of the warp. */
+__device__ __forceinline__ float quarter_sums(const float (&values)[kStripsPerZone]) {
+  static_assert(kStripsPerZone == 4);
   const int lane = threadIdx.x % kWarpSize;
-  Indexed best = {-INFINITY, INT32_MAX};
-  int bad = 0;
-  for (int32_t zone = lane; zone < num_zones; zone += kWarpSize) {
-    best = ArgmaxOp{}(best, Indexed{zones[zone].max, zones[zone].argmax});
-    bad |= zones[zone].bad;
+  const bool upper = (lane & 16) != 0;
+  float low = upper ? values[2] : values[0];
+  float high = upper ? values[3] : values[1];
+  low += shuffle_xor(upper ? values[0] : values[2], 16);
+  high += shuffle_xor(upper ? values[1] : values[3], 16);
+  const bool odd = (lane & 8) != 0;
+  const float own = (odd ? high : low) + shuffle_xor(odd ? low : high, 8);
+  return warp_reduce<8>(own, SumOp{});
+}
+
+/* Sum of the weights of strip i of the warp's zone, in the lanes of the i-th quarter. */
+template <typename T>
+__device__ __forceinline__ float strip_sums(const ZoneWords<T>& words, float max, float scale) {
+  float sums[kStripsPerZone] = {};
+#pragma unroll
+  for (int i = 0; i < kPairsPerLane; ++i) {
+    const float2 pair = words.pair(i);
+    sums[i / 4] += logit_weight(pair.x, max, scale) + logit_weight(pair.y, max, scale);
   }
-  best = warp_reduce(best, ArgmaxOp{});
-  bad = __ballot_sync(kAllLanes, bad != 0) != 0;
+  return quarter_sums(sums);
+}
+
+/* The zones of one matrix of logits. */
+struct ZonesWork {
+  LogitMatrix matrix;
+  int64_t num_rows;  /* bound */
+  Strips* maxima;    /* [num_rows, num_zones] */
+  Strips* sums;      /* [num_rows, num_zones]; 0 where no law is needed */
+  ZoneRace* races;   /* [num_rows, num_zones]; written for rows that race */
+  uint32_t* tickets; /* [num_reqs] to be cleared; may be nullptr */
+};
+
+template <typename T, ZonesKind kKind>
+constexpr int kZonesCtasPerSm =
+    kKind == ZonesKind::kShaped && sizeof(T) == 4   ? ZonesPolicy::kCtasPerSmWidest
+    : kKind == ZonesKind::kShaped || sizeof(T) == 4 ? ZonesPolicy::kCtasPerSmWide
+    : kKind == ZonesKind::kRaces                    ? ZonesPolicy::kCtasPerSmRaces
+                                                    : ZonesPolicy::kCtasPerSm;
+
+/* Whether rows of this kind may race. */
+template <ZonesKind kKind>
+constexpr bool kMayRace = kKind == ZonesKind::kRaces || kKind == ZonesKind::kShaped;
+
+struct Nothing {};
+template <ZonesKind kKind>
+using ZonesShared = std::conditional_t<kMayRace<kKind>, RaceShared, Nothing>;
+
+/* A zone worked out by its warp. */
+template <typename T, ZonesKind kKind>
+__device__ __forceinline__ void finish_zone(const ZonesWork& work,
+                                            const VerifyInputs& in,
+                                            const ZoneRow& open,
+                                            int32_t zone,
+                                            const ZoneWords<T>& words,
+                                            ZonesShared<kKind>& shared,
+                                            RowRace& race) {
+  const int lane = threadIdx.x % kWarpSize;
+  Strips maxima;
+#pragma unroll
+  for (int i = 0; i < kStripsPerZone; ++i) {
+    maxima.of[i] = from_ordered(__reduce_max_sync(kAllLanes, ordered(words.strip_max(i))));
+  }
+  const float max = zone_max(maxima);
+  const int64_t at = open.row.index * in.num_zones + zone;
+  const bool is_number = fabsf(max) < INFINITY; /* the same for the whole warp, as all below */
   float sum = 0.f;
-  if (scale > 0.f) {
-    for (int32_t zone = lane; zone < num_zones; zone += kWarpSize) {
-      if (zones[zone].max > -INFINITY) {
-        sum += zones[zone].sum * logit_weight(zones[zone].max, best.value, scale);
+  if (open.scale > 0.f && is_number) sum = strip_sums(words, max, open.scale);
+  if (lane == 0) work.maxima[at] = maxima;
+  if (lane % 8 == 0) work.sums[at].of[lane / 8] = sum;
+  if constexpr (kMayRace<kKind>) {
+    if (!open.races) return;
+    if (lane == 0) work.races[at] = {-INFINITY, kNoRunner};
+    if (is_number) race_zone(open, words, zone, max, shared, race);
+  }
+}
+
+/* Grid: as many CTAs as the device holds, or fewer. */
+template <typename T, ZonesKind kKind>
+__global__ void __launch_bounds__(ZonesPolicy::kNumThreads, (kZonesCtasPerSm<T, kKind>))
+    zones_kernel(const __grid_constant__ VerifyInputs in, const __grid_constant__ ZonesWork work) {
+  __shared__ ZonesShared<kKind> shared;
+  wait_for_prerequisites();
+  release_dependents();
+  if constexpr (kMayRace<kKind>) {
+    if (threadIdx.x < ZonesPolicy::kBestSlots) shared.bests.slots[threadIdx.x] = 0;
+    __syncthreads();
+  }
+  if (blockIdx.x == 0 && work.tickets != nullptr) {
+    for (int32_t r = threadIdx.x; r < in.num_reqs; r += ZonesPolicy::kNumThreads) {
+      work.tickets[r] = 0;
+    }
+  }
+  const int64_t total = work.num_rows * in.num_zones;
+  const int64_t first = total * blockIdx.x / gridDim.x + threadIdx.x / kWarpSize;
+  const int64_t end = total * (blockIdx.x + 1) / gridDim.x;
+  if (first >= end) return; /* whole warps */
+  int64_t row = first / in.num_zones;
+  auto zone = static_cast<int32_t>(first % in.num_zones);
+  auto left = static_cast<int32_t>((end - first - 1) / ZonesPolicy::kWarpsPerCta);
+  ZoneWords<T> next;
+  next.load(work.matrix, row, zone, in.vocab_size);
+  ZoneRow open = {};
+  open.row.index = -1;
+  RowRace race = {};
+  const auto close = [&] {
+    if constexpr (kMayRace<kKind>) {
+      if (open.races) close_race(open, in.num_zones, shared, work.races, race);
+    }
+  };
+#pragma unroll 1
+  for (;; --left) {
+    const ZoneWords<T> words = next;
+    const int64_t own_row = row;
+    const int32_t own_zone = zone;
+    if (left > 0) {
+      for (zone += ZonesPolicy::kWarpsPerCta; zone >= in.num_zones; zone -= in.num_zones) ++row;
+      next.load(work.matrix, row, zone, in.vocab_size);
+    }
+    if (own_row != open.row.index) {
+      close();
+      open = open_row<kKind>(in, own_row);
+      open_race(race);
+    }
+    if (!open.skipped) {
+      if constexpr (kKind == ZonesKind::kShaped) {
+        ZoneWords<float> shaped;
+        shaped.shape(in, open.row, own_zone, words);
+        finish_zone<float, kKind>(work, in, open, own_zone, shaped, shared, race);
+      } else {
+        finish_zone<T, kKind>(work, in, open, own_zone, words, shared, race);
       }
     }
-    sum = warp_reduce(sum, SumOp{});
+    if (left == 0) break;
   }
-  const bool is_bad = bad != 0 || !(best.value > -INFINITY);
-  return {best.value, scale, scale > 0.f ? 1.f / sum : 0.f, -INFINITY, 0.f, best.index, is_bad};
+  close();
 }
 
 }  // namespace dspark

@@ -8,23 +8,21 @@ namespace dspark {
 
 /* Offsets in bytes; what a head does not need has no size. */
 struct CandidatesLayout {
-  size_t chunk_keys; /* RaceKey [rows, chunks, num_top] */
-  size_t keys;       /* RaceKey [rows, num_top] */
-  size_t latent;     /* f32 [num_reqs, markov_rank]: gated, rnn */
-  size_t states[2];  /* the same: rnn */
+  size_t zone_tops; /* uint32 [rows, zones] */
+  size_t keys;      /* RaceKey [rows, num_top] */
+  size_t latent;    /* f32 [num_reqs, markov_rank]: gated, rnn */
+  size_t states[2]; /* the same: rnn */
   size_t bytes;
 };
 
 constexpr int32_t kMaxBigrams = 256;
-/* Of merge_top_kernel: what every device since sm_80 gives a CTA. */
-constexpr size_t kMaxMergeBytes = 96 * 1024;
 
-inline int32_t num_top_chunks(const dspark_draft_candidates_params& p) {
-  return ceil_div(p.vocab_size, TopPolicy::kChunk);
+inline int32_t num_top_zones(const dspark_draft_candidates_params& p) {
+  return ceil_div(p.vocab_size, TopPolicy::kZoneTokens);
 }
 
-inline size_t merge_bytes(const dspark_draft_candidates_params& p) {
-  return sizeof(RaceKey) * num_top_chunks(p) * p.num_top;
+inline int32_t num_top_parts(const dspark_draft_candidates_params& p) {
+  return ceil_div(p.vocab_size, TopPolicy::kCtaTokens);
 }
 
 inline CandidatesLayout candidates_layout(const dspark_draft_candidates_params& p) {
@@ -39,7 +37,7 @@ inline CandidatesLayout candidates_layout(const dspark_draft_candidates_params& 
   const size_t latent_bytes =
       has_latent_kernel(p.head) ? sizeof(float) * p.num_reqs * p.markov_rank : 0;
   const size_t state_bytes = p.head == DSPARK_HEAD_RNN ? latent_bytes : 0;
-  layout.chunk_keys = carve(num_rows * merge_bytes(p));
+  layout.zone_tops = carve(num_rows * num_top_zones(p) * sizeof(uint32_t));
   layout.keys = carve(num_rows * p.num_top * sizeof(RaceKey));
   layout.latent = carve(latent_bytes);
   layout.states[0] = carve(state_bytes);
@@ -51,14 +49,12 @@ inline dspark_status check_candidates_sizes(const dspark_draft_candidates_params
   DSPARK_TRY(check_head_sizes(p));
   DSPARK_TRY(check_range("num_top", p.num_top, 1, TopPolicy::kMaxTop));
   DSPARK_TRY(check_range("num_bigram", p.num_bigram, 0, kMaxBigrams));
-  DSPARK_CHECK_ARG(merge_bytes(p) <= kMaxMergeBytes, DSPARK_ERROR_UNSUPPORTED_SHAPE,
-                   "num_top: expected at most %lld with a vocabulary of %d, got %d",
-                   static_cast<long long>(kMaxMergeBytes / sizeof(RaceKey) / num_top_chunks(p)),
-                   p.vocab_size, p.num_top);
+  DSPARK_CHECK_ARG(p.vocab_size <= TopPolicy::kMaxVocab, DSPARK_ERROR_UNSUPPORTED_SHAPE,
+                   "vocab_size: expected at most %d, got %d", TopPolicy::kMaxVocab, p.vocab_size);
   const int64_t num_rows = static_cast<int64_t>(p.num_reqs) * p.draft_len;
-  DSPARK_CHECK_ARG(num_rows <= INT32_MAX / num_top_chunks(p), DSPARK_ERROR_UNSUPPORTED_SHAPE,
+  DSPARK_CHECK_ARG(num_rows <= INT32_MAX / num_top_parts(p), DSPARK_ERROR_UNSUPPORTED_SHAPE,
                    "num_reqs * draft_len: expected at most %d rows of %d tokens, got %lld",
-                   INT32_MAX / num_top_chunks(p), p.vocab_size, static_cast<long long>(num_rows));
+                   INT32_MAX / num_top_parts(p), p.vocab_size, static_cast<long long>(num_rows));
   return DSPARK_OK;
 }
 
@@ -103,27 +99,32 @@ class DraftCandidates {
   }
 
   dspark_status find_top() const {
-    TopArgs<U> args;
+    TopArgs<U> args = {};
     args.logits = static_cast<const U*>(p_.logits);
-    args.chunk_keys = at<RaceKey>(layout_.chunk_keys);
+    args.zone_tops = at<uint32_t>(layout_.zone_tops);
     args.keys = at<RaceKey>(layout_.keys);
     args.mask = grammar_mask(p_);
+    const int32_t row_bytes = p_.markov_rank * static_cast<int32_t>(sizeof(T));
+    if (p_.head != DSPARK_HEAD_NONE) {
+      args.ahead[0] = {p_.markov_w1, row_bytes};
+      args.ahead[1] = {p_.markov_w2, row_bytes};
+    }
     args.stride_row = p_.stride_logits_row;
     args.vocab_size = p_.vocab_size;
-    args.num_chunks = num_top_chunks(p_);
+    args.num_zones = num_top_zones(p_);
+    args.num_parts = num_top_parts(p_);
     args.num_top = p_.num_top;
-    args.aligned_rows =
-        aligned_to(kQuad * sizeof(U), {p_.logits}) && p_.stride_logits_row % kQuad == 0;
+    args.aligned_rows = aligned_16({p_.logits}) && p_.stride_logits_row * sizeof(U) % 16 == 0;
     const uint32_t num_rows = static_cast<uint32_t>(p_.num_reqs) * p_.draft_len;
     const dim3 cta(TopPolicy::kNumThreads);
-    DSPARK_TRY(launch("chunk_top_kernel", chunk_top_kernel<U>, dim3(num_rows * args.num_chunks),
-                      cta, sizeof(RaceKey) * TopPolicy::kChunk, stream_, args));
-    return launch("merge_top_kernel", merge_top_kernel<U>, dim3(num_rows), cta, merge_bytes(p_),
-                  stream_, args);
+    DSPARK_TRY(launch("zone_top_kernel", zone_top_kernel<U>, dim3(num_rows * args.num_parts), cta,
+                      0, stream_, args));
+    return launch_dependent("select_top_kernel", select_top_kernel<U>, dim3(num_rows), cta, stream_,
+                            args);
   }
 
   dspark_status walk(int32_t first_step, int32_t num_steps, const float* latent) const {
-    WalkArgs<T, U> args;
+    WalkArgs<T, U> args = {};
     args.in = head_inputs<T>(p_);
     args.markov_w2 = p_.head == DSPARK_HEAD_NONE ? nullptr : static_cast<const T*>(p_.markov_w2);
     args.latent = latent;
@@ -134,6 +135,9 @@ class DraftCandidates {
     args.temperature = p_.temperature;
     args.seeds = p_.seeds;
     args.rules = p_.rules;
+    args.top_k = p_.top_k;
+    args.top_p = p_.top_p;
+    args.min_p = p_.min_p;
     args.draft_tokens = p_.draft_tokens;
     args.candidate_tokens = p_.candidate_tokens;
     args.candidate_logits = p_.candidate_logits;
@@ -143,11 +147,17 @@ class DraftCandidates {
     args.num_bigram = p_.num_bigram;
     args.first_step = first_step;
     args.num_steps = num_steps;
+    LaunchShape shape;
+    shape.grid = dim3(p_.num_reqs);
+    shape.cta = dim3(WalkPolicy::kNumThreads);
+    shape.shared_bytes = walk_shared_bytes(p_.markov_rank, p_.num_top + p_.num_bigram, num_steps);
+    shape.dependent = latent == nullptr;
     const bool vec = p_.markov_rank % 8 == 0 && aligned_16({p_.markov_w2});
-    const size_t shared_bytes = sizeof(float) * round_up(p_.markov_rank, 8) +
-                                (sizeof(float) + sizeof(int32_t)) * (p_.num_top + p_.num_bigram);
-    return launch("walk_kernel", vec ? walk_kernel<T, U, true> : walk_kernel<T, U, false>,
-                  dim3(p_.num_reqs), dim3(WalkPolicy::kNumThreads), shared_bytes, stream_, args);
+    const bool ahead = vec && args.markov_w2 != nullptr && p_.markov_rank <= WalkPolicy::kAheadRank;
+    return launch("walk_kernel",
+                  ahead ? walk_kernel<T, U, true, true>
+                        : (vec ? walk_kernel<T, U, true, false> : walk_kernel<T, U, false, false>),
+                  shape, stream_, args);
   }
 
   const dspark_draft_candidates_params& p_;

@@ -25,6 +25,13 @@ inline bool has_latent_kernel(dspark_head_kind head) {
   return head == DSPARK_HEAD_GATED || head == DSPARK_HEAD_RNN;
 }
 
+inline dspark_status check_logits_dtype(dspark_dtype dtype) {
+  DSPARK_CHECK_ARG(
+      dtype == DSPARK_DTYPE_F32 || dtype == DSPARK_DTYPE_BF16, DSPARK_ERROR_UNSUPPORTED_DTYPE,
+      "logits_dtype: expected DSPARK_DTYPE_F32 (0) or DSPARK_DTYPE_BF16 (1), got %d", dtype);
+  return DSPARK_OK;
+}
+
 /* The sizes that both forms have. */
 template <typename Params>
 dspark_status check_head_sizes(const Params& p) {
@@ -100,12 +107,13 @@ struct LatentBuffers {
   float* states[2]; /* rnn */
 };
 
-/* Latents of one step into buffers.latent. */
+/* Latents of one step into buffers.latent, or into `rows`. */
 template <typename T, typename Params>
 dspark_status compute_latent(const Params& p,
                              const LatentBuffers& buffers,
                              int32_t step,
-                             dspark_stream stream) {
+                             dspark_stream stream,
+                             LatentRows rows = {}) {
   LatentArgs<T> args;
   args.in = head_inputs<T>(p);
   args.proj_weight = static_cast<const T*>(p.proj_weight);
@@ -113,6 +121,7 @@ dspark_status compute_latent(const Params& p,
   args.state_before = step == 0 ? nullptr : buffers.states[(step + 1) % 2];
   args.state_after = buffers.states[step % 2];
   args.latent = buffers.latent;
+  args.rows = rows;
   args.step = step;
   const bool vec = p.markov_rank % 8 == 0 && p.hidden_size % 8 == 0 &&
                    aligned_16({p.hidden, p.markov_w1, p.proj_weight});

@@ -84,7 +84,9 @@ impl Cuda {
             window: int("window", spec.window)?,
             softcap: spec.softcap,
             batch_invariant: i32::from(self.batch_invariant),
-            reserved: 0,
+            kv_dtype: 0,
+            k_scale: null(),
+            v_scale: null(),
         };
         // The size depends on the current device.
         self.device.bind()?;

@@ -2,6 +2,8 @@
 
 use std::ptr::{null, null_mut};
 
+use half::bf16;
+
 use super::arguments::{Arguments, Offset};
 use super::{Cuda, Logits, check, expect, int, struct_size};
 use crate::device::Buffer;
@@ -39,6 +41,9 @@ struct Uploaded {
     parents: Optional,
     candidate_tokens: Optional,
     candidate_logits: Optional,
+    latents: Optional,
+    log_normalizers: Optional,
+    draft_mask: Optional,
     mask: Optional,
     edit_indptr: Optional,
     edit_tokens: Optional,
@@ -76,9 +81,16 @@ impl Uploaded {
         let mask = optional(extras.mask);
         let sparse = match batch.law {
             DraftLaw::Sparse(sparse) => Some(sparse),
-            DraftLaw::PointMass | DraftLaw::Logits(_) => None,
+            DraftLaw::PointMass | DraftLaw::Logits(_) | DraftLaw::LowRank { .. } => None,
         };
         let candidate_tokens = optional(sparse.map(|sparse| &sparse.tokens[..]));
+        let draft_mask = optional(extras.draft_mask);
+        let low_rank = match batch.law {
+            DraftLaw::LowRank { law, .. } => Some(law),
+            _ => None,
+        };
+        let latents = low_rank.map(|law| packed_pairs(&law.latents));
+        let latents = optional(latents.as_deref());
         let stops = extras.stop_tokens.unwrap_or_default();
         let has_stops = stops.iter().any(|stops| !stops.is_empty());
         let stop_indptr = prefix_sums(stops.iter().map(|stops| stops.len()));
@@ -107,6 +119,9 @@ impl Uploaded {
             candidate_logits: Optional(
                 sparse.map(|sparse| arguments.push_f32(sparse.logits.iter().copied())),
             ),
+            log_normalizers: Optional(
+                low_rank.map(|law| arguments.push_f32(law.log_normalizers.iter().copied())),
+            ),
             top_k,
             top_p,
             min_p,
@@ -116,6 +131,8 @@ impl Uploaded {
             frequency,
             parents,
             candidate_tokens,
+            latents,
+            draft_mask,
             mask,
             edit_indptr,
             edit_tokens,
@@ -125,6 +142,15 @@ impl Uploaded {
             stop_tokens,
         }
     }
+}
+
+/// Numbers of bf16, two to a word.
+fn packed_pairs(values: &[f32]) -> Vec<u32> {
+    let bits = |value: f32| u32::from(bf16::from_f32(value).to_bits());
+    let pairs = values.chunks(2);
+    pairs
+        .map(|pair| bits(pair[0]) | pair.get(1).map_or(0, |&high| bits(high)) << 16)
+        .collect()
 }
 
 /// Where the answers of a call lie in its results, in words.
@@ -257,6 +283,7 @@ impl Cuda {
         batch.check(target.rows(), target.cols())?;
         let num_drafts = batch.draft_tokens.len();
         let (mut draft_logits, mut num_candidates) = (None, 0);
+        let (mut w2, mut rank) = (null(), 0);
         match &batch.law {
             DraftLaw::PointMass => {}
             DraftLaw::Logits(logits) => {
@@ -270,6 +297,19 @@ impl Cuda {
             DraftLaw::Sparse(sparse) => {
                 sparse.check(num_drafts, target.cols())?;
                 num_candidates = sparse.num_candidates;
+            }
+            DraftLaw::LowRank {
+                base,
+                w2: weight,
+                law,
+            } => {
+                law.check(num_drafts)?;
+                expect("draft_logits.rows", num_drafts, base.rows())?;
+                expect("draft_logits.cols", target.cols(), base.cols())?;
+                expect("markov_w2.rows", target.cols(), weight.rows())?;
+                expect("markov_w2.cols", law.rank, weight.cols())?;
+                draft_logits = Some(*base);
+                (w2, rank) = (weight.ptr(0, 0), law.rank);
             }
         }
         let answers = Answers {
@@ -298,7 +338,7 @@ impl Cuda {
             num_top_logprobs: int("logprobs", answers.num_top.unwrap_or(0))?,
             target_logits: target.ptr(),
             draft_logits: draft_logits.map_or(null(), Logits::ptr),
-            draft_log_normalizers: null(),
+            draft_log_normalizers: uploaded.log_normalizers.of(words),
             candidate_tokens: uploaded.candidate_tokens.of(words),
             candidate_logits: uploaded.candidate_logits.of(words),
             draft_tokens: uploaded.draft_tokens.of(words),
@@ -332,6 +372,12 @@ impl Cuda {
             workspace_bytes: 0,
             stride_target_row: target.stride(),
             stride_draft_row: draft_logits.map_or(0, Logits::stride),
+            draft_markov_w2: w2.cast(),
+            draft_w2_scales: null(),
+            draft_latents: uploaded.latents.of(words),
+            draft_mask: uploaded.draft_mask.of(words),
+            draft_w2_dtype: sys::DSPARK_DTYPE_BF16,
+            draft_markov_rank: int("markov_rank", rank)?,
         };
         if wants_logprobs {
             params.logprobs = results.mut_ptr(answers.logprobs()).cast();

@@ -436,17 +436,22 @@ fn the_token_rule_uses_the_uniforms_of_the_contract() {
         law::softmax(&rows[..VOCAB], 1.0),
         law::softmax(&draft_rows, 1.0),
     );
-    let word = |block, position, purpose: Purpose| {
-        philox4x32([0x0000_BEEF, 0xFEED], [block, position, purpose as u32, 0])
+    let words = |a, position, purpose: Purpose, b| {
+        philox4x32([0x0000_BEEF, 0xFEED], [a, position, purpose as u32, b])
     };
-    let race = |weights: &[f64], position, purpose| {
-        let arrival = |v: usize| {
-            philox::token_exponential(params.seed, position, purpose as u32, v) / weights[v]
+    // One strip: its own uniform changes nothing, the token's is the second.
+    let draw = |weights: &[f64], number, position, purpose| {
+        let [_, _, high, low] = words(number, position, purpose, 2);
+        let bits = u64::from(high) << 20 | u64::from(low) >> 12;
+        let mut left = (bits as f64 + 0.5) / 2.0_f64.powi(52) * weights.iter().sum::<f64>();
+        let passes = |&weight: &f64| {
+            left -= weight;
+            left < 0.0
         };
-        (0..VOCAB)
-            .min_by(|&a, &b| arrival(a).total_cmp(&arrival(b)))
-            .unwrap() as u32
+        weights.iter().position(passes).unwrap()
     };
+    let bonus_law = law::softmax(&rows[VOCAB..], 1.0);
+    let mut tries = 0;
     let mut kept = 0;
     for anchor in 0..200 {
         let token = anchor % VOCAB as u32;
@@ -461,27 +466,26 @@ fn the_token_rule_uses_the_uniforms_of_the_contract() {
         )
         .unwrap();
         let x = token as usize;
-        let keep = uniform(word(0, anchor + 1, Purpose::Accept)[0]) * q[x] < p[x];
+        let keep = uniform(words(0, anchor + 1, Purpose::Accept, 0)[0]) * q[x] < p[x];
         let next = if keep {
-            race(
-                &law::softmax(&rows[VOCAB..], 1.0),
-                anchor + 2,
-                Purpose::Bonus,
-            )
+            draw(&bonus_law, 0, anchor + 2, Purpose::Bonus)
         } else {
-            race(
-                &law::residual(1.0, &p, &q).unwrap(),
-                anchor + 1,
-                Purpose::Residual,
-            )
-        };
+            let residual = |number| {
+                let v = draw(&p, number, anchor + 1, Purpose::Residual);
+                let word = words(number, anchor + 1, Purpose::Residual, 0)[0];
+                (uniform(word) * p[v] < p[v] - q[v]).then_some((number, v))
+            };
+            let (number, v) = (0..64).find_map(residual).unwrap();
+            tries = tries.max(number);
+            v
+        } as u32;
         assert_eq!(
             (accepted.num_accepted[0], accepted.next_tokens[0]),
             (u32::from(keep), next)
         );
         kept += u32::from(keep);
     }
-    assert!(0 < kept && kept < 200);
+    assert!(0 < kept && kept < 200 && tries > 1);
 }
 
 #[test]

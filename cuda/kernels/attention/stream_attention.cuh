@@ -1,0 +1,153 @@
+/*
+ * Attention over the paged KV cache as a stream (sm_90): verification, and the drafter's blocks, where
+ * a page holds whole boxes of 16 keys. The maths, the packing of heads and the cut of the work are
+ * those of paged_attention.cuh; here the keys come by the tensor memory accelerator.
+ *
+ * Mapping   One CTA for each SM and chunk of the line of tiles (plan.h). All its threads look for the
+ *           chunk together (chunk_finder.cuh). Then kBoxes warps bring keys: a box of 16 keys of K and of
+ *           V each, as soon as a stage of shared memory is free, across the borders of segments. The
+ *           others compute, kWarpsM x kWarpsN of them over 16 kWarpsM rows and the keys of a tile, by
+ *           mma.sync. Stages pass between the two kinds by barriers in shared memory; no barrier of
+ *           the CTA stands in the loop. kGroups groups of the computing warps take turns with the
+ *           tiles: a warp then has 32 keys in hand and twice the time, which matters where a tile is
+ *           small (head_dim 64, e4m3), since the chain of a step is a thousand cycles long.
+ * Segments  At the end of a segment the warps leave O in shared memory, merge it row by row and write
+ *           whole results to `out`, partial ones to the workspace; meanwhile the copies of the next
+ *           segment go on. merge_splits.cuh waits on the same SMs for the end: registers are given
+ *           back for it.
+ * Traffic   as paged_attention.cuh; up to 200 KB are on their way to each SM.
+ * Limit     memory bandwidth: 128 x 4096 (8 KV heads x 128) reads at .98 of the copy's rate. Below 32
+ *           requests of 4096 the start and the end: on an H100 1.8 us until a CTA knows its work
+ *           (launch, lists, search), 2.3 us for the first tile, 1.3 us for the last one's products,
+ *           1.6 us for the exchange, 2 to 4 us for the merge, by stamps of the SM's clock.
+ * Dropped   One warp for all boxes: to name a box takes a hundred cycles, 1900 a tile. Clusters of 16
+ *           CTAs that merge through each other's shared memory: an H100 holds seven such at once, not
+ *           eight, and a barrier of the cluster costs as much as the wait of the merge. Every warp
+ *           searching for itself: 6 us at 256 requests.
+ * Source    the producer and consumer warps of CUTLASS and FlashAttention-3; see paged_attention.cuh.
+ *
+ * Invariants that the code below leans on:
+ *   - A stage is written only after all computing warps have released its last tile, and read only
+ *     after all kBoxes warps and all bytes have arrived. Every computing warp waits for every tile,
+ *     its own or not: the phases of the barriers stay in step.
+ *   - The note of a segment is rewritten kSegments segments later, when every warp has left its end.
+ *   - Boxes that hold no key to be seen are not copied: their place holds what it held, and their keys
+ *     are cleared from the tile's mask. Keys of a copied box that must not be seen are masked, too, and
+ *     their values cleared: whatever stands in a page past the end never reaches a result.
+ *   - All that is exchanged between warps of a segment is read between two barriers of theirs.
+ */
+#pragma once
+
+#include "common/dependent_launch.cuh"
+#include "kernels/attention/stream_epilogue.cuh"
+#include "kernels/attention/tile_producer.cuh"
+
+namespace dspark {
+
+/* Reads the page table, where it is small, into L1, while the CTA looks for its chunk: the producers
+ * wait for memory once less. */
+template <typename T>
+__device__ __forceinline__ void touch_pages(const AttentionArgs<T>& args, int thread, int threads) {
+  constexpr int kSector = 8; /* int32 in 32 bytes */
+  constexpr int kMostPages = 4096;
+  const int64_t entries = int64_t{args.num_reqs} * args.cache.max_pages_per_req;
+  if (entries > kMostPages) return;
+  for (int i = thread * kSector; i < static_cast<int>(entries); i += threads * kSector) {
+    int32_t ignored;
+    asm volatile("ld.global.b32 %0, [%1];\n" : "=r"(ignored) : "l"(args.cache.page_table + i));
+  }
+}
+
+/* Grid: items * num_kv_heads, KV heads first. */
+template <typename T, typename Policy>
+__global__ void __launch_bounds__(Policy::kThreads) __maxnreg__(Policy::kRegisters)
+    stream_attention_kernel(const __grid_constant__ StreamArgs<T> stream_args) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(1024) unsigned char bytes[];
+  using Shared = StreamShared<Policy>;
+  static_assert(sizeof(Shared) <= Policy::kSharedBytes, "the plan of shared memory fits");
+  Shared& shared = *reinterpret_cast<Shared*>(bytes);
+  const AttentionArgs<T>& args = stream_args.attention;
+
+  release_dependents(); /* a merge waits for the end of this grid before it reads */
+  const int kv_head = blockIdx.x % args.num_kv_heads;
+  const int item = blockIdx.x / args.num_kv_heads;
+  /* From one lane, so that the compiler knows it to be the warp's. */
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarpSize, 0);
+  const int lane = threadIdx.x % kWarpSize;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < Policy::kStages; ++s) {
+      barrier_init(&shared.full[s], Policy::kBoxes);
+      barrier_init(&shared.empty[s], Policy::kWarps);
+    }
+    barrier_init(&shared.started, 1);
+    fence_barrier_init();
+  }
+  if (threadIdx.x == Policy::kWorkers) {
+    prefetch_map(&stream_args.maps.k_cache);
+    prefetch_map(&stream_args.maps.v_cache);
+  }
+  if (warp < Policy::kWarps) touch_pages(args, threadIdx.x, Policy::kWorkers);
+  const ChunkFinder<T, Policy::kThreads> finder{args, shared.finder, Policy::kTileM};
+  const Chunks chunks = finder.find(item); /* its barriers follow the start of ours */
+
+  if (warp >= Policy::kWarps) {
+    if constexpr (Policy::kMovesRegisters) release_registers<Policy::kProducerRegisters>();
+    const int box = warp - Policy::kWarps;
+    WorkCursor<T, Policy> cursor(args, &shared.cursors[box], item);
+    if (cursor.start_chunk(chunks, shared.finder.found)) {
+      TileProducer<T, Policy>(stream_args, shared, cursor, kv_head, box).run();
+    } else if (box == 0 && lane == 0) {
+      shared.segments[0].slot = Segment::kNothing;
+      barrier_arrive(&shared.started);
+    }
+    return;
+  }
+
+  if constexpr (Policy::kMovesRegisters) take_registers<Policy::kWorkerRegisters>();
+  const int warp_m = warp % Policy::kWarpsM;
+  const int warp_n = warp / Policy::kWarpsM;
+  const int group = warp_n % Policy::kGroups;
+  const int first_row = warp_n / Policy::kGroups * Policy::kKeysPerWarp;
+  barrier_wait(&shared.started, 0);
+  if (shared.segments[0].slot == Segment::kNothing) return;
+  StreamEpilogue<T, Policy> epilogue{args, shared, kv_head, warp, lane};
+  WarpSoftmax<T, Policy> state;
+  state.load_rows(args, shared.segments[0], kv_head, warp_m, lane);
+  state.reset();
+  int stage = 0;
+  uint32_t parity = 0;
+  int segment = 0;
+  int turn = 0; /* the group whose tile is next */
+  while (true) {
+    barrier_wait(&shared.full[stage], parity);
+    const SegmentNote& note = shared.segments[segment];
+    if (turn == group)
+      state.step(args, note, shared.tiles[stage], shared.stages[stage], first_row, warp_m, lane);
+    const bool ends_segment = shared.tiles[stage].ends_segment;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.empty[stage]);
+    if (++stage == Policy::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+    turn = turn + 1 == Policy::kGroups ? 0 : turn + 1;
+    if (!ends_segment) continue;
+    turn = 0; /* by the place in the segment alone */
+    epilogue.finish(state, note);
+    if (note.ends_work) return;
+    const int32_t row_begin = note.row_begin;
+    const int32_t m_begin = note.m_begin;
+    segment = segment + 1 == Policy::kSegments ? 0 : segment + 1;
+    barrier_wait(&shared.full[stage], parity);
+    const SegmentNote& next = shared.segments[segment];
+    if (next.row_begin != row_begin || next.m_begin != m_begin) {
+      state.load_rows(args, next, kv_head, warp_m, lane);
+    }
+    state.reset();
+  }
+#endif
+}
+
+}  // namespace dspark

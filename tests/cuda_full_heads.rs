@@ -1,0 +1,254 @@
+//! Gated and rnn heads over the whole vocabulary, with confidences: beside the form that writes its logits, and against the
+//! law of the latents handed on.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use common::Rng;
+use common::raw::{check, device, download, rounded, upload};
+use dspark::device::{Buffer, Device};
+use dspark::sys;
+use half::bf16;
+
+const DRAFT_LEN: usize = 3;
+const VOCAB: usize = 1028;
+const RANK: usize = 64;
+const HIDDEN: usize = 96;
+
+struct Inputs {
+    num_reqs: usize,
+    head: sys::dspark_head_kind,
+    base: Vec<f32>,
+    w2: Vec<f32>,
+    weights: [Buffer<bf16>; 6],
+    anchors: Buffer<i32>,
+    positions: Buffer<i32>,
+    temperature: Buffer<f32>,
+    seeds: Buffer<u64>,
+}
+
+struct Drafts {
+    tokens: Vec<i32>,
+    confidence: Vec<f32>,
+}
+
+impl Inputs {
+    fn new(device: &Device, head: sys::dspark_head_kind, num_reqs: usize) -> Self {
+        let mut rng = Rng::new(num_reqs as u64);
+        let rows = num_reqs * DRAFT_LEN;
+        let (outputs, inputs) = match head {
+            sys::DSPARK_HEAD_GATED => (RANK, HIDDEN + RANK),
+            _ => (3 * RANK, 2 * RANK + HIDDEN),
+        };
+        let w2: Vec<f32> = rng.normals(VOCAB * RANK, 0.3);
+        let w2: Vec<f32> = rounded(&w2).iter().map(|x| x.to_f32()).collect();
+        let base = rounded(&rng.normals(rows * VOCAB, 2.0));
+        Self {
+            num_reqs,
+            head,
+            base: base.iter().map(|x| x.to_f32()).collect(),
+            weights: [
+                upload(device, &rounded(&rng.normals(rows * HIDDEN, 1.0))),
+                upload(device, &rounded(&rng.normals(VOCAB * RANK, 1.0))),
+                upload(device, &rounded(&w2)),
+                upload(device, &rounded(&rng.normals(outputs * inputs, 0.1))),
+                upload(device, &rounded(&rng.normals(outputs, 0.5))),
+                upload(device, &rounded(&rng.normals(HIDDEN + RANK, 0.1))),
+            ],
+            w2,
+            anchors: upload(device, &vec![5; num_reqs]),
+            positions: upload(device, &vec![50; num_reqs]),
+            temperature: upload(device, &vec![0.0; num_reqs]),
+            seeds: upload(device, &vec![1; num_reqs]),
+        }
+    }
+
+    fn rows(&self) -> usize {
+        self.num_reqs * DRAFT_LEN
+    }
+
+    /// The form that writes its logits: drafts and logits.
+    fn in_place(&self, device: &Device) -> (Drafts, Vec<f32>) {
+        let mut logits = upload(device, &self.base);
+        let mut tokens = upload(device, &vec![-7; self.rows()]);
+        let mut confidence = upload(device, &vec![f32::NAN; self.rows()]);
+        let [hidden, w1, w2, proj_weight, proj_bias, confidence_weight] = &self.weights;
+        let mut params = sys::dspark_draft_head_params {
+            struct_size: size_of::<sys::dspark_draft_head_params>() as u32,
+            dtype: sys::DSPARK_DTYPE_BF16,
+            head: self.head,
+            num_reqs: self.num_reqs as i32,
+            draft_len: DRAFT_LEN as i32,
+            vocab_size: VOCAB as i32,
+            hidden_size: HIDDEN as i32,
+            markov_rank: RANK as i32,
+            confidence_with_markov: 1,
+            confidence_bias: 0.25,
+            logits: logits.mut_ptr(0),
+            hidden: hidden.ptr(0).cast(),
+            markov_w1: w1.ptr(0).cast(),
+            markov_w2: w2.ptr(0).cast(),
+            proj_weight: proj_weight.ptr(0).cast(),
+            proj_bias: proj_bias.ptr(0).cast(),
+            confidence_weight: confidence_weight.ptr(0).cast(),
+            anchors: self.anchors.ptr(0),
+            anchor_positions: self.positions.ptr(0),
+            temperature: self.temperature.ptr(0),
+            seeds: self.seeds.ptr(0),
+            draft_tokens: tokens.mut_ptr(0),
+            confidence: confidence.mut_ptr(0),
+            workspace: std::ptr::null_mut(),
+            workspace_bytes: 0,
+            stride_logits_row: VOCAB as i64,
+            rules: std::ptr::null(),
+            mask: std::ptr::null(),
+        };
+        // SAFETY: reads the sizes of `params` and writes one host integer.
+        check(unsafe {
+            sys::launch::dspark_draft_head_workspace_size_cu(
+                &raw const params,
+                &raw mut params.workspace_bytes,
+            )
+        });
+        let mut workspace = upload(device, &vec![0xFF_u8; params.workspace_bytes]);
+        params.workspace = workspace.mut_ptr(0).cast();
+        device.bind().unwrap();
+        // SAFETY: every pointer is a live buffer of the shape the params say.
+        check(unsafe {
+            sys::launch::dspark_draft_head_cu(&raw const params, device.raw_stream().cast())
+        });
+        let drafts = Drafts {
+            tokens: download(&tokens),
+            confidence: download(&confidence),
+        };
+        (drafts, download(&logits))
+    }
+
+    /// The full form: drafts, latents and normalisers, confidences' logits.
+    fn full(&self, device: &Device) -> (Drafts, Vec<f64>, Vec<f32>, Vec<f32>) {
+        let base = upload(device, &rounded(&self.base));
+        let mut tokens = upload(device, &vec![-7; self.rows()]);
+        let mut confidence = upload(device, &vec![f32::NAN; self.rows()]);
+        let mut confidence_logits = upload(device, &vec![f32::NAN; self.rows()]);
+        let mut log_normalizers = upload(device, &vec![f32::NAN; self.rows()]);
+        let mut latents = upload(device, &vec![bf16::NAN; self.rows() * RANK]);
+        let [hidden, w1, w2, proj_weight, proj_bias, confidence_weight] = &self.weights;
+        let mut params = sys::dspark_draft_full_params {
+            struct_size: size_of::<sys::dspark_draft_full_params>() as u32,
+            dtype: sys::DSPARK_DTYPE_BF16,
+            logits_dtype: sys::DSPARK_DTYPE_BF16,
+            w2_dtype: sys::DSPARK_DTYPE_BF16,
+            head: self.head,
+            num_reqs: self.num_reqs as i32,
+            draft_len: DRAFT_LEN as i32,
+            vocab_size: VOCAB as i32,
+            hidden_size: HIDDEN as i32,
+            markov_rank: RANK as i32,
+            confidence_with_markov: 1,
+            confidence_bias: 0.25,
+            logits: base.ptr(0).cast(),
+            hidden: hidden.ptr(0).cast(),
+            markov_w1: w1.ptr(0).cast(),
+            markov_w2: w2.ptr(0).cast(),
+            w2_scales: std::ptr::null(),
+            proj_weight: proj_weight.ptr(0).cast(),
+            proj_bias: proj_bias.ptr(0).cast(),
+            confidence_weight: confidence_weight.ptr(0).cast(),
+            anchors: self.anchors.ptr(0),
+            anchor_positions: self.positions.ptr(0),
+            draft_lens: std::ptr::null(),
+            temperature: self.temperature.ptr(0),
+            seeds: self.seeds.ptr(0),
+            rules: std::ptr::null(),
+            mask: std::ptr::null(),
+            draft_tokens: tokens.mut_ptr(0),
+            log_normalizers: log_normalizers.mut_ptr(0),
+            latents: latents.mut_ptr(0).cast(),
+            confidence: confidence.mut_ptr(0),
+            confidence_logits: confidence_logits.mut_ptr(0),
+            workspace: std::ptr::null_mut(),
+            workspace_bytes: 0,
+            stride_logits_row: VOCAB as i64,
+        };
+        // SAFETY: reads the sizes of `params` and writes one host integer.
+        check(unsafe {
+            sys::launch::dspark_draft_full_workspace_size_cu(
+                &raw const params,
+                &raw mut params.workspace_bytes,
+            )
+        });
+        let mut workspace = upload(device, &vec![0xFF_u8; params.workspace_bytes]);
+        params.workspace = workspace.mut_ptr(0).cast();
+        device.bind().unwrap();
+        // SAFETY: every pointer is a live buffer of the shape the params say.
+        check(unsafe {
+            sys::launch::dspark_draft_full_cu(&raw const params, device.raw_stream().cast())
+        });
+        let drafts = Drafts {
+            tokens: download(&tokens),
+            confidence: download(&confidence),
+        };
+        let latents = download(&latents).iter().map(|x| x.to_f64()).collect();
+        (
+            drafts,
+            latents,
+            download(&log_normalizers),
+            download(&confidence_logits),
+        )
+    }
+
+    /// The logits of a row, in f64.
+    fn logits(&self, row: usize, latents: &[f64]) -> Vec<f64> {
+        let latent = &latents[row * RANK..][..RANK];
+        let base = self.base[row * VOCAB..][..VOCAB].iter();
+        base.zip(self.w2.chunks_exact(RANK))
+            .map(|(&base, w2)| {
+                let products = w2.iter().zip(latent);
+                f64::from(base) + products.map(|(&a, b)| f64::from(a) * b).sum::<f64>()
+            })
+            .collect()
+    }
+}
+
+#[test]
+fn gated_and_rnn_hand_on_the_law_of_their_latents() {
+    let Some(device) = device() else { return };
+    for (head, num_reqs) in [
+        (sys::DSPARK_HEAD_GATED, 5),
+        (sys::DSPARK_HEAD_RNN, 5),
+        (sys::DSPARK_HEAD_GATED, 133),
+        (sys::DSPARK_HEAD_RNN, 140),
+    ] {
+        let inputs = Inputs::new(&device, head, num_reqs);
+        let (want, written) = inputs.in_place(&device);
+        let (got, latents, log_normalizers, confidence_logits) = inputs.full(&device);
+        let mut compared = 0;
+        for r in 0..num_reqs {
+            for row in r * DRAFT_LEN..(r + 1) * DRAFT_LEN {
+                let logits = inputs.logits(row, &latents);
+                let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = logits.iter().map(|l| (l - top).exp()).sum();
+                let off = (top + sum.ln() - f64::from(log_normalizers[row])).abs();
+                assert!(off < 5e-6, "row {row}: {off}");
+                let regret = top - logits[got.tokens[row] as usize];
+                assert!(regret < 1e-4, "row {row}: {regret}");
+                // A latent rounded to bf16 moves a logit by a few thousandths of it.
+                let written = &written[row * VOCAB..][..VOCAB];
+                for (l, &written) in logits.iter().zip(written) {
+                    assert!((l - f64::from(written)).abs() < 0.06, "row {row}");
+                }
+                assert!((got.confidence[row] - want.confidence[row]).abs() < 1e-5);
+                let sigmoid = 1.0 / (1.0 + (-confidence_logits[row]).exp());
+                assert!((got.confidence[row] - sigmoid).abs() < 1e-6);
+                compared += 1;
+                if got.tokens[row] != want.tokens[row] {
+                    break; // what follows hangs on the token
+                }
+            }
+        }
+        assert!(
+            compared * 10 > inputs.rows() * 8,
+            "{compared} rows compared"
+        );
+    }
+}
