@@ -52,7 +52,7 @@ impl RandomWeights {
         let table = if taps > 0 { rank } else { hidden };
         let largest = [
             config.count("vocab_size")?.saturating_mul(table),
-            hidden.saturating_mul(inner.max((taps.max(4)) * hidden)),
+            hidden.saturating_mul(inner.max(taps.max(4) * hidden)),
         ];
         let largest = largest.into_iter().fold(0, usize::max);
         Ok(Some(Self {

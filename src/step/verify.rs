@@ -167,10 +167,12 @@ impl<O: Ops> DecodeStep<O> {
         let laid_out = match &law {
             DraftLaw::Sparse(law) => {
                 let law = law.padded(proposal.tokens.len());
-                if drafts.is_laid_out_as(proposal) {
-                    matches!(law, Cow::Owned(_)).then(|| law.into_owned())
-                } else {
+                if !drafts.is_laid_out_as(proposal) {
                     Some(drafts.law(&law, proposal.draft_len))
+                } else if let Cow::Owned(law) = law {
+                    Some(law)
+                } else {
+                    None
                 }
             }
             _ => None,
