@@ -47,7 +47,8 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* The two e4m3 values in the low half of a word as f16, which holds them exactly. */
+/* The two e4m3 values in the low half of a word as f16, which holds them exactly: in units of
+ * e4m3_unit(). */
 __device__ __forceinline__ uint32_t halves_of_e4m3(uint32_t word) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   uint32_t halves;
@@ -62,10 +63,15 @@ __device__ __forceinline__ uint32_t halves_of_e4m3(uint32_t word) {
 #else
   /* The bits of an e4m3 number, shifted into place, are the f16 number 2^-8 times as large. */
   const uint32_t spread = __byte_perm(word, 0, 0x1404);
-  const uint32_t bits = (spread & 0x80008000u) | (spread >> 1 & 0x3f803f80u);
-  const __half2 scaled =
-      __hmul2(*reinterpret_cast<const __half2*>(&bits), __float2half2_rn(256.0f));
-  return *reinterpret_cast<const uint32_t*>(&scaled);
+  return (spread & 0x80008000u) | (spread >> 1 & 0x3f803f80u);
+#endif
+}
+
+__device__ __forceinline__ float e4m3_unit() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  return 1.0f;
+#else
+  return 256.0f;
 #endif
 }
 

@@ -108,7 +108,7 @@ inline bool configure_stream(const AttentionDesc& desc,
   WorkPlan& plan = config->plan;
   plan.num_chunks = std::max(device.num_sms / desc.num_kv_heads, 1);
   plan.by_num_chunks = Divider::by(plan.num_chunks);
-  plan.min_tiles_per_chunk = 1;
+  plan.min_tiles_per_chunk = kMinTilesPerStreamChunk;
   plan.has_parts = desc.batch_invariant;
   config->num_items = plan.num_chunks;
   config->num_slots = config->num_items * plan.slots_per_chunk();

@@ -45,6 +45,7 @@ constexpr int kMaxSplits = 16;
 constexpr int kMinTilesPerSplit = 4;
 /* Below this a chunk of the paged kernel costs more in merging than its CTA saves. */
 constexpr int kMinTilesPerChunk = 4;
+constexpr int kMinTilesPerStreamChunk = 2; /* and of the streaming one */
 /* Parts of an M tile where the order of sums must not depend on the batch. */
 constexpr int kMaxParts = 16;
 constexpr int kMinTilesPerPart = 2;

@@ -110,7 +110,7 @@ struct WarpSoftmax {
 #pragma unroll
     for (int half = 0; half < 2; ++half) row_sum[half] = warp_reduce<4>(row_sum[half], SumOp{});
     if constexpr (kBytes) {
-      const float scale = args.v_scale == nullptr ? 1.0f : args.v_scale[kv_head];
+      const float scale = e4m3_unit() * (args.v_scale == nullptr ? 1.0f : args.v_scale[kv_head]);
 #pragma unroll
       for (int n = 0; n < 2 * kDimSteps; ++n) {
 #pragma unroll
@@ -218,7 +218,7 @@ struct WarpSoftmax {
   /* To base 2, capped where a cap is given. */
   __device__ __forceinline__ void scale_scores(float (&scores)[2 * kKeySteps][4],
                                                const AttentionArgs<T>& args) const {
-    const float unit = kBytes ? key_scale : 1.0f;
+    const float unit = kBytes ? key_scale * e4m3_unit() : 1.0f;
     if (args.softcap_log2 == 0.0f) {
       const float scale = args.scale_log2 * unit;
 #pragma unroll

@@ -32,7 +32,8 @@ inline bool encode_keys(const void* base,
   tensor.sizes[2] = size(num_keys);
   tensor.sizes[3] = size(p->head_dim / panel);
   tensor.sizes[4] = size(num_pages);
-  tensor.strides[0] = size(stride_head * bytes);
+  /* The stride of a single head is never used, but has to be one. */
+  tensor.strides[0] = size((p->num_kv_heads == 1 ? p->head_dim : stride_head) * bytes);
   tensor.strides[1] = size(stride_key * bytes);
   tensor.strides[2] = size(panel * bytes);
   tensor.strides[3] = size(stride_page * bytes);
