@@ -104,10 +104,12 @@ class DraftCandidates {
     args.zone_tops = at<uint32_t>(layout_.zone_tops);
     args.keys = at<RaceKey>(layout_.keys);
     args.mask = grammar_mask(p_);
-    const int32_t row_bytes = p_.markov_rank * static_cast<int32_t>(sizeof(T));
     if (p_.head != DSPARK_HEAD_NONE) {
-      args.ahead[0] = {p_.markov_w1, row_bytes};
-      args.ahead[1] = {p_.markov_w2, row_bytes};
+      args.ahead[0].weights = p_.markov_w1;
+      args.ahead[1].weights = p_.markov_w2;
+      for (CandidateRows& rows : args.ahead) {
+        rows.row_bytes = p_.markov_rank * static_cast<int32_t>(sizeof(T));
+      }
     }
     args.stride_row = p_.stride_logits_row;
     args.vocab_size = p_.vocab_size;
