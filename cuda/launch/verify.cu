@@ -225,7 +225,6 @@ dspark_status launch_zones_as(const VerifyInputs& in, const ZonesWork& work, dsp
 
 template <ZonesKind kKind>
 dspark_status launch_zones(const VerifyInputs& in, const ZonesWork& work, dspark_stream stream) {
-  if (work.num_rows == 0) return DSPARK_OK;
   return dispatch_dtype(work.matrix.dtype, [&](auto tag) {
     return launch_zones_as<typename decltype(tag)::type, kKind>(in, work, stream);
   });
@@ -260,46 +259,66 @@ dspark_status launch_all_zones(const dspark_accept_params& p,
   return launch_zones<ZonesKind::kTarget>(in, target, stream);
 }
 
-/* The kernels of one call, in order. */
-dspark_status launch_accept(const dspark_accept_params& p, dspark_stream stream) {
-  const AcceptLayout layout = accept_layout(p);
+AcceptParts accept_parts(const dspark_accept_params& p, const AcceptLayout& layout) {
   char* workspace = static_cast<char*>(p.workspace);
-  const VerifyInputs in = verify_inputs(p);
+  const int64_t num_zones = p.num_rows * num_vocab_zones(p);
+  const int64_t num_draft_zones = num_draft_rows(p) * num_vocab_zones(p);
   auto* zones = reinterpret_cast<Strips*>(workspace + layout.zones);
   auto* draft_zones = reinterpret_cast<Strips*>(workspace + layout.draft_zones);
-  const AcceptParts parts = {zones,
-                             zones + p.num_rows * num_vocab_zones(p),
-                             draft_zones,
-                             draft_zones + num_draft_rows(p) * num_vocab_zones(p),
-                             reinterpret_cast<ZoneRace*>(workspace + layout.races),
-                             reinterpret_cast<RowLaw*>(workspace + layout.laws),
-                             reinterpret_cast<uint32_t*>(workspace + layout.tickets)};
+  return {zones,
+          zones + num_zones,
+          draft_zones,
+          draft_zones + num_draft_zones,
+          reinterpret_cast<ZoneRace*>(workspace + layout.races),
+          reinterpret_cast<RowLaw*>(workspace + layout.laws),
+          reinterpret_cast<uint32_t*>(workspace + layout.tickets)};
+}
+
+AcceptWork accept_work(const dspark_accept_params& p,
+                       const AcceptLayout& layout,
+                       const AcceptParts& parts) {
+  char* workspace = static_cast<char*>(p.workspace);
   AcceptWork work;
   work.zones = {parts.maxima, parts.sums};
   work.draft_zones = {parts.draft_maxima, parts.draft_sums};
   work.races = parts.races;
-  work.laws = in.has_filters ? parts.laws : nullptr;
+  work.laws = has_filters(p) ? parts.laws : nullptr;
   work.tickets = parts.tickets;
   work.row_results = reinterpret_cast<uint32_t*>(workspace + layout.row_results);
   work.committed = nullptr;
-  if (in.wants_logprobs) {
+  if (p.logprobs != nullptr) {
     work.committed = reinterpret_cast<CommittedToken*>(workspace + layout.committed);
   }
   work.ctas_per_req = 1;
-  if (p.rules != nullptr && (in.has_filters || in.draft.data != nullptr)) {
+  if (p.rules != nullptr && (has_filters(p) || p.draft_logits != nullptr)) {
     work.ctas_per_req =
         std::clamp(AcceptPolicy::kTargetCtas / p.num_reqs, 1, AcceptPolicy::kMaxCtasPerReq);
   }
+  return work;
+}
 
-  DSPARK_TRY(launch_all_zones(p, in, parts, stream));
-  if (in.has_filters && p.num_rows > 0) {
-    DSPARK_TRY(launch_dependent("filter_kernel", filter_kernel, dim3(p.num_rows),
-                                dim3(FilterPolicy::kNumThreads), stream, in, parts.maxima,
-                                parts.sums, parts.laws));
-  }
+/* The kernels of one call, in order. */
+dspark_status launch_accept(const dspark_accept_params& p, dspark_stream stream) {
+  const AcceptLayout layout = accept_layout(p);
+  const VerifyInputs in = verify_inputs(p);
+  const AcceptParts parts = accept_parts(p, layout);
+  const AcceptWork work = accept_work(p, layout, parts);
   const AcceptOutputs out = {p.num_accepted, p.next_tokens, p.status, p.accept_flags};
-  DSPARK_TRY(launch_dependent("accept_kernel", accept_kernel, dim3(p.num_reqs * work.ctas_per_req),
-                              dim3(AcceptPolicy::kNumThreads), stream, in, work, out));
+  const dim3 accept_ctas(p.num_reqs * work.ctas_per_req);
+  const dim3 accept_threads(AcceptPolicy::kNumThreads);
+  if (p.num_rows == 0) { /* no kernel of this call is before it */
+    DSPARK_TRY(launch("accept_kernel", accept_kernel, accept_ctas, accept_threads, 0, stream, in,
+                      work, out));
+  } else {
+    DSPARK_TRY(launch_all_zones(p, in, parts, stream));
+    if (in.has_filters) {
+      DSPARK_TRY(launch_dependent("filter_kernel", filter_kernel, dim3(p.num_rows),
+                                  dim3(FilterPolicy::kNumThreads), stream, in, parts.maxima,
+                                  parts.sums, parts.laws));
+    }
+    DSPARK_TRY(launch_dependent("accept_kernel", accept_kernel, accept_ctas, accept_threads, stream,
+                                in, work, out));
+  }
   if (!in.wants_logprobs) return DSPARK_OK;
   const LogprobsOutputs logprobs = {p.logprobs, p.top_tokens, p.top_logprobs, p.num_top_logprobs};
   return launch("logprobs_kernel", logprobs_kernel, dim3(p.num_reqs * (p.draft_len + 1)),

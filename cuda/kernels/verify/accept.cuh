@@ -2,7 +2,9 @@
  * Acceptance: from the zones of all rows to the accepted drafts and the next token, one CTA per
  * request.
  *
- *   1. window   laws of the rows, p and q of every draft token (window.cuh).
+ *   1. window   laws of the rows, p and q of every draft token (window.cuh). What needs no zones is read
+ *               before the kernel waits for the one before it, which is of the same call and has waited
+ *               for what came before the call.
  *   2. decide   every thread walks the same rows on what lies in shared memory. u q < p is compared in
  *               f64, where u q is exact to 2^-53: q = 0 accepts whenever p > 0, p = 0 never accepts,
  *               q = p always does.

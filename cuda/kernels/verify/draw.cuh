@@ -289,8 +289,7 @@ __device__ __forceinline__ int32_t thin_target(const VerifyInputs& in,
     const uint32_t kept = __ballot_sync(kAllLanes, own != kNoRunner);
     if (kept != 0) return __shfl_sync(kAllLanes, own, __ffs(static_cast<int>(kept)) - 1);
     number += DrawPolicy::kNumWarps;
-    if (number >= static_cast<uint32_t>(num_tries(in)))
-      return kNoRunner; /* all warps in one round */
+    if (number >= static_cast<uint32_t>(num_tries(in))) return kNoRunner; /* in all warps */
     words = philox_quad(key.seed, number, key.position, key.purpose);
     numbers = draw_numbers(key, number);
     __syncthreads(); /* readers of this round are done */

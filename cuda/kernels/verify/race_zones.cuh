@@ -143,7 +143,8 @@ __device__ __forceinline__ void thin_queue(const ZoneRow& open, RaceQueue& queue
     const float largest = fmaxf(fmaxf(quad.x, quad.y), fmaxf(quad.z, quad.w));
     const bool keep =
         first + lane < race.count && reaches(largest, open.race_scale, lift, race.seen);
-    const uint32_t keeping = __ballot_sync(kAllLanes, keep); /* also behind the reads */
+    const uint32_t keeping = __ballot_sync(kAllLanes, keep);
+    __syncwarp(); /* all have read */
     if (keep) {
       const int32_t to = kept + __popc(keeping & ((1u << lane) - 1));
       queue.logits[to] = quad;

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(ZonesPolicy::kNumThreads, (kZonesCtasPerSm<T, 
     zones_kernel(const __grid_constant__ VerifyInputs in, const __grid_constant__ ZonesWork work) {
   __shared__ ZonesShared<kKind> shared;
   wait_for_prerequisites();
-  release_dependents();
+  release_dependents(); /* only now: the next kernel reads the inputs of the call before it waits */
   if constexpr (kMayRace<kKind>) {
     if (threadIdx.x < ZonesPolicy::kBestSlots) shared.bests.slots[threadIdx.x] = 0;
     __syncthreads();
