@@ -131,6 +131,16 @@ AttentionDesc describe(const AttentionParams* p) {
   return desc;
 }
 
+/* Whether the code that is loaded for the current device has the streaming kernel: below sm_90, and
+ * where PTX of less was all there was, it is empty. */
+bool has_stream() {
+  constexpr int kFirstPtxWithStream = 90;
+  const auto kernel = stream_attention_kernel<__nv_bfloat16, StreamPolicy<64, 1>>;
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
+         attributes.ptxVersion >= kFirstPtxWithStream;
+}
+
 /* Of the current device; without one, of an H100, so that sizes can be asked for anywhere. */
 AttentionDevice current_device() {
   AttentionDevice device = {132, 228 * 1024, true};
@@ -143,7 +153,7 @@ AttentionDevice current_device() {
       cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, ordinal) ==
           cudaSuccess &&
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal) == cudaSuccess) {
-    device = {num_sms, shared_bytes, major == 9};
+    device = {num_sms, shared_bytes, major == 9 && has_stream()};
   }
   cudaGetLastError(); /* no device is no error here: the launch will say so */
   return device;
