@@ -66,11 +66,11 @@ fn coupled_output_is_plain_decodings() {
     let plain_config = engine_config(&sizes, Policy::Fixed);
     let coupled = |i| params(i, Rule::Coupled);
     let (plain, _) = outputs(None, plain_config.clone(), coupled);
-    // Plain decoding draws the same under every rule.
-    assert_eq!(
-        outputs(None, plain_config, |i| params(i, Rule::Block)).0,
-        plain
-    );
+    // Plain decoding draws the same under the rules that share no noise with drafts.
+    let unshared = [Rule::Token, Rule::Block]
+        .map(|rule| outputs(None, plain_config.clone(), |i| params(i, rule)).0);
+    assert_eq!(unshared[0], unshared[1]);
+    assert_ne!(unshared[0], plain);
     let drafts = [
         DraftSpec::random(VOCAB_SIZE, 5, 3),
         agreeing_draft(&target(), VOCAB_SIZE, 3),

@@ -500,7 +500,7 @@ dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* param
  *               [num_reqs * draft_len, markov_rank]; log_normalizers, draft_tokens, confidence,
  *               confidence_logits [num_reqs, draft_len]; the rest as dspark_draft_head.
  * Dtypes        logits `logits_dtype` (F32, BF16); hidden, weights and biases `dtype` (BF16, F16);
- *               markov_w2 `w2_dtype`: `dtype`, or F8_E4M3 with f32 w2_scales. latents `dtype`, with
+ *               markov_w2 `w2_dtype`: `dtype`, or E4M3 with f32 w2_scales. latents `dtype`, with
  *               fp8 F16: vanilla W1[x_{k-1}] (fp8: as F16, limited to its range), gated and rnn
  *               their latent rounded once. Products exact, sums f32; normalisers to 1e-6.
  * Layout        logits row stride given; everything else contiguous. Columns from draft_lens[r] on
@@ -766,8 +766,8 @@ dspark_status DSPARK_FN(dspark_schedule)(const dspark_schedule_params* params,
  * Log-probs     entry i: ln p of committed token i (accepted drafts, then next) under its row's
  *               law, of temperature 1 where the temperature is 0; the likeliest tokens descending,
  *               equals by index; -1 and -inf where there are none.
- * Dtypes        target_logits, draft_logits F32, BF16 or F16; W2 BF16, F16 or F8_E4M3, latents of
- *               its type, F16 with F8_E4M3; the rest f32 and int32. Laws in f32, sums by trees.
+ * Dtypes        target_logits, draft_logits F32, BF16 or F16; W2 BF16, F16 or E4M3, latents of
+ *               its type, F16 with E4M3; the rest f32 and int32. Laws in f32, sums by trees.
  * Layout        logits row strides given; the rest contiguous.
  * Alignment     element alignment; rows at multiples of 16 bytes are read with 16-byte accesses; W2
  *               and latents 16 bytes, draft_markov_rank a multiple of 16, at most 256.
@@ -837,7 +837,7 @@ typedef struct dspark_accept_params {
   int64_t stride_target_row;
   int64_t stride_draft_row;
   const void* draft_markov_w2;  /* [vocab_size, draft_markov_rank]; may be NULL: no low-rank law */
-  const float* draft_w2_scales; /* [vocab_size]; F8_E4M3 */
+  const float* draft_w2_scales; /* [vocab_size]; E4M3 */
   const void* draft_latents;    /* [num_reqs * draft_len, draft_markov_rank] */
   const int32_t* draft_mask;    /* of draft rows; may be NULL: everything is allowed */
   dspark_dtype draft_w2_dtype;
