@@ -71,7 +71,7 @@ inline dspark_status check_full_pointers(const dspark_draft_full_params& p) {
   DSPARK_TRY(check_aligned("markov_w2", p.markov_w2, kRowAlignment));
   DSPARK_TRY(check_pointer("latents", p.latents, kRowAlignment));
   return p.w2_dtype == DSPARK_DTYPE_E4M3 ? check_pointer("w2_scales", p.w2_scales, sizeof(float))
-                                            : DSPARK_OK;
+                                         : DSPARK_OK;
 }
 
 /* How warps share a launch of num_reqs requests. */
