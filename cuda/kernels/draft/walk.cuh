@@ -276,16 +276,16 @@ __device__ __forceinline__ LawFilter law_filter(const WalkArgs<T, U>& args, int3
 template <typename Keep>
 __device__ __forceinline__ void drop_candidates(Candidate* candidates, int32_t count, Keep keep) {
   constexpr int kMaxPerThread = 2;
-  bool dropped[kMaxPerThread];
+  uint32_t dropped = 0; /* bit j; an array of bool spilled on sm_80 */
 #pragma unroll
   for (int j = 0; j < kMaxPerThread; ++j) {
     const int32_t i = threadIdx.x + j * WalkPolicy::kNumThreads;
-    dropped[j] = i < count && !keep(candidates[i].logit);
+    if (i < count && !keep(candidates[i].logit)) dropped |= 1u << j;
   }
   __syncthreads();
 #pragma unroll
   for (int j = 0; j < kMaxPerThread; ++j) {
-    if (dropped[j]) candidates[threadIdx.x + j * WalkPolicy::kNumThreads].logit = -INFINITY;
+    if ((dropped >> j & 1u) != 0) candidates[threadIdx.x + j * WalkPolicy::kNumThreads].logit = -INFINITY;
   }
   __syncthreads();
 }
