@@ -285,7 +285,8 @@ __device__ __forceinline__ void drop_candidates(Candidate* candidates, int32_t c
   __syncthreads();
 #pragma unroll
   for (int j = 0; j < kMaxPerThread; ++j) {
-    if ((dropped >> j & 1u) != 0) candidates[threadIdx.x + j * WalkPolicy::kNumThreads].logit = -INFINITY;
+    if ((dropped >> j & 1u) != 0)
+      candidates[threadIdx.x + j * WalkPolicy::kNumThreads].logit = -INFINITY;
   }
   __syncthreads();
 }
