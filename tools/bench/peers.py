@@ -209,7 +209,7 @@ def acceptance(lab):
     flashinfer = optional("flashinfer")
     vllm = optional("vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils")
     sglang = optional("sglang.kernels.ops.speculative.dspark.blockwise_rejection")
-    rules = (("token T=1", 1.0, None, None), ("greedy", 0.0, None, None), ("top-k 50 top-p 0.9 T=0.7", 0.7, 50, 0.9))
+    rules = (("token T=1", 1.0, None, None), ("greedy", 0.0, None, None), ("token top-k 50 top-p 0.9 T=0.7", 0.7, 50, 0.9))
     for name, temperature, top_k, top_p in rules:
         for num_reqs in (1, 8, 32, 128):
             case, greedy, filtered = f"reqs={num_reqs} {name}", temperature == 0.0, top_k is not None
