@@ -1,8 +1,9 @@
 //! Compiles the CUDA kernels and makes the Rust view of the C ABI (feature `cuda`; without it there is nothing to do).
 //!
-//! Every `cuda/launch/*.cu` becomes one object (one nvcc call each, so that no relocatable device code is needed), all
-//! objects one `libdspark_kernels.a`. The launchers carry the suffix `_cu`; `src/capi` exports the public names. What
-//! ptxas says about registers and spills is kept beside the objects, for a test to read.
+//! Every `.cu` below `cuda/launch/` becomes one object (one nvcc call each, so that no relocatable device code is
+//! needed), all objects one `libdspark_kernels.a`. An object is kept while its command and the files it was made from are
+//! what they were. The launchers carry the suffix `_cu`; `src/capi` exports the public names. What ptxas says about
+//! registers and spills is kept beside the objects, for a test to read.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -18,11 +19,13 @@ mod cuda {
     use std::env;
     use std::ffi::OsString;
     use std::fs;
+    use std::hash::{DefaultHasher, Hash, Hasher};
     use std::path::{Path, PathBuf};
     use std::process::Command;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     const HEADER: &str = "cuda/include/dspark.h";
+    const LAUNCH_DIR: &str = "cuda/launch";
     const LAUNCHER_NAMES: &str = "-DDSPARK_FN(name)=name##_cu";
     const DEFAULT_ARCHS: &str = "90a,80";
     /// nvcc takes a gigabyte or so on the larger families.
@@ -107,13 +110,23 @@ mod cuda {
             .collect())
     }
 
+    fn find_sources(dir: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
+        let failed = |error| format!("{}: {error}", dir.display());
+        for entry in fs::read_dir(dir).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            if path.is_dir() {
+                find_sources(&path, found)?;
+            } else if path.extension().is_some_and(|extension| extension == "cu") {
+                found.push(path);
+            }
+        }
+        Ok(())
+    }
+
     /// Compiles all launch files and archives them.
     fn kernels(nvcc: &Path, out_dir: &Path) -> Result<()> {
-        let mut sources: Vec<PathBuf> = fs::read_dir("cuda/launch")
-            .map_err(|error| format!("cuda/launch: {error}"))?
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
-            .collect();
+        let mut sources = Vec::new();
+        find_sources(Path::new(LAUNCH_DIR), &mut sources)?;
         sources.sort();
         let reports = out_dir.join("ptxas");
         fs::create_dir_all(&reports).map_err(|error| format!("{}: {error}", reports.display()))?;
@@ -161,8 +174,12 @@ mod cuda {
         out_dir: &Path,
         gencode: &[String],
     ) -> Result<(PathBuf, String)> {
-        let family = source.file_stem().unwrap_or_default().to_string_lossy();
-        let object = out_dir.join(format!("{family}.o"));
+        let below = source.strip_prefix(LAUNCH_DIR).unwrap_or(source);
+        let name = below.with_extension("").to_string_lossy().replace('/', "_");
+        let object = out_dir.join(format!("{name}.o"));
+        let dependencies = out_dir.join(format!("{name}.d"));
+        let stamp = out_dir.join(format!("{name}.stamp"));
+        let report_file = out_dir.join("ptxas").join(format!("{name}.txt"));
         let mut command = Command::new(nvcc);
         command
             .arg("-ccbin")
@@ -171,10 +188,26 @@ mod cuda {
             .args(["-Xptxas=-v,--warn-on-spills", LAUNCHER_NAMES])
             .args(["-Icuda/include", "-Icuda"])
             .args(gencode)
+            .arg("-MD")
+            .arg("-MF")
+            .arg(&dependencies)
             .arg("-c")
             .arg(source)
             .arg("-o")
             .arg(&object);
+        let key = || {
+            let inputs = fs::read_to_string(&dependencies).ok()?;
+            Some(fingerprint(&command, &inputs)?.to_string())
+        };
+        let unchanged =
+            key().is_some_and(|key| fs::read_to_string(&stamp).is_ok_and(|was| was == key));
+        if unchanged && object.is_file() {
+            if let Ok(report) = fs::read_to_string(&report_file) {
+                return Ok((object, report));
+            }
+        }
+        // A failed or interrupted compilation must not look like a finished one.
+        let _ = fs::remove_file(&stamp);
         let output = command
             .output()
             .map_err(|error| format!("{}: {error}", nvcc.display()))?;
@@ -182,10 +215,31 @@ mod cuda {
         if !output.status.success() {
             return Err(format!("nvcc {}:\n{report}", source.display()));
         }
-        let report = format!("== {family}\n{report}");
-        let file = out_dir.join("ptxas").join(format!("{family}.txt"));
-        fs::write(&file, &report).map_err(|error| format!("{}: {error}", file.display()))?;
+        let report = format!("== {name}\n{report}");
+        let write = |file: &Path, text: &str| {
+            fs::write(file, text).map_err(|error| format!("{}: {error}", file.display()))
+        };
+        write(&report_file, &report)?;
+        let inputs = fs::read_to_string(&dependencies).unwrap_or_default();
+        if let Some(key) = fingerprint(&command, &inputs) {
+            write(&stamp, &key.to_string())?;
+        }
         Ok((object, report))
+    }
+
+    /// Of the command and of the content of all files in `dependencies` (a make rule); nothing where one is missing.
+    fn fingerprint(command: &Command, dependencies: &str) -> Option<u64> {
+        let mut hasher = DefaultHasher::new();
+        command.get_program().hash(&mut hasher);
+        for argument in command.get_args() {
+            argument.hash(&mut hasher);
+        }
+        let (_, files) = dependencies.split_once(':')?;
+        for file in files.split_whitespace().filter(|file| *file != "\\") {
+            file.hash(&mut hasher);
+            fs::read(file).ok()?.hash(&mut hasher);
+        }
+        Some(hasher.finish())
     }
 
     /// The CUDA runtime goes in statically: the program then starts on a host that has only the driver, or nothing.

@@ -3,8 +3,6 @@
 
 #include "kernels/draft/sample.cuh"
 #include "kernels/draft/tiled_steps.cuh"
-#include "launch/draft/candidates.cuh"
-#include "launch/draft/full.cuh"
 #include "launch/draft/projections.cuh"
 
 namespace dspark {
@@ -281,61 +279,4 @@ extern "C" dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_pa
   DSPARK_TRY(check_workspace(p.workspace, p.workspace_bytes, draft_layout(p).bytes));
   return dispatch_half_dtype(
       p.dtype, [&](auto tag) { return DraftHead<typename decltype(tag)::type>(p, stream).run(); });
-}
-
-extern "C" dspark_status DSPARK_FN(dspark_draft_full_workspace_size)(
-    const dspark_draft_full_params* params, size_t* bytes) {
-  DSPARK_CHECK_PARAMS(params, stride_logits_row);
-  DSPARK_TRY(check_full_sizes(*params));
-  DSPARK_CHECK_ARG(bytes != nullptr, DSPARK_ERROR_NULL_POINTER,
-                   "bytes: expected a host pointer, got NULL");
-  *bytes = full_layout(*params).bytes;
-  return DSPARK_OK;
-}
-
-extern "C" dspark_status DSPARK_FN(dspark_draft_full)(const dspark_draft_full_params* params,
-                                                      dspark_stream stream) {
-  DSPARK_CHECK_PARAMS(params, stride_logits_row);
-  const dspark_draft_full_params& p = *params;
-  DSPARK_TRY(check_half_dtype(p.dtype));
-  DSPARK_TRY(check_logits_dtype(p.logits_dtype));
-  const bool fp8 = p.w2_dtype == DSPARK_DTYPE_E4M3;
-  DSPARK_CHECK_ARG(
-      fp8 || p.w2_dtype == p.dtype || p.head == DSPARK_HEAD_NONE, DSPARK_ERROR_UNSUPPORTED_DTYPE,
-      "w2_dtype: expected dtype (%d) or DSPARK_DTYPE_E4M3 (3), got %d", p.dtype, p.w2_dtype);
-  DSPARK_TRY(check_full_sizes(p));
-  if (p.num_reqs == 0 || p.draft_len == 0) return DSPARK_OK;
-  DSPARK_TRY(check_full_pointers(p));
-  DSPARK_TRY(check_workspace(p.workspace, p.workspace_bytes, full_layout(p).bytes));
-  return dispatch_half_dtype(p.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    return fp8 ? DraftFull<T, __nv_fp8_e4m3>(p, stream).run() : DraftFull<T, T>(p, stream).run();
-  });
-}
-
-extern "C" dspark_status DSPARK_FN(dspark_draft_candidates_workspace_size)(
-    const dspark_draft_candidates_params* params, size_t* bytes) {
-  DSPARK_CHECK_PARAMS(params, mask);
-  DSPARK_TRY(check_candidates_sizes(*params));
-  DSPARK_CHECK_ARG(bytes != nullptr, DSPARK_ERROR_NULL_POINTER,
-                   "bytes: expected a host pointer, got NULL");
-  *bytes = candidates_layout(*params).bytes;
-  return DSPARK_OK;
-}
-
-extern "C" dspark_status DSPARK_FN(dspark_draft_candidates)(
-    const dspark_draft_candidates_params* params, dspark_stream stream) {
-  DSPARK_CHECK_PARAMS(params, mask);
-  const dspark_draft_candidates_params p = complete(params);
-  DSPARK_TRY(check_half_dtype(p.dtype));
-  DSPARK_TRY(check_logits_dtype(p.logits_dtype));
-  DSPARK_TRY(check_candidates_sizes(p));
-  if (p.num_reqs == 0 || p.draft_len == 0) return DSPARK_OK;
-  DSPARK_TRY(check_candidates_pointers(p));
-  DSPARK_TRY(check_workspace(p.workspace, p.workspace_bytes, candidates_layout(p).bytes));
-  return dispatch_half_dtype(p.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    return p.logits_dtype == DSPARK_DTYPE_F32 ? DraftCandidates<T, float>(p, stream).run()
-                                              : DraftCandidates<T, __nv_bfloat16>(p, stream).run();
-  });
 }
