@@ -17,7 +17,7 @@ fn main() {
 #[cfg(feature = "cuda")]
 mod cuda {
     use std::env;
-    use std::ffi::OsString;
+    use std::ffi::{OsStr, OsString};
     use std::fs;
     use std::hash::{DefaultHasher, Hash, Hasher};
     use std::path::{Path, PathBuf};
@@ -231,12 +231,13 @@ mod cuda {
     fn fingerprint(command: &Command, dependencies: &str) -> Option<u64> {
         let mut hasher = DefaultHasher::new();
         command.get_program().hash(&mut hasher);
-        for argument in command.get_args() {
+        // A build directory that was moved as a whole stays good.
+        let moved = |argument: &&OsStr| Path::new(argument).is_absolute();
+        for argument in command.get_args().filter(|argument| !moved(argument)) {
             argument.hash(&mut hasher);
         }
         let (_, files) = dependencies.split_once(':')?;
         for file in files.split_whitespace().filter(|file| *file != "\\") {
-            file.hash(&mut hasher);
             fs::read(file).ok()?.hash(&mut hasher);
         }
         Some(hasher.finish())
