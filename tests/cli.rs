@@ -388,7 +388,7 @@ fn invariance_holds_where_it_must() {
     args.extend(["--schedules", "threshold:0.5,delayed,global"]);
     args.extend([
         "--head-forms",
-        "candidates:32,candidates:1",
+        "candidates:32,candidates:1,candidates:8:4,full-fp8",
         "--alternates",
         "4",
     ]);
@@ -409,9 +409,9 @@ fn invariance_holds_where_it_must() {
         let run = dspark(&[&args[..], more].concat());
         assert_eq!(run.status, Some(0), "{run:?}");
         let rows: Vec<&str> = run.stdout.lines().skip(1).collect();
-        // none, dspark and mtp at both sizes, another length of each, three schedules, two forms,
-        // one of them with second choices.
-        assert_eq!(rows.len(), 14, "{}", run.stdout);
+        // none, dspark and mtp at both sizes, another length of each, three schedules, four forms,
+        // two of them with second choices.
+        assert_eq!(rows.len(), 17, "{}", run.stdout);
         for row in rows {
             let figures = row.split(" at once").nth(1).unwrap().split_whitespace();
             let counts: Vec<&str> = figures.take(5).collect();

@@ -173,7 +173,6 @@ impl Batch {
                 parents: self.parents.as_deref(),
                 edits: self.shaped.then_some(&self.edits[..]),
                 mask: self.shaped.then_some(&self.mask[..]),
-                draft_mask: None,
                 stop_tokens: Some(&stops),
                 logprobs: Some(3),
             },

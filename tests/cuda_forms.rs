@@ -1,5 +1,5 @@
-//! The candidate form of the head through [`Ops`], for every kind of head, against the reference; and the masks of both
-//! forms.
+//! The candidate form of the head through [`Ops`], for every kind of head, against the reference: its masks, the
+//! candidates that the token before brings along, and the request's own filters.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -15,6 +15,7 @@ const VOCAB_SIZE: usize = 1031;
 const WIDTH: usize = 48;
 const RANK: usize = 64;
 const NUM_TOP: usize = 20;
+const NUM_BIGRAM: usize = 5;
 
 const KINDS: [HeadKind; 4] = [
     HeadKind::None,
@@ -22,6 +23,16 @@ const KINDS: [HeadKind; 4] = [
     HeadKind::Gated,
     HeadKind::Rnn,
 ];
+
+/// Other tokens for each, the last of them none.
+fn bigrams<O: Ops>(ops: &mut O) -> O::TokenTable {
+    let token = |i: usize| match i % NUM_BIGRAM {
+        4 => SparseLaw::NO_PAIR,
+        j => ((7 * (i / NUM_BIGRAM) + 131 * j) % VOCAB_SIZE) as u32,
+    };
+    let tokens: Vec<u32> = (0..VOCAB_SIZE * NUM_BIGRAM).map(token).collect();
+    ops.token_table(&tokens, NUM_BIGRAM).unwrap()
+}
 
 fn head<O: Ops>(ops: &mut O, kind: HeadKind) -> DraftHead<O> {
     let mut rng = Rng::new(5);
@@ -39,6 +50,8 @@ fn head<O: Ops>(ops: &mut O, kind: HeadKind) -> DraftHead<O> {
         rank,
         markov_w1: (rank > 0).then(|| table(ops, VOCAB_SIZE, RANK)),
         markov_w2: (rank > 0).then(|| table(ops, VOCAB_SIZE, RANK)),
+        w2_fp8: None,
+        bigrams: (kind != HeadKind::None).then(|| bigrams(ops)),
         proj_weight: shape.map(|(rows, cols)| table(ops, rows, cols)),
         proj_bias: shape.map(|(rows, _)| norm(ops, &Rng::new(6).normals(rows, 0.5))),
         confidence: Some(ConfidenceHead {
@@ -67,6 +80,9 @@ impl Case {
             temperature: [0.0, 0.7, 1.0][r % 3],
             seed: 50 + r as u64,
             rule: [Rule::Token, Rule::Coupled][r / 3 % 2],
+            top_k: [0, 6][r % 2],
+            top_p: [1.0, 1.0, 0.8][r / 3],
+            min_p: [0.0, 0.05, 0.0][r / 3],
             ..SamplingParams::default()
         };
         Self {
@@ -134,9 +150,10 @@ fn candidates_agree_with_the_reference() {
             for r in 0..NUM_REQS {
                 for k in 0..DRAFT_LEN {
                     let row = r * DRAFT_LEN + k;
-                    let pairs = row * NUM_TOP..(row + 1) * NUM_TOP;
+                    let n = law.num_candidates;
+                    let pairs = row * n..(row + 1) * n;
                     let context = format!("{kind:?} {masked} request {r} draft {k}");
-                    // The candidates depend on the base logits alone, their logits on the drafts before.
+                    // The drafts before are the same.
                     let tokens = &law.tokens[pairs.clone()];
                     assert_eq!(tokens, &wanted_law.tokens[pairs.clone()], "{context}");
                     let logits = law.logits[pairs.clone()].iter();
@@ -162,22 +179,19 @@ fn candidates_agree_with_the_reference() {
 }
 
 #[test]
-fn no_form_drafts_what_the_mask_forbids() {
+fn no_candidate_is_what_the_mask_forbids() {
     let Some(mut cuda) = gpu() else { return };
     let case = Case::new();
     for kind in KINDS {
         let (drafted, law) = case.candidates(&mut cuda, kind, true);
+        let num_candidates = law.num_candidates;
         for (i, &token) in law.tokens.iter().enumerate() {
-            assert!(token == SparseLaw::NO_PAIR || case.allows(i / NUM_TOP, token));
+            assert!(token == SparseLaw::NO_PAIR || case.allows(i / num_candidates, token));
         }
-        let head = head(&mut cuda, kind);
-        let hidden = mat(&mut cuda, WIDTH, &case.hidden);
-        let mut base = logits(&mut cuda, VOCAB_SIZE, &case.base);
-        let full = cuda.draft_head(&head, &mut base, &hidden, &case.batch(true));
-        let all = [drafted.tokens, full.unwrap().tokens];
-        for tokens in all {
-            let forbidden = |(row, &token): (usize, &u32)| !case.allows(row, token);
-            assert!(!tokens.iter().enumerate().any(forbidden), "{kind:?}");
-        }
+        let forbidden = |(row, &token): (usize, &u32)| !case.allows(row, token);
+        assert!(
+            !drafted.tokens.iter().enumerate().any(forbidden),
+            "{kind:?}"
+        );
     }
 }

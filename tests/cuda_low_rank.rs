@@ -7,6 +7,7 @@ mod common;
 use common::{Rng, gpu, logits, reference, weight};
 use dspark::ops::{
     AcceptBatch, AcceptExtras, Accepted, DraftLaw, LowRankLaw, Ops, Purpose, Rule, SamplingParams,
+    W2,
 };
 use dspark::reference::choices::{Choices, Draw, Philox};
 use half::bf16;
@@ -20,8 +21,6 @@ struct Batch {
     base: Vec<f32>,
     w2: Vec<f32>,
     law: LowRankLaw,
-    /// Tokens that the head was not allowed to draft.
-    mask: Option<Vec<u32>>,
     target: Vec<f32>,
     tokens: Vec<u32>,
     sampling: Vec<SamplingParams>,
@@ -61,12 +60,12 @@ impl Batch {
                 rank: RANK,
                 latents: sixteen_bits(rng.normals(num_drafts * RANK, 0.5)),
                 log_normalizers: Vec::new(),
+                mask: masked.then(|| {
+                    (0..num_drafts * words)
+                        .map(|_| !(1 << rng.below(32)))
+                        .collect()
+                }),
             },
-            mask: masked.then(|| {
-                (0..num_drafts * words)
-                    .map(|_| !(1 << rng.below(32)))
-                    .collect()
-            }),
             target: Vec::new(),
             tokens: Vec::new(),
             sampling: (0..num_reqs).map(params).collect(),
@@ -97,7 +96,7 @@ impl Batch {
         let words = self.vocab_size.div_ceil(32);
         let logit = |v: usize| {
             let allowed = |mask: &Vec<u32>| mask[index * words + v / 32] >> (v % 32) & 1 == 1;
-            if !self.mask.as_ref().is_none_or(allowed) {
+            if !self.law.mask.as_ref().is_none_or(allowed) {
                 return f32::NEG_INFINITY;
             }
             let pairs = self.w2[v * RANK..][..RANK].iter().zip(latent);
@@ -121,15 +120,12 @@ impl Batch {
             draft_len: self.draft_len,
             law: DraftLaw::LowRank {
                 base: &base,
-                w2: &w2,
+                w2: Some(W2::Stored(&w2)),
                 law: &self.law,
             },
             anchor_positions: &vec![0; num_reqs],
             sampling: &self.sampling,
-            extras: AcceptExtras {
-                draft_mask: self.mask.as_deref(),
-                ..AcceptExtras::default()
-            },
+            extras: AcceptExtras::default(),
         })
         .unwrap()
     }
@@ -228,8 +224,8 @@ fn ratio(ops: &mut impl Ops, rule: Rule, shifted: bool) -> f64 {
             rank: RANK,
             latents: sixteen_bits(latents),
             log_normalizers: Vec::new(),
+            mask: None,
         },
-        mask: None,
         target: target_rows.repeat(NUM_DRAWS),
         tokens: Vec::new(),
         sampling: (0..NUM_DRAWS as u64)

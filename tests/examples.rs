@@ -2,7 +2,7 @@
 
 mod cli_support;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use cli_support::{Copy, drafter, target};
@@ -44,7 +44,7 @@ fn the_c_example_sizes_a_workspace_and_shows_an_error() {
     let tool = |variable: &str, default: &str| {
         Command::new(std::env::var_os(variable).unwrap_or(default.into()))
     };
-    let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let repository = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
     let dir = tempfile::tempdir().unwrap();
     let (object, program) = (dir.path().join("example.o"), dir.path().join("example"));
     run(tool("CC", "cc")

@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use dspark::kv::PagePool;
 use dspark::model::Drafter;
-use dspark::ops::{Rule, SamplingParams};
+use dspark::ops::{HeadForm, Rule, SamplingParams};
 use dspark::reference::Reference;
 use dspark::reference::choices::enumerate;
 use dspark::schedule::{Adapt, CostTable, Policy, Scheduler, StepCost};
@@ -398,7 +398,7 @@ fn drafts_from_candidates() {
                 ..sampled(0.9)
             };
             let mut world = World::new(4, draft_len, params);
-            world.draft.candidates = Some(num_top);
+            world.draft.form = HeadForm::Candidates(num_top, 0);
             world.assert_exact(2);
             let mut world = world.policy(Policy::Threshold(0.5));
             world.grammar = Some(Rc::new(no_ones_in_a_row));
@@ -406,9 +406,67 @@ fn drafts_from_candidates() {
         }
     }
     let mut world = World::new(4, 2, sampled(1.0));
-    world.draft.candidates = Some(2);
+    world.draft.form = HeadForm::Candidates(2, 0);
     world.draft.shift_law = true;
     world.assert_caught(2);
+}
+
+/// Candidates that the token before brings along, and laws cut down by the request's own filters.
+#[test]
+fn drafts_from_bigrams_and_filtered_candidates() {
+    for rule in [Rule::Token, Rule::Block] {
+        let params = SamplingParams {
+            rule,
+            ..sampled(0.9)
+        };
+        let filtered = SamplingParams {
+            top_k: 3,
+            top_p: 0.8,
+            min_p: 0.1,
+            ..params
+        };
+        for (params, form) in [
+            (params, HeadForm::Candidates(1, 2)),
+            (filtered, HeadForm::Candidates(2, 1)),
+            (filtered, HeadForm::Candidates(3, 0)),
+        ] {
+            let mut world = World::new(4, 2, params);
+            world.draft.form = form;
+            world.assert_exact(2);
+            world.policy(Policy::Threshold(0.5)).assert_exact(2);
+        }
+    }
+    let mut world = World::new(4, 2, sampled(1.0));
+    world.draft.form = HeadForm::Candidates(1, 1);
+    world.draft.shift_law = true;
+    world.assert_caught(2);
+}
+
+/// A law handed on as latents and normalisers, recomputed by acceptance; also in e4m3.
+#[test]
+fn laws_of_low_rank() {
+    for form in [HeadForm::Full, HeadForm::FullFp8] {
+        for rule in [Rule::Token, Rule::Block] {
+            for (vocab_size, draft_len, n) in [(2, 2, 4), (3, 2, 3), (4, 3, 2)] {
+                let params = SamplingParams {
+                    rule,
+                    ..sampled(0.9)
+                };
+                let mut world = World::new(vocab_size, draft_len, params);
+                world.draft.form = form;
+                world.assert_exact(n);
+                world.policy(Policy::Threshold(0.5)).assert_exact(n);
+            }
+        }
+        let mut world = World::new(3, 2, sampled(1.0));
+        world.draft.form = form;
+        world.grammar = Some(Rc::new(no_ones_in_a_row));
+        world.assert_exact(3);
+        let mut world = World::new(3, 2, sampled(1.0));
+        world.draft.form = form;
+        world.draft.shift_law = true;
+        world.assert_caught(2);
+    }
 }
 
 /// Second choices beside the drafts: a tree, under the rules that have trees, for one request and for two of different
@@ -427,7 +485,7 @@ fn second_choices() {
             sampled(0.0),
         ] {
             let mut world = World::new(3, draft_len, params);
-            world.draft.candidates = Some(num_top);
+            world.draft.form = HeadForm::Candidates(num_top, 0);
             world.alternates = alternates;
             world.assert_exact(n);
             assert!(
@@ -441,12 +499,12 @@ fn second_choices() {
     let params = sampled(0.8);
     let mut world =
         World::new(2, 2, params).requests(&[(&[0], params), (&[1, 1, 0], sampled(0.0))]);
-    world.draft.candidates = Some(2);
+    world.draft.form = HeadForm::Candidates(2, 0);
     world.alternates = 2;
     world.assert_exact(3);
     // A law one row off is caught.
     let mut world = World::new(3, 2, sampled(1.0));
-    world.draft.candidates = Some(3);
+    world.draft.form = HeadForm::Candidates(3, 0);
     world.alternates = 2;
     world.draft.shift_law = true;
     world.assert_caught(2);
@@ -566,7 +624,7 @@ fn appendix_a() -> World {
             previous: vec![0.0, -1e4],
         }),
         shift_law: false,
-        candidates: None,
+        form: HeadForm::Full,
         max_draft_len: 2,
     };
     world

@@ -5,7 +5,7 @@ mod model_support;
 use dspark::model::{
     DSparkDrafter, DecoderTarget, Drafter, DrafterConfig, MtpDrafter, ProposeBatch, Target,
 };
-use dspark::ops::{DraftLaw, Drafted, Ops, SamplingParams};
+use dspark::ops::{DraftLaw, Drafted, Matrix, Ops, SamplingParams, W2};
 use dspark::reference::Reference;
 use model_support::*;
 use serde_json::Value;
@@ -60,11 +60,26 @@ fn propose(
     drafter.propose(ops, &batch, draft_len).unwrap()
 }
 
+/// The logits that the drafts were drawn from: base logits and W2 times latents.
 fn law(ops: &mut Reference, drafter: &dyn Drafter<Reference>) -> Vec<f32> {
-    match drafter.law() {
-        DraftLaw::Logits(logits) => ops.read_logits(logits).unwrap(),
-        _ => panic!("a law of logits"),
+    let DraftLaw::LowRank { base, w2, law } = drafter.law() else {
+        panic!("a law of the whole vocabulary");
+    };
+    let mut logits = ops.read_logits(base).unwrap();
+    let Some(W2::Stored(w2)) = w2 else {
+        return logits;
+    };
+    let ids: Vec<u32> = (0..w2.rows() as u32).collect();
+    let mut rows = ops.mat(ids.len(), law.rank).unwrap();
+    ops.embed(w2, &ids, &mut rows).unwrap();
+    let w2 = ops.read_mat(&rows).unwrap();
+    let drafts = logits.chunks_exact_mut(ids.len());
+    for (row, latent) in drafts.zip(law.latents.chunks_exact(law.rank)) {
+        for (logit, w2) in row.iter_mut().zip(w2.chunks_exact(law.rank)) {
+            *logit += w2.iter().zip(latent).map(|(w, l)| w * l).sum::<f32>();
+        }
     }
+    logits
 }
 
 fn sigmoid(z: f32) -> f32 {

@@ -11,10 +11,11 @@ use super::config::config_error;
 use super::decoder::{DecoderTarget, EMBEDDING, Vocabulary};
 use super::drafter_config::{DSparkConfig, DrafterConfig};
 use super::head::{BlockHead, BlockStates};
+use super::head_weights::load_head;
 use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Visibility};
 use super::{Drafter, Features, ProposeBatch};
 use crate::error::{Error, Result};
-use crate::ops::{ConfidenceHead, DraftHead, DraftLaw, Drafted, HeadForm, HeadKind, Ops, RowMap};
+use crate::ops::{DraftLaw, Drafted, HeadForm, Ops, RowMap};
 
 /// How a block is laid out. Anything but the default is wrong for a sound checkpoint: the variations are the slips that
 /// checkpoints and their converters are known for (see [`super::selfcheck`]).
@@ -321,57 +322,4 @@ fn check_vocabulary<O: Ops>(
         weights.check_same_rows(name, &of_target, target_name, shape, mask)?;
     }
     Ok(())
-}
-
-fn load_head<O: Ops>(
-    ops: &mut O,
-    weights: &Checkpoint,
-    config: &DSparkConfig,
-) -> Result<DraftHead<O>> {
-    let (d, r, vocab) = (
-        config.decoder.hidden_size,
-        config.markov_rank,
-        config.decoder.vocab_size,
-    );
-    let projection = match config.head {
-        HeadKind::None | HeadKind::Vanilla => None,
-        HeadKind::Gated => Some(("markov_head.gate_proj", r, d + r)),
-        HeadKind::Rnn => Some(("markov_head.joint_proj", 3 * r, 2 * r + d)),
-    };
-    let (mut proj_weight, mut proj_bias) = (None, None);
-    if let Some((name, rows, cols)) = projection {
-        proj_weight = Some(weights.weight(ops, &[(&format!("{name}.weight"), rows)], cols)?);
-        proj_bias = Some(weights.norm(ops, &format!("{name}.bias"), rows)?);
-    }
-    let mut table = |name: &str| match config.head {
-        HeadKind::None => Ok(None),
-        _ => weights.weight(ops, &[(name, vocab)], r).map(Some),
-    };
-    Ok(DraftHead {
-        kind: config.head,
-        rank: r,
-        markov_w1: table("markov_head.markov_w1.weight")?,
-        markov_w2: table("markov_head.markov_w2.weight")?,
-        proj_weight,
-        proj_bias,
-        confidence: match config.confidence {
-            None => None,
-            Some(with_markov) => Some(load_confidence(ops, weights, config, with_markov)?),
-        },
-    })
-}
-
-fn load_confidence<O: Ops>(
-    ops: &mut O,
-    weights: &Checkpoint,
-    config: &DSparkConfig,
-    with_markov: bool,
-) -> Result<ConfidenceHead<O>> {
-    let markov = if with_markov { config.markov_rank } else { 0 };
-    let cols = config.decoder.hidden_size + markov;
-    Ok(ConfidenceHead {
-        weight: weights.weight(ops, &[("confidence_head.proj.weight", 1)], cols)?,
-        bias: weights.tensor("confidence_head.proj.bias", &[1])?.to_f32()[0],
-        with_markov,
-    })
 }

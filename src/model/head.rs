@@ -1,20 +1,29 @@
-//! A sequential head over the whole blocks of a batch, in either of its forms.
+//! A sequential head over the whole blocks of a batch, in any of its forms.
 
 use super::ProposeBatch;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::grammar::mask_words;
 use crate::ops::{
-    DraftBatch, DraftHead, DraftLaw, Drafted, HeadForm, HeadKind, Matrix, Ops, SparseLaw,
+    DraftBatch, DraftHead, DraftLaw, Drafted, HeadForm, HeadKind, LowRankLaw, Matrix, Ops,
+    SamplingParams, SparseLaw,
 };
+
+/// Tokens whose bigrams are looked for at a time.
+const BIGRAM_ROWS: usize = 512;
 
 /// The head of a drafter, what it reads and the law it leaves.
 pub(super) struct BlockHead<O: Ops> {
     head: DraftHead<O>,
     form: HeadForm,
-    /// `[num_reqs * draft_len, vocab]`: the base logits; over the whole vocabulary they become the law.
+    /// `[num_reqs * draft_len, vocab]`: the base logits.
     logits: O::Logits,
-    /// The law over candidates.
-    sparse: SparseLaw,
+    law: WalkLaw,
+}
+
+/// What a walk hands on besides the base logits.
+enum WalkLaw {
+    LowRank(LowRankLaw),
+    Sparse(SparseLaw),
 }
 
 /// What a walk reads beside the weights of the head.
@@ -40,24 +49,47 @@ impl<O: Ops> BlockHead<O> {
         Ok(Self {
             head,
             form: HeadForm::Full,
-            logits: ops.logits(max_drafts, vocab_size)?,
-            sparse: SparseLaw::default(),
+            logits: ops.fixed_logits(max_drafts, vocab_size)?,
+            law: WalkLaw::LowRank(LowRankLaw::default()),
         })
     }
 
-    /// Changes the form.
+    /// Changes the form, and makes the copy or the table that it needs.
     pub fn set_form(&mut self, ops: &mut O, form: HeadForm) -> Result<()> {
         form.check(self.logits.cols())?;
-        self.logits = buffer(ops, form, self.logits.max_rows(), self.logits.cols())?;
+        let w2 = self.head.markov_w2.as_ref();
+        let needs_w2 = matches!(form, HeadForm::FullFp8 | HeadForm::Candidates(_, 1..));
+        let Some(w2) = w2.filter(|_| needs_w2) else {
+            if needs_w2 {
+                let expected = "full or candidates:K for a head without a bias";
+                return Err(Error::argument("head_form", expected, form));
+            }
+            (self.head.w2_fp8, self.head.bigrams) = (None, None);
+            self.form = form;
+            return Ok(());
+        };
+        let (mut copy, mut bigrams) = (None, None);
+        match form {
+            HeadForm::Candidates(_, num_bigram) => {
+                let tokens = find_bigrams(ops, &self.head, num_bigram)?;
+                bigrams = Some(ops.token_table(&tokens, num_bigram)?);
+            }
+            _ => copy = Some(ops.quantize(w2)?),
+        }
+        (self.head.w2_fp8, self.head.bigrams) = (copy, bigrams);
         self.form = form;
         Ok(())
     }
 
     /// The law of the last walk.
     pub fn law(&self) -> DraftLaw<'_, O> {
-        match self.form {
-            HeadForm::Full => DraftLaw::Logits(&self.logits),
-            HeadForm::Candidates(_) => DraftLaw::Sparse(&self.sparse),
+        match &self.law {
+            WalkLaw::LowRank(law) => DraftLaw::LowRank {
+                base: &self.logits,
+                w2: self.head.w2(),
+                law,
+            },
+            WalkLaw::Sparse(law) => DraftLaw::Sparse(law),
         }
     }
 
@@ -82,16 +114,9 @@ impl<O: Ops> BlockHead<O> {
             draft_len: states.draft_len,
             mask: mask.as_deref(),
         };
-        match self.form {
-            HeadForm::Full => ops.draft_head(&self.head, &mut self.logits, states.hidden, &walk),
-            HeadForm::Candidates(num_top) => {
-                let (head, logits) = (&self.head, &self.logits);
-                let (drafted, law) =
-                    ops.draft_candidates(head, logits, states.hidden, &walk, num_top)?;
-                self.sparse = law;
-                Ok(drafted)
-            }
-        }
+        let (drafted, law) = self.run(ops, &self.logits, states.hidden, &walk)?;
+        self.law = law;
+        Ok(drafted)
     }
 
     /// The same one step at a time. The bias of a step reads the token `lag` steps before it: 1 in a sound checkpoint.
@@ -105,7 +130,7 @@ impl<O: Ops> BlockHead<O> {
         let (num_reqs, draft_len) = (batch.anchors.len(), states.draft_len);
         let vocab_size = self.logits.cols();
         let mut hidden = ops.mat(num_reqs, states.hidden.cols())?;
-        let mut logits = buffer(ops, self.form, num_reqs, vocab_size)?;
+        let mut logits = ops.fixed_logits(num_reqs, vocab_size)?;
         self.logits.set_rows(num_reqs * draft_len)?;
         let (mut steps, mut laws) = (Vec::<Drafted>::new(), Vec::new());
         for k in 0..draft_len {
@@ -125,23 +150,36 @@ impl<O: Ops> BlockHead<O> {
                 draft_len: 1,
                 mask: mask.as_deref(),
             };
-            let drafted = match self.form {
-                HeadForm::Full => {
-                    let drafted = ops.draft_head(&self.head, &mut logits, &hidden, &step)?;
-                    ops.copy_logits(&logits, &mut self.logits, k, draft_len)?;
-                    drafted
-                }
-                HeadForm::Candidates(num_top) => {
-                    let (drafted, law) =
-                        ops.draft_candidates(&self.head, &logits, &hidden, &step, num_top)?;
-                    laws.push(law);
-                    drafted
-                }
-            };
+            let (drafted, law) = self.run(ops, &logits, &hidden, &step)?;
+            if matches!(law, WalkLaw::LowRank(_)) {
+                ops.copy_logits(&logits, &mut self.logits, k, draft_len)?;
+            }
             steps.push(drafted);
+            laws.push(law);
         }
-        self.sparse = SparseLaw::interleave(&laws, num_reqs);
+        self.law = WalkLaw::interleave(laws, num_reqs);
         Ok(interleave(&steps, num_reqs))
+    }
+
+    /// One call of the head in its form.
+    fn run(
+        &self,
+        ops: &mut O,
+        logits: &O::Logits,
+        hidden: &O::Mat,
+        batch: &DraftBatch<'_>,
+    ) -> Result<(Drafted, WalkLaw)> {
+        match self.form {
+            HeadForm::Full | HeadForm::FullFp8 => {
+                let (drafted, law) = ops.draft_full(&self.head, logits, hidden, batch)?;
+                Ok((drafted, WalkLaw::LowRank(law)))
+            }
+            HeadForm::Candidates(num_top, _) => {
+                let (drafted, law) =
+                    ops.draft_candidates(&self.head, logits, hidden, batch, num_top)?;
+                Ok((drafted, WalkLaw::Sparse(law)))
+            }
+        }
     }
 
     /// The masks of a walk in one go: the first step's are known, and the later ones' are left open.
@@ -157,17 +195,53 @@ impl<O: Ops> BlockHead<O> {
     }
 }
 
-/// A buffer for the base logits of a walk.
-fn buffer<O: Ops>(
-    ops: &mut O,
-    form: HeadForm,
-    max_rows: usize,
-    vocab_size: usize,
-) -> Result<O::Logits> {
-    match form {
-        HeadForm::Full => ops.logits(max_rows, vocab_size),
-        HeadForm::Candidates(_) => ops.fixed_logits(max_rows, vocab_size),
+impl WalkLaw {
+    /// The laws of single steps, which are of one form.
+    fn interleave(steps: Vec<Self>, num_reqs: usize) -> Self {
+        let (mut low_rank, mut sparse) = (Vec::new(), Vec::new());
+        for step in steps {
+            match step {
+                Self::LowRank(law) => low_rank.push(law),
+                Self::Sparse(law) => sparse.push(law),
+            }
+        }
+        if sparse.is_empty() {
+            Self::LowRank(LowRankLaw::interleave(&low_rank, num_reqs))
+        } else {
+            Self::Sparse(SparseLaw::interleave(&sparse, num_reqs))
+        }
     }
+}
+
+/// `[vocab, num_bigram]`: for each token those that its row of W1 alone biases most. A gated or rnn head bends the row by
+/// the state of the block, so that there they are a guess.
+fn find_bigrams<O: Ops>(ops: &mut O, head: &DraftHead<O>, num_bigram: usize) -> Result<Vec<u32>> {
+    let (Some(w1), Some(w2)) = (&head.markov_w1, &head.markov_w2) else {
+        return Ok(Vec::new());
+    };
+    let vocab_size = w2.rows();
+    let rows = BIGRAM_ROWS.min(vocab_size);
+    let mut embedded = ops.mat(rows, head.rank)?;
+    let mut bias = ops.logits(rows, vocab_size)?;
+    let none = DraftHead::none();
+    let mut tokens = Vec::with_capacity(vocab_size * num_bigram);
+    for first in (0..vocab_size).step_by(rows) {
+        let ids: Vec<u32> = (first..vocab_size.min(first + rows))
+            .map(|v| v as u32)
+            .collect();
+        ops.embed(w1, &ids, &mut embedded)?;
+        ops.linear_logits(&embedded, w2, &mut bias)?;
+        let batch = DraftBatch {
+            anchors: &ids,
+            anchor_positions: &ids,
+            sampling: &vec![SamplingParams::default(); ids.len()],
+            draft_len: 1,
+            mask: None,
+        };
+        let (_, law) = ops.draft_candidates(&none, &bias, &embedded, &batch, num_bigram)?;
+        tokens.extend(law.tokens);
+    }
+    Ok(tokens)
 }
 
 /// The drafts of single steps, `[num_reqs]` each, as `[num_reqs * steps]`.

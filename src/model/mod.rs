@@ -15,6 +15,7 @@ mod drafter_config;
 mod dspark;
 mod fields;
 mod head;
+mod head_weights;
 mod identity;
 mod mtp;
 mod pair;
@@ -132,7 +133,7 @@ pub trait Drafter<O: Ops> {
     fn set_head_form(&mut self, _ops: &mut O, form: HeadForm) -> Result<()> {
         match form {
             HeadForm::Full => Ok(()),
-            HeadForm::Candidates(_) => {
+            HeadForm::FullFp8 | HeadForm::Candidates(..) => {
                 Err(Error::argument("head_form", "full for this drafter", form))
             }
         }

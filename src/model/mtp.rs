@@ -16,7 +16,7 @@ use super::head::interleave;
 use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Visibility};
 use super::{Drafter, Features, ProposeBatch};
 use crate::error::{Error, Result};
-use crate::ops::{DraftBatch, DraftHead, DraftLaw, Drafted, HeadKind, Matrix, Ops, RowMap};
+use crate::ops::{DraftBatch, DraftHead, DraftLaw, Drafted, LowRankLaw, Matrix, Ops, RowMap};
 
 /// The longest chain: with its anchor it fills the 16 rows a request may bring to a verify pass.
 pub(super) const MAX_DRAFT_LEN: usize = 15;
@@ -37,6 +37,8 @@ pub struct MtpDrafter<O: Ops> {
     step_logits: O::Logits,
     /// `[num_reqs * draft_len, vocab]`.
     logits: O::Logits,
+    /// Its normalisers.
+    law: LowRankLaw,
     head: DraftHead<O>,
     norm_eps: f32,
     max_num_reqs: usize,
@@ -124,17 +126,10 @@ impl<O: Ops> MtpDrafter<O> {
             outputs,
             latest: ops.mat(reqs, d)?,
             hidden: ops.mat(reqs, d)?,
-            step_logits: ops.logits(reqs, vocab)?,
-            logits: ops.logits(reqs * max_draft_len, vocab)?,
-            head: DraftHead {
-                kind: HeadKind::None,
-                rank: 0,
-                markov_w1: None,
-                markov_w2: None,
-                proj_weight: None,
-                proj_bias: None,
-                confidence: None,
-            },
+            step_logits: ops.fixed_logits(reqs, vocab)?,
+            logits: ops.fixed_logits(reqs * max_draft_len, vocab)?,
+            law: LowRankLaw::default(),
+            head: DraftHead::none(),
             norm_eps: sizes.norm_eps,
             max_num_reqs: reqs,
             max_draft_len,
@@ -231,6 +226,7 @@ impl<O: Ops> Drafter<O> for MtpDrafter<O> {
         ops.gather_rows(&self.outputs, &slots, &mut self.hidden)?;
         self.logits.set_rows(num_reqs * draft_len)?;
         let mut steps: Vec<Drafted> = Vec::with_capacity(draft_len);
+        let mut laws = Vec::with_capacity(draft_len);
         for k in 0..draft_len {
             if let Some(last) = steps.last() {
                 // The first chained slot is the anchor's own.
@@ -250,15 +246,22 @@ impl<O: Ops> Drafter<O> for MtpDrafter<O> {
                 draft_len: 1,
                 mask: mask.as_deref(),
             };
-            let (head, logits) = (&self.head, &mut self.step_logits);
-            steps.push(ops.draft_head(head, logits, &self.hidden, &step)?);
-            ops.copy_logits(&self.step_logits, &mut self.logits, k, draft_len)?;
+            let (head, logits) = (&self.head, &self.step_logits);
+            let (drafted, law) = ops.draft_full(head, logits, &self.hidden, &step)?;
+            ops.copy_logits(logits, &mut self.logits, k, draft_len)?;
+            steps.push(drafted);
+            laws.push(law);
         }
+        self.law = LowRankLaw::interleave(&laws, num_reqs);
         Ok(interleave(&steps, num_reqs))
     }
 
     fn law(&self) -> DraftLaw<'_, O> {
-        DraftLaw::Logits(&self.logits)
+        DraftLaw::LowRank {
+            base: &self.logits,
+            w2: None,
+            law: &self.law,
+        }
     }
 }
 

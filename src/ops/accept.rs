@@ -35,9 +35,6 @@ pub struct AcceptExtras<'a> {
     pub edits: Option<&'a [TokenEdits]>,
     /// `[num_rows, ceil(vocab / 32)]`: bit `v % 32` of word `v / 32` set allows token v.
     pub mask: Option<&'a [u32]>,
-    /// `[num_reqs * draft_len, ceil(vocab / 32)]`, as `mask`, of the rows of a low-rank draft law: what the head was not
-    /// allowed to draft.
-    pub draft_mask: Option<&'a [u32]>,
     /// `[num_reqs]`: the accepted run ends with the first of these tokens, which then is the next token.
     pub stop_tokens: Option<&'a [&'a [u32]]>,
     /// Log-probabilities of the committed tokens and of the likeliest n (at most [`MAX_TOP_LOGPROBS`]) at each.
@@ -84,33 +81,89 @@ pub enum DraftLaw<'a, O: Ops> {
     LowRank {
         /// `[num_reqs * draft_len, vocab]`, as the head read them.
         base: &'a O::Logits,
-        /// `[vocab, rank]`.
-        w2: &'a O::Weight,
+        /// `[vocab, rank]`; `None` of a head without a bias.
+        w2: Option<W2<'a, O>>,
         /// The latents and normalisers that the head handed on.
         law: &'a LowRankLaw,
     },
 }
 
+/// What latents are multiplied with.
+pub enum W2<'a, O: Ops> {
+    /// The weight.
+    Stored(&'a O::Weight),
+    /// Its copy in e4m3.
+    Quantized(&'a O::Quantized),
+}
+
 /// What the head over the whole vocabulary hands on, besides the base logits, for each draft.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LowRankLaw {
-    /// Columns of W2.
+    /// Columns of W2; 0 without.
     pub rank: usize,
-    /// `[num_reqs * draft_len * rank]`; each a number of the 16-bit type that W2 is multiplied in.
+    /// `[num_reqs * draft_len * rank]`; on CUDA each a number of bf16, of f16 beside e4m3.
     pub latents: Vec<f32>,
-    /// `[num_reqs * draft_len]`, `ln sum exp(l / temperature)`; NaN or -inf where the row is no law.
+    /// `[num_reqs * draft_len]`, `ln sum exp(l / temperature)`; NaN or -inf where the row is no law. At temperature 0,
+    /// where no rule looks at it, it may be anything.
     pub log_normalizers: Vec<f32>,
+    /// `[num_reqs * draft_len, ceil(vocab / 32)]`, what the head was allowed to draft; `None`: everything.
+    pub mask: Option<Vec<u32>>,
 }
 
 impl LowRankLaw {
+    /// The same for `num_drafts` drafts, of which those behind the last have no law.
+    pub fn padded(&self, num_drafts: usize) -> Cow<'_, Self> {
+        let len = self.log_normalizers.len();
+        if num_drafts <= len {
+            return Cow::Borrowed(self);
+        }
+        let mut padded = self.clone();
+        padded.latents.resize(num_drafts * self.rank, 0.0);
+        padded.log_normalizers.resize(num_drafts, f32::NAN);
+        if let Some(mask) = &mut padded.mask {
+            mask.resize(mask.len() / len.max(1) * num_drafts, 0);
+        }
+        Cow::Owned(padded)
+    }
+
+    /// The laws of single steps, `[num_reqs]` each, as that of `[num_reqs * steps]` drafts.
+    pub fn interleave(steps: &[Self], num_reqs: usize) -> Self {
+        let of = |array: fn(&Self) -> &[f32]| interleave(steps.iter().map(array), num_reqs);
+        let masks: Option<Vec<&[u32]>> = steps.iter().map(|step| step.mask.as_deref()).collect();
+        Self {
+            rank: steps.first().map_or(0, |step| step.rank),
+            latents: of(|step| &step.latents),
+            log_normalizers: of(|step| &step.log_normalizers),
+            mask: masks.map(|masks| interleave(masks.into_iter(), num_reqs)),
+        }
+    }
+
     /// Checks the law of `num_drafts` drafts.
     ///
     /// # Errors
     /// Names the array that does not fit.
-    pub(crate) fn check(&self, num_drafts: usize) -> Result<()> {
+    pub(crate) fn check(&self, num_drafts: usize, vocab_size: usize) -> Result<()> {
         expect("latents", num_drafts * self.rank, self.latents.len())?;
-        expect("log_normalizers", num_drafts, self.log_normalizers.len())
+        expect("log_normalizers", num_drafts, self.log_normalizers.len())?;
+        let words = num_drafts * super::grammar::mask_words(vocab_size);
+        expect(
+            "draft mask",
+            words,
+            self.mask.as_ref().map_or(words, Vec::len),
+        )
     }
+}
+
+/// Arrays of single steps, each of as many entries for every request, as one of `[num_reqs, steps, entries]`.
+fn interleave<'s, T: Copy + 's>(steps: impl Iterator<Item = &'s [T]>, num_reqs: usize) -> Vec<T> {
+    let steps: Vec<&[T]> = steps.collect();
+    let of_request = |r: usize| {
+        steps.iter().flat_map(move |step| {
+            let len = step.len() / num_reqs;
+            &step[r * len..][..len]
+        })
+    };
+    (0..num_reqs).flat_map(of_request).copied().collect()
 }
 
 /// Truncated draft laws: `num_candidates` (token, logit) pairs for each draft.
@@ -143,20 +196,10 @@ impl SparseLaw {
 
     /// The laws of single steps, `[num_reqs]` each, as that of `[num_reqs * steps]` drafts.
     pub fn interleave(steps: &[Self], num_reqs: usize) -> Self {
-        let num_candidates = steps.first().map_or(0, |step| step.num_candidates);
-        let rows = (0..num_reqs).flat_map(|r| {
-            let pairs = r * num_candidates..(r + 1) * num_candidates;
-            steps.iter().map(move |step| (step, pairs.clone()))
-        });
-        let (mut tokens, mut logits) = (Vec::new(), Vec::new());
-        for (step, pairs) in rows {
-            tokens.extend_from_slice(&step.tokens[pairs.clone()]);
-            logits.extend_from_slice(&step.logits[pairs]);
-        }
         Self {
-            num_candidates,
-            tokens,
-            logits,
+            num_candidates: steps.first().map_or(0, |step| step.num_candidates),
+            tokens: interleave(steps.iter().map(|step| &step.tokens[..]), num_reqs),
+            logits: interleave(steps.iter().map(|step| &step.logits[..]), num_reqs),
         }
     }
 
@@ -234,13 +277,6 @@ impl<O: Ops> AcceptBatch<'_, O> {
             let drafts = &self.draft_tokens[verified.clone()];
             expect_tokens("draft token", drafts.iter(), vocab_size)?;
             self.check_parents(r, verified)?;
-        }
-        if let Some(mask) = self.extras.draft_mask {
-            if !matches!(self.law, DraftLaw::LowRank { .. }) {
-                return Err(Error::argument("draft_mask", "a low-rank law", "another"));
-            }
-            let words = num_drafts * vocab_size.div_ceil(32);
-            expect("draft_mask", words, mask.len())?;
         }
         self.extras.check(num_reqs, num_rows, vocab_size)
     }

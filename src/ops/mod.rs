@@ -11,6 +11,8 @@
 mod accept;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod draft;
+pub mod e4m3;
 pub mod grammar;
 mod mapped_file;
 mod rows;
@@ -20,8 +22,9 @@ mod tensor;
 
 pub use accept::{
     AcceptBatch, AcceptExtras, Accepted, DraftLaw, LowRankLaw, MAX_TOP_LOGPROBS, SparseLaw,
-    TokenLogprobs,
+    TokenLogprobs, W2,
 };
+pub use draft::{ConfidenceHead, DraftBatch, DraftHead, Drafted, HeadForm, HeadKind};
 pub use grammar::{Constraint, Grammar};
 pub use mapped_file::MappedFile;
 pub use rows::{MAX_TREE_ROWS, RowMap, RowMove};
@@ -98,148 +101,6 @@ pub struct KvGeometry {
     pub head_dim: usize,
 }
 
-/// Which sequential head a drafter has (spec: vanilla, gated, rnn; `None` is DFlash or an autoregressive drafter).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HeadKind {
-    /// No bias between positions.
-    None,
-    /// `B_k = W2 W1[x_{k-1}]`.
-    Vanilla,
-    /// `B_k = W2 (sigmoid(gate [h_k; W1 x]) * W1 x)`.
-    Gated,
-    /// A recurrent state over the block.
-    Rnn,
-}
-
-/// How much of the vocabulary a head looks at.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum HeadForm {
-    /// All of it.
-    #[default]
-    Full,
-    /// The tokens of the K largest base logits.
-    Candidates(usize),
-}
-
-impl HeadForm {
-    /// The most candidates.
-    pub const MAX_CANDIDATES: usize = 256;
-
-    /// Checks the number of candidates.
-    ///
-    /// # Errors
-    /// None, more than [`HeadForm::MAX_CANDIDATES`], or more than the vocabulary has.
-    pub fn check(self, vocab_size: usize) -> Result<()> {
-        let most = Self::MAX_CANDIDATES.min(vocab_size);
-        match self {
-            Self::Candidates(n) if n == 0 || n > most => {
-                let expected = format!("1 to {most} candidates");
-                Err(crate::Error::argument("head_form", expected, n))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-impl std::str::FromStr for HeadForm {
-    type Err = crate::Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let candidates = text.strip_prefix("candidates:").map(str::parse);
-        match (text, candidates) {
-            ("full", _) => Ok(Self::Full),
-            (_, Some(Ok(n))) => Ok(Self::Candidates(n)),
-            _ => Err(crate::Error::argument(
-                "head_form",
-                "full or candidates:K",
-                text,
-            )),
-        }
-    }
-}
-
-impl std::fmt::Display for HeadForm {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Full => f.write_str("full"),
-            Self::Candidates(n) => write!(f, "candidates:{n}"),
-        }
-    }
-}
-
-/// The weights of a semi-autoregressive head, in the backend's types.
-pub struct DraftHead<O: Ops> {
-    /// Which recurrence.
-    pub kind: HeadKind,
-    /// Markov rank r; 0 for [`HeadKind::None`].
-    pub rank: usize,
-    /// `[vocab, r]`, rows looked up by the previous token.
-    pub markov_w1: Option<O::Weight>,
-    /// `[vocab, r]`, rows are output tokens.
-    pub markov_w2: Option<O::Weight>,
-    /// gated `[r, d + r]` over `[h; w1]`; rnn `[3r, 2r + d]` over `[s; w1; h]`.
-    pub proj_weight: Option<O::Weight>,
-    /// gated `[r]`, rnn `[3r]` = `[g; c; o]`.
-    pub proj_bias: Option<O::Norm>,
-    /// The confidence head, if there is one.
-    pub confidence: Option<ConfidenceHead<O>>,
-}
-
-/// `sigmoid(w . [h_k ; W1 x_{k-1}] + b)`.
-pub struct ConfidenceHead<O: Ops> {
-    /// `[1, d + r]`, or `[1, d]` without the Markov part.
-    pub weight: O::Weight,
-    /// The bias.
-    pub bias: f32,
-    /// Whether `W1[x_{k-1}]` is part of the input.
-    pub with_markov: bool,
-}
-
-/// The requests of a walk of the head, one entry each.
-#[derive(Clone, Copy, Debug)]
-pub struct DraftBatch<'a> {
-    /// Last committed tokens.
-    pub anchors: &'a [u32],
-    /// Their positions.
-    pub anchor_positions: &'a [u32],
-    /// How the requests sample.
-    pub sampling: &'a [SamplingParams],
-    /// Steps.
-    pub draft_len: usize,
-    /// `[num_reqs * draft_len, ceil(vocab / 32)]`: bit `v % 32` of word `v / 32` set allows token v; `None` allows all.
-    pub mask: Option<&'a [u32]>,
-}
-
-impl DraftBatch<'_> {
-    /// Checks everything against a vocabulary.
-    ///
-    /// # Errors
-    /// Names the argument that does not fit.
-    pub(crate) fn check(&self, vocab_size: usize) -> Result<()> {
-        let num_reqs = self.anchors.len();
-        let expect = accept::expect;
-        expect("anchor_positions", num_reqs, self.anchor_positions.len())?;
-        expect("sampling", num_reqs, self.sampling.len())?;
-        self.sampling
-            .iter()
-            .try_for_each(SamplingParams::validate)?;
-        if let Some(mask) = self.mask {
-            let words = num_reqs * self.draft_len * grammar::mask_words(vocab_size);
-            expect("mask", words, mask.len())?;
-        }
-        accept::expect_tokens("anchor", self.anchors.iter(), vocab_size)
-    }
-}
-
-/// What the head drafted, on the host.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Drafted {
-    /// `[num_reqs * draft_len]`.
-    pub tokens: Vec<u32>,
-    /// `[num_reqs * draft_len]`, conditional confidences before calibration; `None` without a confidence head.
-    pub confidence: Option<Vec<f32>>,
-}
-
 /// Where the q/k/v of [`Ops::qk_norm_rope`] go.
 pub enum KvSink<'a, O: Ops> {
     /// Appended to the cache of `layer` at slots `seq_lens[r] + i` of the pass's requests.
@@ -267,6 +128,10 @@ pub trait Ops: Sized {
     type Logits: Matrix;
     /// Weight matrix `[out, in]`, kept as stored where the backend can.
     type Weight: Matrix;
+    /// A weight in e4m3, with a factor for each row.
+    type Quantized;
+    /// A few tokens for each token of the vocabulary.
+    type TokenTable;
     /// A vector: norm weight or bias.
     type Norm;
     /// Paged keys and values of every layer of one model.
@@ -285,6 +150,10 @@ pub trait Ops: Sized {
 
     /// One weight from one or more parts stacked along their rows (q, k, v; gate, up). All parts share the columns.
     fn weight(&mut self, parts: &[HostTensor<'_>]) -> Result<Self::Weight>;
+    /// A copy of `weight` in e4m3 ([`e4m3::quantize_row`]).
+    fn quantize(&mut self, weight: &Self::Weight) -> Result<Self::Quantized>;
+    /// `[vocab, cols]` tokens, [`SparseLaw::NO_PAIR`] for none; none twice in a row.
+    fn token_table(&mut self, tokens: &[u32], cols: usize) -> Result<Self::TokenTable>;
     /// A vector `[n]`.
     fn norm(&mut self, tensor: &HostTensor<'_>) -> Result<Self::Norm>;
     /// Rotary frequencies.
@@ -432,21 +301,23 @@ pub trait Ops: Sized {
     // Laws.
 
     /// Runs the semi-autoregressive head over the steps of `batch`. `logits [num_reqs * draft_len, vocab]` holds the base
-    /// logits and is overwritten with `l = U + B`, -inf where the mask forbids; the draft law is exactly
-    /// `softmax(l / temperature)` of what is written. `hidden [num_reqs * draft_len, d]`. Draft k of request r (k from 1)
-    /// is the token at position `anchor_positions[r] + k`, sampled with [`Rule::draft_purpose`]; argmax (lowest index
-    /// wins) at temperature 0. A row that is no law yields token 0.
-    fn draft_head(
+    /// logits U and stays as it is; `hidden [num_reqs * draft_len, d]`. Draft k of request r (k from 1) is the token at
+    /// position `anchor_positions[r] + k`, drawn from `softmax((U + B) / temperature)` over what the mask allows, argmax
+    /// (lowest index wins) at temperature 0; a row that is no law yields token 0. With [`DraftHead::w2_fp8`] the bias is
+    /// that of the copy. The law is handed on as a latent and a normaliser for each draft ([`DraftLaw::LowRank`]). Draws
+    /// of the coupled rule have the noise of its target ([`Rule::draft_purpose`]); the others' noise is the backend's own.
+    fn draft_full(
         &mut self,
         head: &DraftHead<Self>,
-        logits: &mut Self::Logits,
+        logits: &Self::Logits,
         hidden: &Self::Mat,
         batch: &DraftBatch<'_>,
-    ) -> Result<Drafted>;
+    ) -> Result<(Drafted, LowRankLaw)>;
 
-    /// The head over the `num_top` largest base logits of each draft (of those that the mask allows; ties: lowest token),
-    /// with its law truncated to them: what [`Ops::draft_head`] computes, but for no other token, and the logits stay as
-    /// they are. The pairs come by falling base logit; a step without any yields token 0.
+    /// The same over candidates: for each draft the tokens of the `num_top` largest base logits (of those that the mask
+    /// allows; ties: lowest token), joined with those that [`DraftHead::bigrams`] names for the token before. Above
+    /// temperature 0 the law on them is cut down by the request's top-k, top-p and min-p, as the target's is. The pairs
+    /// come by falling base logit, then the bigrams; a step without any yields token 0.
     fn draft_candidates(
         &mut self,
         head: &DraftHead<Self>,

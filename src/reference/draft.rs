@@ -10,70 +10,107 @@ use super::tensor::{F32Matrix, expect_len, expect_shape};
 use super::weight::Weight;
 use crate::error::{Error, Result};
 use crate::ops::grammar::{mask_allows, mask_words};
-use crate::ops::{DraftBatch, DraftHead, Drafted, HeadForm, HeadKind, Matrix, SparseLaw};
+use crate::ops::{
+    DraftBatch, DraftHead, Drafted, HeadForm, HeadKind, LowRankLaw, Matrix, SparseLaw, W2,
+};
 
-/// Arguments of [`crate::ops::Ops::draft_head`].
+/// A table of tokens, `cols` for each token of the vocabulary.
+#[derive(Clone, Debug)]
+pub struct TokenTable {
+    pub(super) tokens: Vec<u32>,
+    pub(super) cols: usize,
+}
+
+/// Arguments of [`crate::ops::Ops::draft_full`].
 pub(super) struct DraftPass<'a> {
     pub(super) head: &'a DraftHead<Reference>,
-    pub(super) logits: &'a mut F32Matrix,
+    /// A copy of the base logits; `U + B` of what may be drafted, -inf elsewhere, after the walk.
+    pub(super) logits: F32Matrix,
     pub(super) hidden: &'a F32Matrix,
     pub(super) batch: DraftBatch<'a>,
-    /// Everything but the largest base logits becomes -inf.
+    /// How many of the largest base logits are candidates; `None`: the whole vocabulary is.
     pub(super) num_top: Option<usize>,
 }
 
-/// [`crate::ops::Ops::draft_candidates`], on a copy of the base logits: `pass.num_top` of each row are the candidates.
+/// What a walk does at each request of each step in turn, for the law that is handed on.
+#[derive(Default)]
+struct Noted {
+    /// The candidates, by falling base logit, then those of the token before.
+    candidates: Vec<Vec<Option<usize>>>,
+    /// What W2 is multiplied with.
+    latents: Vec<Vec<f32>>,
+}
+
+/// [`crate::ops::Ops::draft_candidates`].
 pub(super) fn candidates(
-    pass: DraftPass<'_>,
+    mut pass: DraftPass<'_>,
     pool: &Pool,
     choices: &mut dyn Choices,
 ) -> Result<(Drafted, SparseLaw)> {
-    let num_candidates = pass.num_top.unwrap_or(pass.logits.cols());
-    HeadForm::Candidates(num_candidates).check(pass.logits.cols())?;
-    let mut tops = Vec::new();
-    let DraftPass {
-        head,
-        hidden,
-        batch,
-        num_top,
-        logits,
-    } = pass;
-    let walk = DraftPass {
-        head,
-        logits: &mut *logits,
-        hidden,
-        batch,
-        num_top,
-    };
-    let drafted = walk.run_noting(pool, choices, &mut tops)?;
+    let num_top = pass.num_top.unwrap_or_default();
+    let num_bigram = pass.head.bigrams.as_ref().map_or(0, |table| table.cols);
+    HeadForm::Candidates(num_top, num_bigram).check(pass.logits.cols())?;
+    let mut noted = Noted::default();
+    let drafted = pass.walk(pool, choices, &mut noted)?;
+    let num_candidates = num_top + num_bigram;
+    let num_pairs = noted.candidates.len() * num_candidates;
     let mut law = SparseLaw {
         num_candidates,
-        tokens: vec![SparseLaw::NO_PAIR; tops.len() * num_candidates],
-        logits: vec![f32::NEG_INFINITY; tops.len() * num_candidates],
+        tokens: vec![SparseLaw::NO_PAIR; num_pairs],
+        logits: vec![f32::NEG_INFINITY; num_pairs],
     };
-    // Noted step by step; the law goes request by request.
-    let num_reqs = batch.anchors.len();
-    for (i, top) in tops.iter().enumerate() {
-        let row = i % num_reqs * batch.draft_len + i / num_reqs;
-        for (j, &token) in top.iter().enumerate() {
-            law.tokens[row * num_candidates + j] = token as u32;
-            law.logits[row * num_candidates + j] = logits.row(row)[token];
+    for (i, candidates) in noted.candidates.iter().enumerate() {
+        let row = pass.row_of_noted(i);
+        for (j, token) in candidates.iter().enumerate() {
+            if let Some(token) = *token {
+                law.tokens[row * num_candidates + j] = token as u32;
+                law.logits[row * num_candidates + j] = pass.logits.row(row)[token];
+            }
+        }
+    }
+    Ok((drafted, law))
+}
+
+/// [`crate::ops::Ops::draft_full`].
+pub(super) fn full(
+    mut pass: DraftPass<'_>,
+    pool: &Pool,
+    choices: &mut dyn Choices,
+) -> Result<(Drafted, LowRankLaw)> {
+    let mut noted = Noted::default();
+    let drafted = pass.walk(pool, choices, &mut noted)?;
+    let rank = pass.head.rank;
+    let mut law = LowRankLaw {
+        rank,
+        latents: vec![0.0; noted.latents.len() * rank],
+        log_normalizers: vec![f32::NAN; pass.logits.rows()],
+        mask: pass.batch.mask.map(<[u32]>::to_vec),
+    };
+    for (i, latent) in noted.latents.iter().enumerate() {
+        law.latents[pass.row_of_noted(i) * rank..][..rank].copy_from_slice(latent);
+    }
+    for (row, normalizer) in law.log_normalizers.iter_mut().enumerate() {
+        let temperature = pass.batch.sampling[row / pass.batch.draft_len].temperature;
+        let logits = pass.logits.row(row);
+        if temperature > 0.0 && law::defect(logits).is_none() {
+            *normalizer = law::log_normalizer(logits, temperature) as f32;
         }
     }
     Ok((drafted, law))
 }
 
 impl DraftPass<'_> {
-    pub(super) fn run(self, pool: &Pool, choices: &mut dyn Choices) -> Result<Drafted> {
-        self.run_noting(pool, choices, &mut Vec::new())
+    /// The row that entry `i` of [`Noted`] is about: it goes step by step, rows go request by request.
+    fn row_of_noted(&self, i: usize) -> usize {
+        let num_reqs = self.batch.anchors.len();
+        i % num_reqs * self.batch.draft_len + i / num_reqs
     }
 
-    /// The same; `tops` takes the candidates of every request of each step in turn.
-    fn run_noting(
-        mut self,
+    fn walk(
+        &mut self,
         pool: &Pool,
         choices: &mut dyn Choices,
-        tops: &mut Vec<Vec<usize>>,
+        noted: &mut Noted,
     ) -> Result<Drafted> {
         self.check()?;
         let num_reqs = self.batch.anchors.len();
@@ -90,8 +127,9 @@ impl DraftPass<'_> {
         for k in 0..self.batch.draft_len {
             let embedded = self.embed_previous(&previous);
             self.forbid(k);
-            self.keep_top(k, tops);
-            self.add_bias(pool, k, &embedded, &mut state);
+            self.keep_candidates(k, &previous, &mut noted.candidates);
+            self.add_bias(pool, k, &embedded, &mut state, &mut noted.latents);
+            self.filter(k);
             if let Some(confidence) = &mut drafted.confidence {
                 for (r, value) in self.confidence(pool, k, &embedded).into_iter().enumerate() {
                     confidence[r * self.batch.draft_len + k] = value;
@@ -118,22 +156,30 @@ impl DraftPass<'_> {
     }
 
     /// Adds `B_k` to the logits of step `k` of all requests.
-    fn add_bias(&mut self, pool: &Pool, k: usize, embedded: &[f32], state: &mut [f32]) {
-        let Some(w2) = &self.head.markov_w2 else {
-            return;
+    fn add_bias(
+        &mut self,
+        pool: &Pool,
+        k: usize,
+        embedded: &[f32],
+        state: &mut [f32],
+        latents: &mut Vec<Vec<f32>>,
+    ) {
+        let w2 = match self.num_top {
+            None => self.head.w2(),
+            Some(_) => self.head.markov_w2.as_ref().map(W2::Stored),
         };
-        let code = match self.head.kind {
-            HeadKind::None => return,
-            HeadKind::Vanilla => embedded.to_vec(),
-            HeadKind::Gated => self.gated(pool, k, embedded),
-            HeadKind::Rnn => self.recurrent(pool, k, embedded, state),
+        let (mut code, w2) = match (self.head.kind, w2) {
+            (HeadKind::None, _) | (_, None) => return,
+            (HeadKind::Vanilla, Some(w2)) => (embedded.to_vec(), w2),
+            (HeadKind::Gated, Some(w2)) => (self.gated(pool, k, embedded), w2),
+            (HeadKind::Rnn, Some(w2)) => (self.recurrent(pool, k, embedded, state), w2),
         };
-        let vocab_size = w2.rows();
-        let mut bias = vec![0.0; self.batch.anchors.len() * vocab_size];
-        linear(pool, &code, w2, &mut bias);
-        for (r, bias) in bias.chunks_exact(vocab_size).enumerate() {
+        w2.round(&mut code);
+        let bias = w2.bias(pool, &code);
+        for (r, bias) in bias.chunks_exact(self.logits.cols()).enumerate() {
             add(self.logits.row_mut(r * self.batch.draft_len + k), bias);
         }
+        latents.extend(code.chunks_exact(self.head.rank).map(<[f32]>::to_vec));
     }
 
     /// Takes the tokens that the mask does not allow out of step `k` of all requests.
@@ -153,24 +199,59 @@ impl DraftPass<'_> {
         }
     }
 
-    /// Takes everything but the largest base logits out of step `k` of all requests, where that is asked for.
-    fn keep_top(&mut self, k: usize, tops: &mut Vec<Vec<usize>>) {
+    /// Takes everything but the candidates out of step `k` of all requests, where that is asked for.
+    fn keep_candidates(&mut self, k: usize, previous: &[u32], noted: &mut Vec<Vec<Option<usize>>>) {
         let Some(num_top) = self.num_top else {
             return;
         };
-        for r in 0..self.batch.anchors.len() {
+        for (r, &previous) in previous.iter().enumerate() {
             let row = self.logits.row_mut(r * self.batch.draft_len + k);
             let mut order: Vec<usize> = (0..row.len())
                 .filter(|&v| row[v] > f32::NEG_INFINITY)
                 .collect();
-            order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
-            order.truncate(num_top);
-            let kept: Vec<f32> = order.iter().map(|&v| row[v]).collect();
+            let by_logit = |a: &usize, b: &usize| row[*b].total_cmp(&row[*a]).then(a.cmp(b));
+            if num_top < order.len() {
+                order.select_nth_unstable_by(num_top, by_logit);
+                order.truncate(num_top);
+            }
+            order.sort_by(by_logit);
+            let mut candidates: Vec<Option<usize>> = order.iter().copied().map(Some).collect();
+            candidates.resize(num_top, None);
+            if let Some(table) = &self.head.bigrams {
+                let bigrams = &table.tokens[previous as usize * table.cols..][..table.cols];
+                let is_new = |&token: &u32| {
+                    let logit = row.get(token as usize);
+                    logit.is_some_and(|&logit| logit > f32::NEG_INFINITY)
+                        && !order.contains(&(token as usize))
+                };
+                let pair = |token: &u32| is_new(token).then_some(*token as usize);
+                candidates.extend(bigrams.iter().map(pair));
+            }
+            let kept: Vec<(usize, f32)> =
+                candidates.iter().flatten().map(|&v| (v, row[v])).collect();
             row.fill(f32::NEG_INFINITY);
-            for (&v, logit) in order.iter().zip(kept) {
+            for (v, logit) in kept {
                 row[v] = logit;
             }
-            tops.push(order);
+            noted.push(candidates);
+        }
+    }
+
+    /// Takes what the request's own filters cut from the law of candidates out of step `k` of all requests.
+    fn filter(&mut self, k: usize) {
+        if self.num_top.is_none() {
+            return;
+        }
+        for (r, params) in self.batch.sampling.iter().enumerate() {
+            let row = self.logits.row_mut(r * self.batch.draft_len + k);
+            let is_filtered = params.top_k > 0 || params.top_p < 1.0 || params.min_p > 0.0;
+            if params.temperature == 0.0 || !is_filtered || law::defect(row).is_some() {
+                continue;
+            }
+            let kept = law::target_law(row, params);
+            for (logit, _) in row.iter_mut().zip(kept).filter(|(_, prob)| *prob == 0.0) {
+                *logit = f32::NEG_INFINITY;
+            }
         }
     }
 
@@ -266,7 +347,7 @@ impl DraftPass<'_> {
         let num_reqs = self.batch.anchors.len();
         let rows = num_reqs * self.batch.draft_len;
         let vocab_size = self.logits.cols();
-        expect_shape("logits", self.logits, rows, vocab_size)?;
+        expect_shape("logits", &self.logits, rows, vocab_size)?;
         let DraftHead { kind, rank, .. } = *self.head;
         let width = self.hidden.cols();
         let needs_hidden = matches!(kind, HeadKind::Gated | HeadKind::Rnn);
@@ -279,11 +360,14 @@ impl DraftPass<'_> {
                 self.head.markov_w1.as_ref(),
                 (vocab_size, rank),
             )?;
-            expect_weight(
-                "markov_w2",
-                self.head.markov_w2.as_ref(),
-                (vocab_size, rank),
-            )?;
+            let w2 = self.head.w2().map(|w2| w2.shape());
+            if w2 != Some([vocab_size, rank]) {
+                let expected = format!("[{vocab_size}, {rank}]");
+                return Err(Error::argument("markov_w2", expected, format!("{w2:?}")));
+            }
+        }
+        if let Some(table) = &self.head.bigrams {
+            expect_len("bigrams", table.tokens.len(), vocab_size * table.cols)?;
         }
         if needs_hidden {
             let (outputs, inputs) = match kind {

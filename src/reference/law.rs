@@ -40,6 +40,16 @@ pub fn softmax(logits: &[f32], temperature: f32) -> Vec<f64> {
     probs
 }
 
+/// `ln sum exp(logits / temperature)` of a row that is a law; `temperature > 0`.
+pub fn log_normalizer(logits: &[f32], temperature: f32) -> f64 {
+    let scale = f64::from(temperature).recip();
+    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let terms = logits
+        .iter()
+        .map(|&logit| ((f64::from(logit) - max) * scale).exp());
+    max * scale + terms.sum::<f64>().ln()
+}
+
 /// The target law of a row that is a law: softmax at the request's temperature (> 0), then top-k, top-p and min-p, each
 /// on the renormalised rest. Ties at a threshold are all kept.
 pub fn target_law(logits: &[f32], params: &SamplingParams) -> Vec<f64> {

@@ -15,6 +15,7 @@ mod draft;
 mod exp;
 mod gemm;
 pub mod law;
+mod low_rank;
 mod norm;
 pub mod philox;
 mod pool;
@@ -27,6 +28,8 @@ mod weight;
 #[cfg(test)]
 mod tests;
 
+pub use draft::TokenTable;
+pub use low_rank::Quantized;
 pub use tensor::{F32Matrix, KvCache};
 pub use verify::NO_TOKEN;
 pub use weight::Weight;
@@ -41,7 +44,7 @@ use tensor::{expect_cols, expect_shape};
 use crate::error::{Error, Result};
 use crate::ops::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, Matrix, Ops, RopeSpec, RowMap, RowMove, SparseLaw,
+    KvSink, LowRankLaw, Matrix, Ops, RopeSpec, RowMap, RowMove, SparseLaw,
 };
 
 /// The backend. See the module's documentation for what its results depend on.
@@ -74,6 +77,8 @@ impl Ops for Reference {
     type Mat = F32Matrix;
     type Logits = F32Matrix;
     type Weight = Weight;
+    type Quantized = Quantized;
+    type TokenTable = TokenTable;
     type Norm = Vec<f32>;
     type KvCache = KvCache;
     type Rows = RowMap;
@@ -95,6 +100,17 @@ impl Ops for Reference {
 
     fn norm(&mut self, tensor: &HostTensor<'_>) -> Result<Vec<f32>> {
         tensor::vector(tensor)
+    }
+
+    fn quantize(&mut self, weight: &Weight) -> Result<Quantized> {
+        Quantized::new(weight)
+    }
+
+    fn token_table(&mut self, tokens: &[u32], cols: usize) -> Result<TokenTable> {
+        Ok(TokenTable {
+            tokens: tokens.to_vec(),
+            cols,
+        })
     }
 
     fn rope(&mut self, spec: &RopeSpec) -> Result<RopeSpec> {
@@ -316,21 +332,21 @@ impl Ops for Reference {
         Ok(())
     }
 
-    fn draft_head(
+    fn draft_full(
         &mut self,
         head: &DraftHead<Self>,
-        logits: &mut F32Matrix,
+        logits: &F32Matrix,
         hidden: &F32Matrix,
         batch: &DraftBatch<'_>,
-    ) -> Result<Drafted> {
-        DraftPass {
+    ) -> Result<(Drafted, LowRankLaw)> {
+        let pass = DraftPass {
             head,
-            logits,
+            logits: logits.clone(),
             hidden,
             batch: *batch,
             num_top: None,
-        }
-        .run(&self.pool, &mut *self.choices)
+        };
+        draft::full(pass, &self.pool, &mut *self.choices)
     }
 
     fn draft_candidates(
@@ -341,21 +357,18 @@ impl Ops for Reference {
         batch: &DraftBatch<'_>,
         num_top: usize,
     ) -> Result<(Drafted, SparseLaw)> {
-        draft::candidates(
-            DraftPass {
-                head,
-                logits: &mut logits.clone(),
-                hidden,
-                batch: *batch,
-                num_top: Some(num_top),
-            },
-            &self.pool,
-            &mut *self.choices,
-        )
+        let pass = DraftPass {
+            head,
+            logits: logits.clone(),
+            hidden,
+            batch: *batch,
+            num_top: Some(num_top),
+        };
+        draft::candidates(pass, &self.pool, &mut *self.choices)
     }
 
     fn accept(&mut self, batch: &AcceptBatch<'_, Self>) -> Result<Accepted> {
-        verify::accept(batch, &mut *self.choices)
+        verify::accept(batch, &self.pool, &mut *self.choices)
     }
 }
 

@@ -6,12 +6,14 @@ use super::Reference;
 use super::accept::{self, Walk};
 use super::choices::{Choices, Draw, TRIES, TRIES_LOW_RANK};
 use super::law;
+use super::norm::add;
+use super::pool::Pool;
 use super::shape::Shape;
-use super::tensor::expect_shape;
-use super::weight::Weight;
+use super::tensor::{F32Matrix, expect_shape};
 use crate::error::{Error, Result};
+use crate::ops::grammar::mask_words;
 use crate::ops::{
-    AcceptBatch, Accepted, DraftLaw, Matrix, Purpose, SamplingParams, SparseLaw, TokenLogprobs,
+    AcceptBatch, Accepted, DraftLaw, Matrix, Purpose, SamplingParams, SparseLaw, TokenLogprobs, W2,
 };
 
 /// The `next_tokens` entry of a request without rows.
@@ -20,13 +22,14 @@ pub const NO_TOKEN: u32 = u32::MAX;
 /// See [`crate::ops::Ops::accept`].
 pub(super) fn accept(
     batch: &AcceptBatch<'_, Reference>,
+    pool: &Pool,
     choices: &mut dyn Choices,
 ) -> Result<Accepted> {
     batch.check(batch.target.rows(), batch.target.cols())?;
     check_law(batch)?;
     let mut accepted = Accepted::default();
     for req in 0..batch.sampling.len() {
-        let window = Window { batch, req };
+        let window = Window { batch, pool, req };
         let mut flags = vec![false; batch.draft_len];
         let mut logprobs = Vec::new();
         let walk = if window.num_rows() == 0 {
@@ -55,6 +58,7 @@ pub(super) fn accept(
 /// One request of a batch.
 pub(super) struct Window<'a> {
     batch: &'a AcceptBatch<'a, Reference>,
+    pool: &'a Pool,
     req: usize,
 }
 
@@ -137,9 +141,12 @@ impl Window<'_> {
             }
             DraftLaw::LowRank { base, w2, law: low } => {
                 let latent = &low.latents[index * low.rank..][..low.rank];
-                let mut logits = low_rank_logits(base.row(index), w2, latent);
-                if let Some(mask) = self.batch.extras.draft_mask {
-                    let words = vocab_size.div_ceil(32);
+                let mut logits = base.row(index).to_vec();
+                if let Some(w2) = w2 {
+                    add(&mut logits, &w2.bias(self.pool, latent));
+                }
+                if let Some(mask) = &low.mask {
+                    let words = mask_words(vocab_size);
                     forbid(&mut logits, &mask[index * words..][..words]);
                 }
                 if law::defect(&logits).is_some() {
@@ -214,22 +221,33 @@ fn check_law(batch: &AcceptBatch<'_, Reference>) -> Result<()> {
     let (num_drafts, vocab_size) = (batch.draft_tokens.len(), batch.target.cols());
     match &batch.law {
         DraftLaw::PointMass => Ok(()),
-        DraftLaw::Logits(logits) => {
-            let enough = batch.least_law_rows()..=num_drafts;
-            let rows = if enough.contains(&logits.rows()) {
-                logits.rows()
-            } else {
-                num_drafts
-            };
-            expect_shape("draft logits", *logits, rows, vocab_size)
-        }
+        DraftLaw::Logits(logits) => check_draft_logits(batch, logits),
         DraftLaw::Sparse(sparse) => sparse.check(num_drafts, vocab_size),
         DraftLaw::LowRank { base, w2, law } => {
-            expect_shape("draft logits", *base, num_drafts, vocab_size)?;
-            expect_shape("markov_w2", *w2, vocab_size, law.rank)?;
-            law.check(num_drafts)
+            check_draft_logits(batch, base)?;
+            law.check(num_drafts, vocab_size)?;
+            let (expected, found) = ([vocab_size, law.rank], w2.as_ref().map(W2::shape));
+            match found {
+                None if law.rank == 0 => Ok(()),
+                Some(found) if found == expected => Ok(()),
+                _ => {
+                    let (expected, found) = (format!("{expected:?}"), format!("{found:?}"));
+                    Err(Error::argument("markov_w2", expected, found))
+                }
+            }
         }
     }
+}
+
+fn check_draft_logits(batch: &AcceptBatch<'_, Reference>, logits: &F32Matrix) -> Result<()> {
+    let num_drafts = batch.draft_tokens.len();
+    let enough = batch.least_law_rows()..=num_drafts;
+    let rows = if enough.contains(&logits.rows()) {
+        logits.rows()
+    } else {
+        num_drafts
+    };
+    expect_shape("draft logits", logits, rows, batch.target.cols())
 }
 
 /// -inf where the mask has 0.
@@ -239,16 +257,4 @@ fn forbid(logits: &mut [f32], mask: &[u32]) {
             *logit = f32::NEG_INFINITY;
         }
     }
-}
-
-/// `U + W2 latent`, each dot in f64.
-fn low_rank_logits(base: &[f32], w2: &Weight, latent: &[f32]) -> Vec<f32> {
-    let mut row = vec![0.0; latent.len()];
-    let logit = |(v, &base): (usize, &f32)| {
-        w2.copy_row(v, &mut row);
-        let products = row.iter().zip(latent);
-        let dot: f64 = products.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
-        (f64::from(base) + dot) as f32
-    };
-    base.iter().enumerate().map(logit).collect()
 }

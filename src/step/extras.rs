@@ -33,7 +33,6 @@ impl<'s> Extras<'s> {
             parents: None,
             edits: self.edits.as_deref(),
             mask: self.mask.as_deref(),
-            draft_mask: None,
             stop_tokens: self.stop_tokens.as_deref(),
             logprobs: self.logprobs,
         }

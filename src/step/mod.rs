@@ -232,9 +232,11 @@ impl<O: Ops> DecodeStep<O> {
             .flat_map(|params| std::iter::repeat_n(params.temperature, draft_len))
             .collect();
         let confidence = match (self.scheduler.evidence(), drafter.law()) {
-            (Evidence::TopProbability, DraftLaw::Logits(logits)) => {
-                Some(ops.top_probabilities(logits, &temperature)?)
-            }
+            // Of a head with a bias the base logits alone: they depend on no draft.
+            (
+                Evidence::TopProbability,
+                DraftLaw::Logits(logits) | DraftLaw::LowRank { base: logits, .. },
+            ) => Some(ops.top_probabilities(logits, &temperature)?),
             (Evidence::TopProbability, DraftLaw::Sparse(law)) => {
                 Some(law.top_probabilities(&temperature))
             }

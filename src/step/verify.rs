@@ -164,18 +164,28 @@ impl<O: Ops> DecodeStep<O> {
             Some(drafter) if proposal.draft_len > 0 => drafter.law(),
             _ => DraftLaw::PointMass,
         };
+        let num_drafts = proposal.tokens.len();
+        let padded = match &law {
+            DraftLaw::LowRank { law, .. } => Some(law.padded(num_drafts)),
+            _ => None,
+        };
         let laid_out = match &law {
             DraftLaw::Sparse(law) => {
-                let law = law.padded(proposal.tokens.len());
-                if !drafts.is_laid_out_as(proposal) {
-                    Some(drafts.law(&law, proposal.draft_len))
-                } else if let Cow::Owned(law) = law {
+                let law = law.padded(num_drafts);
+                if drafts.is_laid_out_as(proposal) {
                     Some(law)
                 } else {
-                    None
+                    Some(Cow::Owned(drafts.law(&law, proposal.draft_len)))
                 }
             }
             _ => None,
+        };
+        let law = match (law, &padded, &laid_out) {
+            (DraftLaw::LowRank { base, w2, .. }, Some(law), _) => {
+                DraftLaw::LowRank { base, w2, law }
+            }
+            (DraftLaw::Sparse(_), _, Some(law)) => DraftLaw::Sparse(law),
+            (law, ..) => law,
         };
         let parents = drafts.parents();
         let extras = Extras::new(seqs.iter().map(|seq| &**seq), ends.masks.take());
@@ -184,7 +194,7 @@ impl<O: Ops> DecodeStep<O> {
             qo_indptr: &map.qo_indptr,
             draft_tokens: &drafts.tokens,
             draft_len: drafts.width,
-            law: laid_out.as_ref().map_or(law, DraftLaw::Sparse),
+            law,
             anchor_positions: &anchor_positions,
             sampling: &sampling(seqs),
             extras: AcceptExtras {

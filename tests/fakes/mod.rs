@@ -18,8 +18,8 @@ use dspark::Result;
 use dspark::model::{Drafter, Features, ProposeBatch, Target};
 use dspark::ops::grammar::row_masks;
 use dspark::ops::{
-    ConfidenceHead, DraftBatch, DraftHead, DraftLaw, Drafted, Dtype, HeadKind, HostTensor, Ops,
-    RowMap, RowMove, SparseLaw,
+    ConfidenceHead, DraftBatch, DraftHead, DraftLaw, Drafted, Dtype, HeadForm, HeadKind,
+    HostTensor, LowRankLaw, Ops, RowMap, RowMove, SparseLaw,
 };
 use dspark::reference::Reference;
 
@@ -197,8 +197,8 @@ pub struct DraftSpec {
     pub confidence: Option<ConfidenceSpec>,
     /// Negative control: hands on the law of the neighbouring row.
     pub shift_law: bool,
-    /// Drafts from the likeliest so many by the base logits alone.
-    pub candidates: Option<usize>,
+    /// How the head drafts.
+    pub form: HeadForm,
     pub max_draft_len: usize,
 }
 
@@ -225,9 +225,26 @@ impl DraftSpec {
                 previous: table(salt + 3, vocab_size, 3.0),
             }),
             shift_law: false,
-            candidates: None,
+            form: HeadForm::Full,
             max_draft_len,
         }
+    }
+
+    /// `[vocab, num_bigram]`: the tokens that each biases most, and as the last of several none.
+    fn bigrams(&self, num_bigram: usize) -> Vec<u32> {
+        let vocab_size = self.markov.len().isqrt();
+        let mut table = Vec::new();
+        for x in 0..vocab_size {
+            let bias = |v: u32| self.markov[v as usize * vocab_size + x];
+            let mut tokens: Vec<u32> = (0..vocab_size as u32).collect();
+            tokens.sort_by(|&a, &b| bias(b).total_cmp(&bias(a)));
+            tokens.truncate(num_bigram);
+            if num_bigram > 1 {
+                tokens[num_bigram - 1] = SparseLaw::NO_PAIR;
+            }
+            table.extend(tokens);
+        }
+        table
     }
 }
 
@@ -241,8 +258,8 @@ pub struct FakeDrafter {
     expected_anchor: HashMap<usize, (usize, u32)>,
     logits: Logits,
     hidden: Mat,
-    law: Logits,
     sparse: Option<SparseLaw>,
+    low_rank: LowRankLaw,
 }
 
 impl FakeDrafter {
@@ -251,11 +268,19 @@ impl FakeDrafter {
         let identity: Vec<f32> = (0..v * v)
             .map(|i| f32::from(u8::from(i / v == i % v)))
             .collect();
+        let w2 = weight(ops, &spec.markov, v);
+        let copy = ops.quantize(&w2).unwrap();
+        let num_bigram = match spec.form {
+            HeadForm::Candidates(_, n) if n > 0 => Some(n),
+            _ => None,
+        };
         let head = DraftHead {
             kind: HeadKind::Vanilla,
             rank: v,
             markov_w1: Some(weight(ops, &identity, v)),
-            markov_w2: Some(weight(ops, &spec.markov, v)),
+            markov_w2: Some(w2),
+            w2_fp8: (spec.form == HeadForm::FullFp8).then_some(copy),
+            bigrams: num_bigram.map(|n| ops.token_table(&spec.bigrams(n), n).unwrap()),
             proj_weight: None,
             proj_bias: None,
             confidence: spec.confidence.as_ref().map(|confidence| ConfidenceHead {
@@ -270,8 +295,8 @@ impl FakeDrafter {
             expected_anchor: HashMap::new(),
             logits: ops.logits(sizes.max_rows, v).unwrap(),
             hidden: ops.mat(sizes.max_rows, 1).unwrap(),
-            law: ops.logits(sizes.max_rows, v).unwrap(),
             sparse: None,
+            low_rank: LowRankLaw::default(),
             sizes,
             spec,
         }
@@ -382,29 +407,38 @@ impl Drafter<Reference> for FakeDrafter {
             draft_len,
             mask: mask.as_deref(),
         };
-        if let Some(num_top) = self.spec.candidates {
-            let (drafted, mut law) =
-                ops.draft_candidates(&self.head, &self.logits, &self.hidden, &walk, num_top)?;
-            if self.spec.shift_law {
-                law.tokens.rotate_left(num_top);
-                law.logits.rotate_left(num_top);
+        match self.spec.form {
+            HeadForm::Candidates(num_top, _) => {
+                let (drafted, mut law) =
+                    ops.draft_candidates(&self.head, &self.logits, &self.hidden, &walk, num_top)?;
+                if self.spec.shift_law {
+                    law.tokens.rotate_left(law.num_candidates);
+                    law.logits.rotate_left(law.num_candidates);
+                }
+                self.sparse = Some(law);
+                Ok(drafted)
             }
-            self.sparse = Some(law);
-            return Ok(drafted);
+            HeadForm::Full | HeadForm::FullFp8 => {
+                let (drafted, mut law) =
+                    ops.draft_full(&self.head, &self.logits, &self.hidden, &walk)?;
+                if self.spec.shift_law {
+                    law.latents.rotate_left(law.rank);
+                    law.log_normalizers.rotate_left(1);
+                }
+                self.low_rank = law;
+                Ok(drafted)
+            }
         }
-        let drafted = ops.draft_head(&self.head, &mut self.logits, &self.hidden, &walk)?;
-        let mut law = ops.read_logits(&self.logits)?;
-        if self.spec.shift_law {
-            law.rotate_left(self.sizes.vocab_size);
-        }
-        ops.write_logits(&law, &mut self.law)?;
-        Ok(drafted)
     }
 
     fn law(&self) -> DraftLaw<'_, Reference> {
         match &self.sparse {
             Some(law) => DraftLaw::Sparse(law),
-            None => DraftLaw::Logits(&self.law),
+            None => DraftLaw::LowRank {
+                base: &self.logits,
+                w2: self.head.w2(),
+                law: &self.low_rank,
+            },
         }
     }
 }

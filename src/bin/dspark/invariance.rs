@@ -153,7 +153,7 @@ fn ways(args: &InvarianceArgs) -> Result<Vec<Way>> {
         }
         for &form in forms {
             ways.push(way(&drafting(whole, Policy::Fixed, form, 0)?, together));
-            if args.alternates > 0 && matches!(form, HeadForm::Candidates(2..)) {
+            if args.alternates > 0 && matches!(form, HeadForm::Candidates(2.., _)) {
                 let tree = drafting(whole, Policy::Fixed, form, args.alternates)?;
                 ways.push(way(&tree, together));
             }

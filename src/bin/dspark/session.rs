@@ -119,7 +119,7 @@ impl Drafting {
             let expected = format!("a drafter for {} in {}", mode.name(), dir.display());
             return Err(Error::argument("--mode", expected, held.name()).into());
         }
-        if args.alternates > 0 && !matches!(args.head_form, HeadForm::Candidates(2..)) {
+        if args.alternates > 0 && !matches!(args.head_form, HeadForm::Candidates(2.., _)) {
             let expected = "0 without --head-form candidates:K of at least 2";
             return Err(Error::argument("--alternates", expected, args.alternates).into());
         }

@@ -1,12 +1,12 @@
 //! Family draft: the head over a candidate set.
 
-use std::ptr::{null, null_mut};
+use std::ptr::null_mut;
 
 use half::bf16;
 
-use super::arguments::Arguments;
+use super::arguments::{Arguments, Filters};
 use super::draft::{Uploaded, check_walk, head_number, matrix, nothing, vector};
-use super::{Cuda, DeviceMatrix, Logits, check, int, struct_size};
+use super::{Cuda, DeviceMatrix, Logits, check, expect, int, struct_size};
 use crate::error::Result;
 use crate::ops::{DraftBatch, DraftHead, Drafted, HeadForm, Matrix, SparseLaw};
 use crate::sys;
@@ -68,12 +68,16 @@ impl Cuda {
         num_top: usize,
     ) -> Result<(Drafted, SparseLaw)> {
         check_walk(head, logits, hidden, batch)?;
-        HeadForm::Candidates(num_top).check(logits.cols())?;
+        let num_bigram = head.bigrams.as_ref().map_or(0, Matrix::cols);
+        HeadForm::Candidates(num_top, num_bigram).check(logits.cols())?;
+        if let Some(table) = &head.bigrams {
+            expect("bigrams.rows", logits.cols(), table.rows())?;
+        }
         let num_rows = logits.rows();
         let confidence = head.confidence.as_ref();
         let answers = Answers {
             num_rows,
-            num_pairs: num_rows * num_top,
+            num_pairs: num_rows * (num_top + num_bigram),
             has_confidence: confidence.is_some(),
         };
         if num_rows == 0 {
@@ -82,6 +86,7 @@ impl Cuda {
 
         let mut arguments = Arguments::default();
         let uploaded = Uploaded::pack(batch, &mut arguments);
+        let filters = Filters::pack(batch.sampling, &mut arguments);
         let words = arguments.upload(&mut self.arguments)?;
         let results = self.results.at_least(answers.len())?;
         let mut params = sys::dspark_draft_candidates_params {
@@ -95,7 +100,7 @@ impl Cuda {
             hidden_size: int("hidden_size", hidden.cols())?,
             markov_rank: int("markov_rank", head.rank)?,
             num_top: int("candidates", num_top)?,
-            num_bigram: 0,
+            num_bigram: int("bigrams", num_bigram)?,
             confidence_with_markov: confidence.map_or(0, |c| i32::from(c.with_markov)),
             confidence_bias: confidence.map_or(0.0, |c| c.bias),
             logits: logits.ptr(),
@@ -105,7 +110,7 @@ impl Cuda {
             proj_weight: matrix(head.proj_weight.as_ref()),
             proj_bias: vector(head.proj_bias.as_ref()),
             confidence_weight: matrix(confidence.map(|c| &c.weight)),
-            bigram_tokens: null(),
+            bigram_tokens: matrix(head.bigrams.as_ref()),
             anchors: uploaded.anchors.of(words),
             anchor_positions: uploaded.positions.of(words),
             temperature: uploaded.temperature.of(words),
@@ -119,10 +124,10 @@ impl Cuda {
             workspace_bytes: 0,
             stride_logits_row: logits.stride(),
             rules: uploaded.rules.of(words),
-            mask: uploaded.mask.map_or(null(), |mask| mask.of(words)),
-            top_k: null(),
-            top_p: null(),
-            min_p: null(),
+            mask: uploaded.mask.of(words),
+            top_k: filters.top_k.of(words),
+            top_p: filters.top_p.of(words),
+            min_p: filters.min_p.of(words),
         };
         // SAFETY: reads the sizes of `params` and writes one host integer.
         check("draft_candidates_workspace_size", unsafe {
@@ -140,6 +145,6 @@ impl Cuda {
             sys::launch::dspark_draft_candidates_cu(&raw const params, self.stream())
         })?;
         let words = self.download_results(answers.len())?;
-        Ok(answers.read(&words, num_top))
+        Ok(answers.read(&words, num_top + num_bigram))
     }
 }

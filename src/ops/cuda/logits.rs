@@ -12,9 +12,9 @@ use crate::sys;
 /// bf16 halves what acceptance reads; the law of a row is that of its rounded logits, in every mode alike.
 #[derive(Debug)]
 pub enum Logits {
-    /// What a head adds to.
+    /// As they were summed.
     F32(DeviceMatrix<f32>),
-    /// What acceptance reads.
+    /// Rounded.
     Bf16(DeviceMatrix<bf16>),
 }
 
@@ -47,14 +47,6 @@ impl Logits {
         match self {
             Self::F32(matrix) => matrix.stride(),
             Self::Bf16(matrix) => matrix.stride(),
-        }
-    }
-
-    /// The matrix that a head may write to.
-    pub(super) fn writable(&mut self) -> Result<&mut DeviceMatrix<f32>> {
-        match self {
-            Self::F32(matrix) => Ok(matrix),
-            Self::Bf16(_) => Err(Error::argument("logits", "f32", "bf16")),
         }
     }
 

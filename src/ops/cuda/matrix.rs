@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use super::expect;
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
-use crate::ops::{Dtype, HostTensor, Matrix, expect_room};
+use crate::ops::{Dtype, HostTensor, Matrix, e4m3, expect_room};
 
 /// Elements converted and uploaded at a time: bounds the host memory a large tensor needs.
 const CHUNK: usize = 4 << 20;
@@ -103,6 +103,40 @@ impl DeviceMatrix<bf16> {
             rows,
             max_rows: rows,
             cols,
+        })
+    }
+}
+
+/// A weight in e4m3, with a factor for each row.
+#[derive(Debug)]
+pub struct Quantized {
+    pub(super) numbers: DeviceMatrix<u8>,
+    pub(super) scales: Buffer<f32>,
+}
+
+impl Quantized {
+    /// A copy of `weight`, rounded on the host.
+    pub(super) fn new(device: &Device, weight: &DeviceMatrix<bf16>) -> Result<Self> {
+        let (rows, cols) = (weight.rows(), weight.cols());
+        let mut numbers = DeviceMatrix::new(device, rows, cols)?;
+        numbers.set_rows(rows)?;
+        let mut scales = Vec::with_capacity(rows);
+        let chunk_rows = (CHUNK / cols.max(1)).max(1);
+        for first in (0..rows).step_by(chunk_rows) {
+            let num_rows = chunk_rows.min(rows - first);
+            let mut values = vec![bf16::ZERO; num_rows * cols];
+            weight.buffer.download(first * cols, &mut values)?;
+            let values: Vec<f32> = values.into_iter().map(bf16::to_f32).collect();
+            let mut bytes = vec![0; values.len()];
+            let rows = values.chunks_exact(cols).zip(bytes.chunks_exact_mut(cols));
+            scales.extend(rows.map(|(row, bytes)| e4m3::quantize_row(row, bytes)));
+            numbers.buffer.upload(first * cols, &bytes)?;
+        }
+        let mut on_device = Buffer::uninit(device, rows)?;
+        on_device.upload(0, &scales)?;
+        Ok(Self {
+            numbers,
+            scales: on_device,
         })
     }
 }

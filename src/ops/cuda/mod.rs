@@ -2,7 +2,8 @@
 //!
 //! Activations, weights and caches are bf16 (f32 and f16 checkpoints are rounded at load), and so are the target's logits;
 //! a drafter's are f32. Everything goes
-//! to the device's one stream in the order of the calls; only [`Ops::draft_head`], [`Ops::accept`] and the `read_*`
+//! to the device's one stream in the order of the calls; only [`Ops::draft_full`],
+//! [`Ops::draft_candidates`], [`Ops::accept`] and the `read_*`
 //! functions wait. What a call needs from the host (ids, lengths, sampling parameters) is packed into one upload
 //! through a buffer that is reused: stream order keeps a later upload behind the kernels that read the earlier one.
 //!
@@ -13,6 +14,7 @@ mod attention;
 mod cache;
 mod candidates;
 mod draft;
+mod full;
 mod gemm;
 mod logits;
 mod matrix;
@@ -27,7 +29,8 @@ use half::bf16;
 
 use super::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, Ops, PassKey, RopeSpec, RowMap, RowMove, ScheduleInputs, Scheduled, SparseLaw,
+    KvSink, LowRankLaw, Ops, PassKey, RopeSpec, RowMap, RowMove, ScheduleInputs, Scheduled,
+    SparseLaw,
 };
 use crate::device::{Device, Gemm, Growing};
 use crate::error::{Error, Result};
@@ -37,7 +40,7 @@ use passes::Passes;
 
 pub use cache::KvCache;
 pub use logits::Logits;
-pub use matrix::{DeviceMatrix, Norm};
+pub use matrix::{DeviceMatrix, Norm, Quantized};
 pub use rope::Rope;
 pub use rows::Rows;
 pub use verify::Committed;
@@ -163,6 +166,8 @@ impl Ops for Cuda {
     type Mat = DeviceMatrix<bf16>;
     type Logits = Logits;
     type Weight = DeviceMatrix<bf16>;
+    type Quantized = Quantized;
+    type TokenTable = DeviceMatrix<u32>;
     type Norm = Norm;
     type KvCache = KvCache;
     type Rows = Rows;
@@ -179,6 +184,16 @@ impl Ops for Cuda {
 
     fn weight(&mut self, parts: &[HostTensor<'_>]) -> Result<Self::Weight> {
         DeviceMatrix::from_parts(&self.device, parts)
+    }
+
+    fn quantize(&mut self, weight: &DeviceMatrix<bf16>) -> Result<Quantized> {
+        Quantized::new(&self.device, weight)
+    }
+
+    fn token_table(&mut self, tokens: &[u32], cols: usize) -> Result<DeviceMatrix<u32>> {
+        let mut table = DeviceMatrix::new(&self.device, tokens.len() / cols.max(1), cols)?;
+        table.write(tokens)?;
+        Ok(table)
     }
 
     fn norm(&mut self, tensor: &HostTensor<'_>) -> Result<Self::Norm> {
@@ -355,14 +370,14 @@ impl Ops for Cuda {
         self.move_entries(kv, rows, moves)
     }
 
-    fn draft_head(
+    fn draft_full(
         &mut self,
         head: &DraftHead<Self>,
-        logits: &mut Self::Logits,
+        logits: &Self::Logits,
         hidden: &Self::Mat,
         batch: &DraftBatch<'_>,
-    ) -> Result<Drafted> {
-        self.run_head(head, logits, hidden, batch)
+    ) -> Result<(Drafted, LowRankLaw)> {
+        self.run_full(head, logits, hidden, batch)
     }
 
     fn draft_candidates(

@@ -1,28 +1,18 @@
 //! Family verify: target law, acceptance and commit.
 
+use std::ffi::c_void;
 use std::ptr::{null, null_mut};
 
-use half::bf16;
+use half::{bf16, f16};
 
-use super::arguments::{Arguments, Offset};
+use super::arguments::{Arguments, Filters, Offset, Optional};
 use super::{Cuda, Logits, check, expect, int, struct_size};
-use crate::device::Buffer;
 use crate::error::{Error, Result};
 use crate::ops::{
     AcceptBatch, Accepted, DraftLaw, Matrix, Rule, SamplingParams, TokenEdit, TokenEdits,
-    TokenLogprobs,
+    TokenLogprobs, W2,
 };
 use crate::sys;
-
-/// The arrays of a call that may be left out; those left out are NULL.
-#[derive(Default)]
-struct Optional(Option<Offset>);
-
-impl Optional {
-    fn of<T>(&self, words: &Buffer<u32>) -> *const T {
-        self.0.map_or(null(), |offset| offset.of(words))
-    }
-}
 
 /// Where the arrays of a call lie in its upload.
 struct Uploaded {
@@ -31,9 +21,7 @@ struct Uploaded {
     draft_tokens: Offset,
     positions: Offset,
     temperature: Offset,
-    top_k: Optional,
-    top_p: Optional,
-    min_p: Optional,
+    filters: Filters,
     rules: Optional,
     repetition: Optional,
     presence: Optional,
@@ -57,23 +45,13 @@ impl Uploaded {
     /// Packs a checked batch; what every request leaves off is not uploaded, and costs the kernels nothing.
     fn pack(batch: &AcceptBatch<'_, Cuda>, arguments: &mut Arguments) -> Self {
         let (sampling, extras) = (batch.sampling, &batch.extras);
-        let mut floats = |off: f32, value: fn(&SamplingParams) -> f32| {
-            let on = sampling.iter().any(|s| value(s) != off);
-            Optional(on.then(|| arguments.push_f32(sampling.iter().map(value))))
-        };
-        let top_p = floats(1.0, |s| s.top_p);
-        let min_p = floats(0.0, |s| s.min_p);
-        let repetition = floats(1.0, |s| s.repetition_penalty);
-        let presence = floats(0.0, |s| s.presence_penalty);
-        let frequency = floats(0.0, |s| s.frequency_penalty);
-        let mut words = |on: bool, value: fn(&SamplingParams) -> u32| {
-            Optional(on.then(|| arguments.push(sampling.iter().map(value))))
-        };
-        let top_k = words(sampling.iter().any(|s| s.top_k > 0), |s| {
-            s.top_k.min(i32::MAX as u32)
-        });
+        let filters = Filters::pack(sampling, arguments);
+        let repetition = arguments.push_unless(sampling, 1.0, |s| s.repetition_penalty);
+        let presence = arguments.push_unless(sampling, 0.0, |s| s.presence_penalty);
+        let frequency = arguments.push_unless(sampling, 0.0, |s| s.frequency_penalty);
         let sampled = |s: &SamplingParams| s.temperature > 0.0 && s.rule != Rule::Token;
-        let rules = words(sampling.iter().any(sampled), |s| s.rule as u32);
+        let rules = sampling.iter().any(sampled);
+        let rules = rules.then(|| arguments.push(sampling.iter().map(|s| s.rule as u32)));
         let mut optional = |values: Option<&[u32]>| {
             Optional(values.map(|values| arguments.push(values.iter().copied())))
         };
@@ -84,12 +62,17 @@ impl Uploaded {
             DraftLaw::PointMass | DraftLaw::Logits(_) | DraftLaw::LowRank { .. } => None,
         };
         let candidate_tokens = optional(sparse.map(|sparse| &sparse.tokens[..]));
-        let draft_mask = optional(extras.draft_mask);
-        let low_rank = match batch.law {
-            DraftLaw::LowRank { law, .. } => Some(law),
+        let low_rank = match &batch.law {
+            DraftLaw::LowRank { law, .. } => Some(*law),
             _ => None,
         };
-        let latents = low_rank.map(|law| packed_pairs(&law.latents));
+        let draft_mask = optional(low_rank.and_then(|law| law.mask.as_deref()));
+        let latents = match &batch.law {
+            DraftLaw::LowRank {
+                w2: Some(w2), law, ..
+            } => Some(packed_latents(w2, &law.latents)),
+            _ => None,
+        };
         let latents = optional(latents.as_deref());
         let stops = extras.stop_tokens.unwrap_or_default();
         let has_stops = stops.iter().any(|stops| !stops.is_empty());
@@ -122,10 +105,8 @@ impl Uploaded {
             log_normalizers: Optional(
                 low_rank.map(|law| arguments.push_f32(law.log_normalizers.iter().copied())),
             ),
-            top_k,
-            top_p,
-            min_p,
-            rules,
+            filters,
+            rules: Optional(rules),
             repetition,
             presence,
             frequency,
@@ -144,10 +125,15 @@ impl Uploaded {
     }
 }
 
-/// Numbers of bf16, two to a word.
-fn packed_pairs(values: &[f32]) -> Vec<u32> {
-    let bits = |value: f32| u32::from(bf16::from_f32(value).to_bits());
-    let pairs = values.chunks(2);
+/// Latents in the type that they are multiplied in, two to a word.
+fn packed_latents(w2: &W2<'_, Cuda>, latents: &[f32]) -> Vec<u32> {
+    let bits = |value: f32| {
+        u32::from(match w2 {
+            W2::Stored(_) => bf16::from_f32(value).to_bits(),
+            W2::Quantized(_) => f16::from_f32(value).to_bits(),
+        })
+    };
+    let pairs = latents.chunks(2);
     pairs
         .map(|pair| bits(pair[0]) | pair.get(1).map_or(0, |&high| bits(high)) << 16)
         .collect()
@@ -263,6 +249,69 @@ fn prefix_sums(lens: impl Iterator<Item = usize>) -> Vec<u32> {
     sums
 }
 
+/// What of a draft law is on the device before the call.
+struct OnDevice<'a> {
+    logits: Option<&'a Logits>,
+    num_candidates: usize,
+    w2: *const c_void,
+    w2_scales: *const f32,
+    w2_dtype: sys::dspark_dtype,
+    rank: usize,
+}
+
+impl<'a> OnDevice<'a> {
+    /// The parts of `law`, which must fit `batch`.
+    fn of(law: &DraftLaw<'a, Cuda>, batch: &AcceptBatch<'_, Cuda>) -> Result<Self> {
+        let (num_drafts, vocab_size) = (batch.draft_tokens.len(), batch.target.cols());
+        let mut parts = Self {
+            logits: None,
+            num_candidates: 0,
+            w2: null(),
+            w2_scales: null(),
+            w2_dtype: sys::DSPARK_DTYPE_BF16,
+            rank: 0,
+        };
+        match *law {
+            DraftLaw::PointMass => {}
+            DraftLaw::Logits(logits) => parts.logits = Some(logits),
+            DraftLaw::Sparse(sparse) => {
+                sparse.check(num_drafts, vocab_size)?;
+                parts.num_candidates = sparse.num_candidates;
+            }
+            DraftLaw::LowRank {
+                base, ref w2, law, ..
+            } => {
+                law.check(num_drafts, vocab_size)?;
+                parts.logits = Some(base);
+                parts.rank = law.rank;
+                let shape = match w2 {
+                    None => [vocab_size, 0],
+                    Some(W2::Stored(weight)) => {
+                        parts.w2 = weight.ptr(0, 0).cast();
+                        [weight.rows(), weight.cols()]
+                    }
+                    Some(W2::Quantized(copy)) => {
+                        parts.w2 = copy.numbers.ptr(0, 0).cast();
+                        parts.w2_scales = copy.scales.ptr(0);
+                        parts.w2_dtype = sys::DSPARK_DTYPE_E4M3;
+                        [copy.numbers.rows(), copy.numbers.cols()]
+                    }
+                };
+                expect("markov_w2.rows", vocab_size, shape[0])?;
+                expect("markov_w2.cols", law.rank, shape[1])?;
+            }
+        }
+        if let Some(logits) = parts.logits {
+            // Rows that are not in use are read and not looked at.
+            if logits.rows() < batch.least_law_rows() || logits.max_rows() < num_drafts {
+                expect("draft_logits.rows", num_drafts, logits.rows())?;
+            }
+            expect("draft_logits.cols", vocab_size, logits.cols())?;
+        }
+        Ok(parts)
+    }
+}
+
 /// What [`Cuda::commit`] leaves, one entry (or row) for each request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Committed {
@@ -281,37 +330,7 @@ impl Cuda {
     pub(super) fn accept_drafts(&mut self, batch: &AcceptBatch<'_, Self>) -> Result<Accepted> {
         let target = batch.target;
         batch.check(target.rows(), target.cols())?;
-        let num_drafts = batch.draft_tokens.len();
-        let (mut draft_logits, mut num_candidates) = (None, 0);
-        let (mut w2, mut rank) = (null(), 0);
-        match &batch.law {
-            DraftLaw::PointMass => {}
-            DraftLaw::Logits(logits) => {
-                // Rows that are not in use are read and not looked at.
-                if logits.rows() < batch.least_law_rows() || logits.max_rows() < num_drafts {
-                    expect("draft_logits.rows", num_drafts, logits.rows())?;
-                }
-                expect("draft_logits.cols", target.cols(), logits.cols())?;
-                draft_logits = Some(*logits);
-            }
-            DraftLaw::Sparse(sparse) => {
-                sparse.check(num_drafts, target.cols())?;
-                num_candidates = sparse.num_candidates;
-            }
-            DraftLaw::LowRank {
-                base,
-                w2: weight,
-                law,
-            } => {
-                law.check(num_drafts)?;
-                expect("draft_logits.rows", num_drafts, base.rows())?;
-                expect("draft_logits.cols", target.cols(), base.cols())?;
-                expect("markov_w2.rows", target.cols(), weight.rows())?;
-                expect("markov_w2.cols", law.rank, weight.cols())?;
-                draft_logits = Some(*base);
-                (w2, rank) = (weight.ptr(0, 0), law.rank);
-            }
-        }
+        let law = OnDevice::of(&batch.law, batch)?;
         let answers = Answers {
             num_reqs: batch.num_reqs(),
             draft_len: batch.draft_len,
@@ -329,15 +348,15 @@ impl Cuda {
         let mut params = sys::dspark_accept_params {
             struct_size: struct_size::<sys::dspark_accept_params>(),
             target_dtype: target.dtype(),
-            draft_dtype: draft_logits.map_or(sys::DSPARK_DTYPE_F32, Logits::dtype),
+            draft_dtype: law.logits.map_or(sys::DSPARK_DTYPE_F32, Logits::dtype),
             num_rows: int("target.rows", target.rows())?,
             num_reqs: int("requests", answers.num_reqs)?,
             draft_len: int("draft_len", batch.draft_len)?,
             vocab_size: int("vocab_size", target.cols())?,
-            num_candidates: int("num_candidates", num_candidates)?,
+            num_candidates: int("num_candidates", law.num_candidates)?,
             num_top_logprobs: int("logprobs", answers.num_top.unwrap_or(0))?,
             target_logits: target.ptr(),
-            draft_logits: draft_logits.map_or(null(), Logits::ptr),
+            draft_logits: law.logits.map_or(null(), Logits::ptr),
             draft_log_normalizers: uploaded.log_normalizers.of(words),
             candidate_tokens: uploaded.candidate_tokens.of(words),
             candidate_logits: uploaded.candidate_logits.of(words),
@@ -346,9 +365,9 @@ impl Cuda {
             qo_indptr: uploaded.qo_indptr.of(words),
             anchor_positions: uploaded.positions.of(words),
             temperature: uploaded.temperature.of(words),
-            top_k: uploaded.top_k.of(words),
-            top_p: uploaded.top_p.of(words),
-            min_p: uploaded.min_p.of(words),
+            top_k: uploaded.filters.top_k.of(words),
+            top_p: uploaded.filters.top_p.of(words),
+            min_p: uploaded.filters.min_p.of(words),
             rules: uploaded.rules.of(words),
             seeds: uploaded.seeds.of(words),
             repetition_penalty: uploaded.repetition.of(words),
@@ -371,13 +390,13 @@ impl Cuda {
             workspace: null_mut(),
             workspace_bytes: 0,
             stride_target_row: target.stride(),
-            stride_draft_row: draft_logits.map_or(0, Logits::stride),
-            draft_markov_w2: w2.cast(),
-            draft_w2_scales: null(),
+            stride_draft_row: law.logits.map_or(0, Logits::stride),
+            draft_markov_w2: law.w2,
+            draft_w2_scales: law.w2_scales,
             draft_latents: uploaded.latents.of(words),
             draft_mask: uploaded.draft_mask.of(words),
-            draft_w2_dtype: sys::DSPARK_DTYPE_BF16,
-            draft_markov_rank: int("markov_rank", rank)?,
+            draft_w2_dtype: law.w2_dtype,
+            draft_markov_rank: int("markov_rank", law.rank)?,
         };
         if wants_logprobs {
             params.logprobs = results.mut_ptr(answers.logprobs()).cast();

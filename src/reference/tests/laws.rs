@@ -1,7 +1,7 @@
 //! The draft head against the formula, and the exact law of drafting and acceptance, enumerated.
 
 use super::*;
-use crate::ops::{AcceptExtras, DraftBatch, Purpose};
+use crate::ops::{AcceptExtras, DraftBatch, LowRankLaw, Purpose};
 use crate::reference::choices::{Enumerator, enumerate};
 
 const VOCAB: usize = 5;
@@ -36,6 +36,8 @@ fn head(ops: &mut Reference, kind: HeadKind, with_markov: bool) -> (DraftHead<Re
         rank,
         markov_w1: (rank > 0).then_some(w1),
         markov_w2: (rank > 0).then_some(w2),
+        w2_fp8: None,
+        bigrams: None,
         proj_weight: projected.then_some(proj),
         proj_bias: projected.then(|| bias.clone()),
         confidence: Some(ConfidenceHead {
@@ -113,6 +115,22 @@ fn naive_head(
     (biases, confidences)
 }
 
+/// `U + W2 latent`, from the latents handed on.
+fn low_rank_logits(base: &[f32], tensors: &Tensors, law: &LowRankLaw) -> Vec<f32> {
+    let mut logits = base.to_vec();
+    if law.rank > 0 {
+        let rows = logits.chunks_exact_mut(VOCAB);
+        for (row, latent) in rows.zip(law.latents.chunks_exact(law.rank)) {
+            let latent: Vec<f64> = latent.iter().copied().map(f64::from).collect();
+            let bias = product(&tensors.w2, &latent);
+            for (logit, bias) in row.iter_mut().zip(bias) {
+                *logit = (f64::from(*logit) + bias) as f32;
+            }
+        }
+    }
+    logits
+}
+
 /// A request whose anchor is token 1 at position 0.
 fn one_request(sampling: &[SamplingParams], draft_len: usize) -> DraftBatch<'_> {
     DraftBatch {
@@ -152,8 +170,9 @@ fn heads_against_their_formulas() {
     ] {
         for with_markov in [false, kind != HeadKind::None] {
             let (head, tensors) = head(&mut ops, kind, with_markov);
-            let mut logits = mat(&mut ops, VOCAB, &base);
-            let drafted = ops.draft_head(&head, &mut logits, &hidden, &batch).unwrap();
+            let logits = mat(&mut ops, VOCAB, &base);
+            let (drafted, law) = ops.draft_full(&head, &logits, &hidden, &batch).unwrap();
+            let found = low_rank_logits(&base, &tensors, &law);
             for r in 0..num_reqs {
                 let tokens = &drafted.tokens[r * draft_len..][..draft_len];
                 let previous = [&anchors[r..=r], &tokens[..draft_len - 1]].concat();
@@ -165,12 +184,22 @@ fn heads_against_their_formulas() {
                     .zip(&biases)
                     .map(|(&u, b)| f64::from(u) + b)
                     .collect();
-                assert_close(&logits.values()[rows], &want, 1e-6);
+                assert_close(&found[rows.clone()], &want, 1e-6);
+                let temperature = sampling[r].temperature;
+                for (k, row) in found[rows].chunks_exact(VOCAB).enumerate() {
+                    if temperature > 0.0 {
+                        let total = row.iter().map(|l| f64::from(l / temperature).exp());
+                        let want = [total.sum::<f64>().ln()];
+                        let row = r * draft_len + k;
+                        assert_close(&law.log_normalizers[row..=row], &want, 1e-6);
+                    }
+                }
                 let found = drafted.confidence.as_ref().unwrap();
                 assert_close(&found[r * draft_len..][..draft_len], &confidence, 1e-6);
             }
             for k in 0..draft_len {
-                assert_eq!(drafted.tokens[k] as usize, law::argmax(logits.row(k)));
+                let row = &found[k * VOCAB..][..VOCAB];
+                assert_eq!(drafted.tokens[k] as usize, law::argmax(row));
             }
         }
     }
@@ -183,9 +212,9 @@ fn a_draft_row_that_is_no_law_yields_token_zero_and_keeps_acceptance_lossless() 
     let hidden = mat(&mut ops, WIDTH, &[0.0; WIDTH]);
     let sampling = [sampling(1.0)];
     for bad in [f32::NAN, f32::NEG_INFINITY] {
-        let mut logits = mat(&mut ops, VOCAB, &[bad; VOCAB]);
-        let drafted = ops
-            .draft_head(&head, &mut logits, &hidden, &one_request(&sampling, 1))
+        let logits = mat(&mut ops, VOCAB, &[bad; VOCAB]);
+        let (drafted, low_rank) = ops
+            .draft_full(&head, &logits, &hidden, &one_request(&sampling, 1))
             .unwrap();
         assert_eq!(drafted.tokens, [0]);
         let target = noise(3, 2 * VOCAB);
@@ -197,7 +226,11 @@ fn a_draft_row_that_is_no_law_yields_token_zero_and_keeps_acceptance_lossless() 
                 &target,
                 &[0, 2],
                 (&[0], 1),
-                DraftLaw::Logits(&logits),
+                DraftLaw::LowRank {
+                    base: &logits,
+                    w2: None,
+                    law: &low_rank,
+                },
                 &[0],
                 &sampling,
             )
@@ -273,7 +306,12 @@ enum Slip {
 
 /// The law of the first `horizon` tokens when one round of drafting and acceptance is completed by plain sampling,
 /// against the target's own law: the largest difference.
-fn round_error(kind: HeadKind, params: SamplingParams, point_mass: bool, slip: Slip) -> f64 {
+fn round_error(
+    kind: HeadKind,
+    params: SamplingParams,
+    (point_mass, fp8): (bool, bool),
+    slip: Slip,
+) -> f64 {
     const DRAFT_LEN: usize = 2;
     const HORIZON: usize = DRAFT_LEN + 1;
     let base = noise(20, DRAFT_LEN * VOCAB)
@@ -282,21 +320,19 @@ fn round_error(kind: HeadKind, params: SamplingParams, point_mass: bool, slip: S
         .collect::<Vec<_>>();
     let branches = enumerate(|choices| {
         let mut ops = enumerated(choices);
-        let (head, _) = head(&mut ops, kind, false);
+        let (mut head, _) = head(&mut ops, kind, false);
+        if fp8 && let Some(w2) = &head.markov_w2 {
+            head.w2_fp8 = Some(ops.quantize(w2).unwrap());
+        }
         let hidden = mat(&mut ops, WIDTH, &noise(21, DRAFT_LEN * WIDTH));
         let mut logits = mat(&mut ops, VOCAB, &base);
         let drafting = SamplingParams {
             temperature: if point_mass { 0.0 } else { params.temperature },
             ..params
         };
-        let drafted = ops
-            .draft_head(
-                &head,
-                &mut logits,
-                &hidden,
-                &one_request(&[drafting], DRAFT_LEN),
-            )
-            .unwrap();
+        let batch = [drafting];
+        let batch = one_request(&batch, DRAFT_LEN);
+        let (drafted, mut low_rank) = ops.draft_full(&head, &logits, &hidden, &batch).unwrap();
         let first = usize::from(slip == Slip::ShiftedTarget);
         let rows: Vec<f32> = (first..=DRAFT_LEN + first)
             .flat_map(|k| target_logits(&drafted.tokens[..k.min(DRAFT_LEN)]))
@@ -304,12 +340,18 @@ fn round_error(kind: HeadKind, params: SamplingParams, point_mass: bool, slip: S
         if slip == Slip::ShiftedLaw {
             let values = logits.values().to_vec();
             logits.values_mut()[..VOCAB].copy_from_slice(&values[VOCAB..]);
+            low_rank.latents.rotate_left(low_rank.rank);
+            low_rank.log_normalizers.rotate_left(1);
         }
         let target = mat(&mut ops, VOCAB, &rows);
         let draft_law = if point_mass {
             DraftLaw::PointMass
         } else {
-            DraftLaw::Logits(&logits)
+            DraftLaw::LowRank {
+                base: &logits,
+                w2: head.w2(),
+                law: &low_rank,
+            }
         };
         let indptr = [0, 1 + DRAFT_LEN as i32];
         let accepted = accept(
@@ -379,9 +421,9 @@ fn a_round_has_exactly_the_targets_law() {
                     min_p,
                     ..SamplingParams::default()
                 };
-                for point_mass in [false, true] {
-                    let error = round_error(kind, params, point_mass, Slip::None);
-                    assert!(error < 1e-9, "{kind:?} {params:?} {point_mass}: {error:e}");
+                for form in [(false, false), (true, false), (false, true)] {
+                    let error = round_error(kind, params, form, Slip::None);
+                    assert!(error < 1e-9, "{kind:?} {params:?} {form:?}: {error:e}");
                 }
             }
         }
@@ -391,8 +433,10 @@ fn a_round_has_exactly_the_targets_law() {
 #[test]
 fn a_round_with_the_wrong_rows_has_another_law() {
     for slip in [Slip::ShiftedLaw, Slip::ShiftedTarget] {
-        let error = round_error(HeadKind::Vanilla, sampling(1.0), false, slip);
-        assert!(error > 1e-3, "{error:e}");
+        for fp8 in [false, true] {
+            let error = round_error(HeadKind::Vanilla, sampling(1.0), (false, fp8), slip);
+            assert!(error > 1e-3, "{error:e}");
+        }
     }
 }
 
