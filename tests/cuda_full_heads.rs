@@ -1,5 +1,5 @@
-//! Gated and rnn heads over the whole vocabulary, with confidences: beside the form that writes its logits, and against the
-//! law of the latents handed on.
+//! Gated and rnn heads over the whole vocabulary: drafts, normalisers and confidences against the latents handed on (those
+//! against the plain Rust backend: `cuda_head.rs`).
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -65,63 +65,6 @@ impl Inputs {
 
     fn rows(&self) -> usize {
         self.num_reqs * DRAFT_LEN
-    }
-
-    /// The form that writes its logits: drafts and logits.
-    fn in_place(&self, device: &Device) -> (Drafts, Vec<f32>) {
-        let mut logits = upload(device, &self.base);
-        let mut tokens = upload(device, &vec![-7; self.rows()]);
-        let mut confidence = upload(device, &vec![f32::NAN; self.rows()]);
-        let [hidden, w1, w2, proj_weight, proj_bias, confidence_weight] = &self.weights;
-        let mut params = sys::dspark_draft_head_params {
-            struct_size: size_of::<sys::dspark_draft_head_params>() as u32,
-            dtype: sys::DSPARK_DTYPE_BF16,
-            head: self.head,
-            num_reqs: self.num_reqs as i32,
-            draft_len: DRAFT_LEN as i32,
-            vocab_size: VOCAB as i32,
-            hidden_size: HIDDEN as i32,
-            markov_rank: RANK as i32,
-            confidence_with_markov: 1,
-            confidence_bias: 0.25,
-            logits: logits.mut_ptr(0),
-            hidden: hidden.ptr(0).cast(),
-            markov_w1: w1.ptr(0).cast(),
-            markov_w2: w2.ptr(0).cast(),
-            proj_weight: proj_weight.ptr(0).cast(),
-            proj_bias: proj_bias.ptr(0).cast(),
-            confidence_weight: confidence_weight.ptr(0).cast(),
-            anchors: self.anchors.ptr(0),
-            anchor_positions: self.positions.ptr(0),
-            temperature: self.temperature.ptr(0),
-            seeds: self.seeds.ptr(0),
-            draft_tokens: tokens.mut_ptr(0),
-            confidence: confidence.mut_ptr(0),
-            workspace: std::ptr::null_mut(),
-            workspace_bytes: 0,
-            stride_logits_row: VOCAB as i64,
-            rules: std::ptr::null(),
-            mask: std::ptr::null(),
-        };
-        // SAFETY: reads the sizes of `params` and writes one host integer.
-        check(unsafe {
-            sys::launch::dspark_draft_head_workspace_size_cu(
-                &raw const params,
-                &raw mut params.workspace_bytes,
-            )
-        });
-        let mut workspace = upload(device, &vec![0xFF_u8; params.workspace_bytes]);
-        params.workspace = workspace.mut_ptr(0).cast();
-        device.bind().unwrap();
-        // SAFETY: every pointer is a live buffer of the shape the params say.
-        check(unsafe {
-            sys::launch::dspark_draft_head_cu(&raw const params, device.raw_stream().cast())
-        });
-        let drafts = Drafts {
-            tokens: download(&tokens),
-            confidence: download(&confidence),
-        };
-        (drafts, download(&logits))
     }
 
     /// The full form: drafts, latents and normalisers, confidences' logits.
@@ -220,9 +163,7 @@ fn gated_and_rnn_hand_on_the_law_of_their_latents() {
         (sys::DSPARK_HEAD_RNN, 140),
     ] {
         let inputs = Inputs::new(&device, head, num_reqs);
-        let (want, written) = inputs.in_place(&device);
         let (got, latents, log_normalizers, confidence_logits) = inputs.full(&device);
-        let mut compared = 0;
         for r in 0..num_reqs {
             for row in r * DRAFT_LEN..(r + 1) * DRAFT_LEN {
                 let logits = inputs.logits(row, &latents);
@@ -232,23 +173,9 @@ fn gated_and_rnn_hand_on_the_law_of_their_latents() {
                 assert!(off < 5e-6, "row {row}: {off}");
                 let regret = top - logits[got.tokens[row] as usize];
                 assert!(regret < 1e-4, "row {row}: {regret}");
-                // A latent rounded to bf16 moves a logit by a few thousandths of it.
-                let written = &written[row * VOCAB..][..VOCAB];
-                for (l, &written) in logits.iter().zip(written) {
-                    assert!((l - f64::from(written)).abs() < 0.06, "row {row}");
-                }
-                assert!((got.confidence[row] - want.confidence[row]).abs() < 1e-5);
                 let sigmoid = 1.0 / (1.0 + (-confidence_logits[row]).exp());
                 assert!((got.confidence[row] - sigmoid).abs() < 1e-6);
-                compared += 1;
-                if got.tokens[row] != want.tokens[row] {
-                    break; // what follows hangs on the token
-                }
             }
         }
-        assert!(
-            compared * 10 > inputs.rows() * 8,
-            "{compared} rows compared"
-        );
     }
 }

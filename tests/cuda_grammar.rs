@@ -39,8 +39,8 @@ impl Case {
         mask
     }
 
-    /// Draft tokens and the logits left behind.
-    fn run(&self, device: &Device, base: &[f32], mask: Option<&[i32]>) -> (Vec<i32>, Vec<f32>) {
+    /// Draft tokens, and the normalisers of their laws, bit for bit.
+    fn run(&self, device: &Device, base: &[f32], mask: Option<&[i32]>) -> (Vec<i32>, Vec<u32>) {
         let &Self {
             num_reqs,
             vocab_size,
@@ -48,7 +48,7 @@ impl Case {
             ..
         } = self;
         let mut rng = Rng::new(3);
-        let mut logits = upload(device, base);
+        let logits = upload(device, base);
         let mask = mask.map(|mask| upload(device, mask));
         let w1 = upload(device, &rounded(&rng.normals(vocab_size * rank, 1.0)));
         let w2 = upload(device, &rounded(&rng.normals(vocab_size * rank, 0.1)));
@@ -58,9 +58,13 @@ impl Case {
         let temperature = upload(device, &temperature);
         let seeds = upload(device, &(0..num_reqs as u64).collect::<Vec<_>>());
         let mut tokens = upload(device, &vec![-7; self.num_rows()]);
-        let mut params = sys::dspark_draft_head_params {
-            struct_size: size_of::<sys::dspark_draft_head_params>() as u32,
+        let mut log_normalizers = upload(device, &vec![f32::NAN; self.num_rows()]);
+        let mut latents = upload(device, &rounded(&vec![0.0; self.num_rows() * rank.max(1)]));
+        let mut params = sys::dspark_draft_full_params {
+            struct_size: size_of::<sys::dspark_draft_full_params>() as u32,
             dtype: sys::DSPARK_DTYPE_BF16,
+            logits_dtype: sys::DSPARK_DTYPE_F32,
+            w2_dtype: sys::DSPARK_DTYPE_BF16,
             head: self.head,
             num_reqs: num_reqs as i32,
             draft_len: DRAFT_LEN as i32,
@@ -69,28 +73,33 @@ impl Case {
             markov_rank: rank as i32,
             confidence_with_markov: 0,
             confidence_bias: 0.0,
-            logits: logits.mut_ptr(0),
+            logits: logits.ptr(0).cast(),
             hidden: std::ptr::null(),
             markov_w1: w1.ptr(0).cast(),
             markov_w2: w2.ptr(0).cast(),
+            w2_scales: std::ptr::null(),
             proj_weight: std::ptr::null(),
             proj_bias: std::ptr::null(),
             confidence_weight: std::ptr::null(),
             anchors: anchors.ptr(0),
             anchor_positions: positions.ptr(0),
+            draft_lens: std::ptr::null(),
             temperature: temperature.ptr(0),
             seeds: seeds.ptr(0),
+            rules: std::ptr::null(),
+            mask: mask.as_ref().map_or(std::ptr::null(), |mask| mask.ptr(0)),
             draft_tokens: tokens.mut_ptr(0),
+            log_normalizers: log_normalizers.mut_ptr(0),
+            latents: latents.mut_ptr(0).cast(),
             confidence: std::ptr::null_mut(),
+            confidence_logits: std::ptr::null_mut(),
             workspace: std::ptr::null_mut(),
             workspace_bytes: 0,
             stride_logits_row: vocab_size as i64,
-            rules: std::ptr::null(),
-            mask: mask.as_ref().map_or(std::ptr::null(), |mask| mask.ptr(0)),
         };
         // SAFETY: reads the sizes of `params` and writes one host integer.
         check(unsafe {
-            sys::launch::dspark_draft_head_workspace_size_cu(
+            sys::launch::dspark_draft_full_workspace_size_cu(
                 &raw const params,
                 &raw mut params.workspace_bytes,
             )
@@ -101,9 +110,10 @@ impl Case {
         // SAFETY: every pointer is a live buffer of the shape the params say.
         check(unsafe {
             let stream = device.raw_stream().cast();
-            sys::launch::dspark_draft_head_cu(&raw const params, stream)
+            sys::launch::dspark_draft_full_cu(&raw const params, stream)
         });
-        (download(&tokens), download(&logits))
+        let bits = download(&log_normalizers).into_iter().map(f32::to_bits);
+        (download(&tokens), bits.collect())
     }
 }
 

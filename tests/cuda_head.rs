@@ -267,6 +267,8 @@ fn cases() -> Vec<Case> {
         case(HeadKind::Rnn, 3, 7, 1031, 576, 64, Some(true)),
         case(HeadKind::Rnn, 17, 5, 258, 40, 256, Some(false)),
         fp8(case(HeadKind::Rnn, 9, 5, 1028, 40, 128, Some(true))),
+        case(HeadKind::Gated, 133, 3, 132, 96, 64, Some(true)),
+        case(HeadKind::Rnn, 140, 3, 132, 96, 64, Some(true)),
     ]
 }
 

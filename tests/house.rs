@@ -195,17 +195,17 @@ fn wrong_ways_are_seen() {
 
     let include = |target: &str| format!("#include <cuda.h>\n#include \"{target}\"\n");
     let good = [
-        ("launch/draft.cu", "kernels/draft/sample.cuh"),
-        ("launch/draft.cu", "common/host.cuh"),
-        ("kernels/draft/sample.cuh", "kernels/draft/latent.cuh"),
+        ("launch/draft/full.cu", "kernels/draft/span.cuh"),
+        ("launch/draft/full.cu", "common/host.cuh"),
+        ("kernels/draft/span.cuh", "kernels/draft/race.cuh"),
         ("common/host.cuh", "dspark.h"),
     ];
     for (path, target) in good {
         assert_eq!(wrong_includes(path, &include(target)), [""; 0]);
     }
     let bad = [
-        ("launch/draft.cu", "kernels/verify/law.cuh"),
-        ("kernels/draft/sample.cuh", "kernels/verify/law.cuh"),
+        ("launch/draft/full.cu", "kernels/verify/law.cuh"),
+        ("kernels/draft/span.cuh", "kernels/verify/law.cuh"),
         ("common/vec.cuh", "kernels/norm/rows.cuh"),
         ("kernels/norm/rows.cuh", "launch/norm.cu"),
     ];

@@ -417,96 +417,32 @@ typedef int32_t dspark_head_kind;
 #define DSPARK_HEAD_RNN 3
 
 /*
- * Computes      for k = 1..draft_len, left to right, x_0 = anchor: the Markov bias B_k of the head
- *               (gated and rnn use h_k), l_k = U_k + B_k, written over U_k; x_k sampled from
- *               softmax(l_k / temperature) by Gumbel-max, or argmax l_k (lowest index wins) at
- *               temperature 0; confidence_k = sigmoid(w . [h_k ; W1[x_{k-1}]] + b), or of h_k
- *               alone. l_k(v) = -inf where mask forbids v. The draft law handed on is exactly
- *               softmax(logits / temperature) of what is written.
- * Shapes        logits [num_reqs * draft_len, vocab_size] in: U, out: l; hidden [num_reqs *
- *               draft_len, hidden_size]; markov_w1, markov_w2 [vocab_size, markov_rank]; gated:
- *               proj_weight [markov_rank, hidden_size + markov_rank] over [h ; w1], proj_bias
- *               [markov_rank]; rnn: proj_weight [3 * markov_rank, 2 * markov_rank + hidden_size]
- *               over [s ; w1 ; h], proj_bias [3 * markov_rank] = [g ; c ; o]; confidence_weight
- *               [hidden_size (+ markov_rank)]; draft_tokens, confidence [num_reqs, draft_len]; mask
- *               [num_reqs * draft_len, ceil(vocab_size / 32)], bit v % 32 of word v / 32 set where
- *               token v is allowed.
- * Dtypes        logits f32; hidden and weights `dtype` (BF16, F16); biases `dtype`; confidence f32;
- *               tokens int32. Sums f32. Latents of gated and rnn enter the product with W2 as two
- *               16-bit parts (16 bits of mantissa with BF16, 22 with F16) on the fast path, as f32
- *               off it.
- * Layout        logits row stride given; everything else contiguous.
- * Alignment     element alignment of pointers. The fast path (tensor cores; a vanilla head runs all
- *               steps in one cooperative launch) wants logits, markov_w1 and markov_w2 at 16 bytes,
- *               stride_logits_row a multiple of 4 and markov_rank 64, 128, 192 or 256. markov_rank
- *               <= 1024.
- * Aliasing      none allowed.
- * Workspace     dspark_draft_head_workspace_size bytes, 256-byte aligned; contents do not matter.
- * Determinism   bitwise, independent of the batch: which path runs depends on alignment, rank and
- *               device alone. Noise as above, position anchor_positions[r] + k of x_k, purpose DRAFT,
- *               or BONUS where rules[r] is COUPLED.
- * Stream/graph  capture-safe. A row of NaN or all -inf (also: all forbidden) yields token 0 for that
- *               step.
- * Errors        null pointers, unknown head, sizes < 0, markov_rank out of range, workspace too
- *               small.
- */
-typedef struct dspark_draft_head_params {
-  uint32_t struct_size;
-  dspark_dtype dtype;
-  dspark_head_kind head;
-  int32_t num_reqs;
-  int32_t draft_len;
-  int32_t vocab_size;
-  int32_t hidden_size;
-  int32_t markov_rank;
-  int32_t confidence_with_markov; /* 0 or 1 */
-  float confidence_bias;
-  float* logits;
-  const void* hidden;            /* may be NULL for HEAD_NONE and HEAD_VANILLA without confidence */
-  const void* markov_w1;         /* NULL for HEAD_NONE */
-  const void* markov_w2;         /* NULL for HEAD_NONE */
-  const void* proj_weight;       /* gated, rnn */
-  const void* proj_bias;         /* gated, rnn */
-  const void* confidence_weight; /* may be NULL: no confidence is computed */
-  const int32_t* anchors;        /* [num_reqs] */
-  const int32_t* anchor_positions; /* [num_reqs] */
-  const float* temperature;        /* [num_reqs] */
-  const uint64_t* seeds;           /* [num_reqs] */
-  int32_t* draft_tokens;
-  float* confidence; /* may be NULL when confidence_weight is NULL */
-  void* workspace;
-  size_t workspace_bytes;
-  int64_t stride_logits_row;
-  const int32_t* rules; /* [num_reqs] DSPARK_RULE_*; may be NULL: none is coupled */
-  const int32_t* mask;  /* may be NULL: everything is allowed */
-} dspark_draft_head_params;
-#define DSPARK_DRAFT_HEAD_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_head_params)
-/* Host. Reads only sizes. */
-dspark_status DSPARK_FN(dspark_draft_head_workspace_size)(const dspark_draft_head_params* params,
-                                                          size_t* bytes);
-dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* params,
-                                           dspark_stream stream);
-
-/*
  * Computes      the head over the whole vocabulary, the base logits left as they are. For k = 1 ..
- *               draft_lens[r], left to right, x_0 = anchor: l_k(v) = U_k(v) + B_k(v), x_k from
+ *               draft_lens[r], left to right, x_0 = anchor: the Markov bias B_k of the head (gated
+ *               and rnn use h_k), l_k(v) = U_k(v) + B_k(v), -inf where mask forbids v; x_k from
  *               softmax(l_k / temperature), or argmax l_k (lowest index wins) at temperature 0;
- *               confidence_k as in dspark_draft_head; l_k(v) = -inf where mask forbids v.
+ *               confidence_k = sigmoid(w . [h_k ; W1[x_{k-1}]] + b), or of h_k alone.
  *               The draft law handed on: q_k(v) = exp(l_k(v) / temperature - log_normalizers[k]),
  *               log_normalizer = ln sum_v exp(l_k(v) / temperature) (of exp(l_k) at temperature 0),
  *               l_k(v) = U_k(v) + W2[v] . latents[k] (fp8: U + dot * w2_scales[v]) by
  *               cuda/common/low_rank_logit.cuh, bit for bit what was drawn from.
- * Shapes        logits [num_reqs * draft_len, vocab_size] = U; w2_scales [vocab_size]; latents
- *               [num_reqs * draft_len, markov_rank]; log_normalizers, draft_tokens, confidence,
- *               confidence_logits [num_reqs, draft_len]; the rest as dspark_draft_head.
+ * Shapes        logits [num_reqs * draft_len, vocab_size] = U; hidden [num_reqs * draft_len,
+ *               hidden_size]; markov_w1, markov_w2 [vocab_size, markov_rank]; w2_scales
+ *               [vocab_size]; gated: proj_weight [markov_rank, hidden_size + markov_rank] over [h ;
+ *               w1], proj_bias [markov_rank]; rnn: proj_weight [3 * markov_rank, 2 * markov_rank +
+ *               hidden_size] over [s ; w1 ; h], proj_bias [3 * markov_rank] = [g ; c ; o];
+ *               confidence_weight [hidden_size (+ markov_rank)]; latents [num_reqs * draft_len,
+ *               markov_rank]; log_normalizers, draft_tokens, confidence, confidence_logits
+ *               [num_reqs, draft_len]; mask [num_reqs * draft_len, ceil(vocab_size / 32)], bit
+ *               v % 32 of word v / 32 set where token v is allowed.
  * Dtypes        logits `logits_dtype` (F32, BF16); hidden, weights and biases `dtype` (BF16, F16);
  *               markov_w2 `w2_dtype`: `dtype`, or E4M3 with f32 w2_scales. latents `dtype`, with
  *               fp8 F16: vanilla W1[x_{k-1}] (fp8: as F16, limited to its range), gated and rnn
  *               their latent rounded once. Products exact, sums f32; normalisers to 1e-6.
  * Layout        logits row stride given; everything else contiguous. Columns from draft_lens[r] on
  *               are not written, but for latents of gated and rnn.
- * Alignment     markov_w1, markov_w2, latents 16 bytes; markov_rank a multiple of 16, at most 256.
- *               logits at 16 bytes with rows of a multiple of 16 bytes are read fastest.
+ * Alignment     markov_w1, markov_w2, latents 16 bytes; markov_rank a multiple of 16, at most 256
+ *               (fill up with zeros). logits at 16 bytes with rows of a multiple of 16 bytes are read fastest.
  * Aliasing      none allowed.
  * Workspace     dspark_draft_full_workspace_size bytes, 256-byte aligned; contents do not matter.
  * Determinism   bitwise per device, independent of the batch. Draws of a row with temperature > 0
@@ -514,7 +450,7 @@ dspark_status DSPARK_FN(dspark_draft_head)(const dspark_draft_head_params* param
  *               tokens; span j has the weight w_j = sum exp(l / temperature) and arrives at
  *               E(W(j, 2).x) / w_j; in the one that arrives first the token is the first whose
  *               running sum of weights exceeds u w_j, u from W(j, 2).y. COUPLED: the race over
- *               tokens of dspark_draft_head with purpose BONUS. Position anchor_positions[r] + k.
+ *               tokens above with purpose BONUS. Position anchor_positions[r] + k.
  * Stream/graph  capture-safe; one cooperative launch for vanilla. A row of NaN or all -inf (also: all
  *               forbidden) yields token 0; its normaliser is NaN or -inf.
  * Errors        null pointers, unknown head, sizes < 0, draft_len > 16, markov_rank out of range or
@@ -570,11 +506,12 @@ dspark_status DSPARK_FN(dspark_draft_full)(const dspark_draft_full_params* param
  *               law sampled from). For k = 1..draft_len, left to right, x_0 = anchor: C_k = the
  *               num_top largest of U_k (ties: lowest index), joined with the tokens of
  *               bigram_tokens[x_{k-1}]; l_k(v) = U_k(v) + B_k(v) on C_k; x_k sampled from
- *               softmax(l_k / temperature) over C_k with the noise of dspark_draft_head, or argmax
- *               l_k (lowest index wins) at temperature 0; confidence_k as there. Above temperature
- *               0 the law on C_k is first cut down by the request's top_k, top_p and min_p, as the
+ *               softmax(l_k / temperature) over C_k by the race over tokens above, position
+ *               anchor_positions[r] + k, purpose DRAFT, or BONUS where rules[r] is COUPLED, or argmax
+ *               l_k (lowest index wins) at temperature 0; confidence_k as in dspark_draft_full. A
+ *               row of NaN or all -inf is a step without candidates. Above temperature 0 the law on C_k is first cut down by the request's top_k, top_p and min_p, as the
  *               target's is in dspark_accept: what is cut has the logit -inf.
- * Shapes        as dspark_draft_head; bigram_tokens [vocab_size, num_bigram], each token at most
+ * Shapes        as dspark_draft_full; bigram_tokens [vocab_size, num_bigram], each token at most
  *               once per row, negative: none; candidate_tokens, candidate_logits [num_reqs *
  *               draft_len, num_top + num_bigram]: first the top, by falling U, then the bigrams.
  *               A pair that is missing (a logit of U that is NaN or -inf, a token that mask

@@ -49,10 +49,6 @@ export! {
     dspark_draft_attention => dspark_draft_attention_cu(params: *const sys::dspark_attention_params, stream: sys::dspark_stream) -> sys::dspark_status;
     /// Moves the accepted rows of a tree together in the cache.
     dspark_commit_tree => dspark_commit_tree_cu(params: *const sys::dspark_commit_tree_params, stream: sys::dspark_stream) -> sys::dspark_status;
-    /// Workspace of the semi-autoregressive head.
-    dspark_draft_head_workspace_size => dspark_draft_head_workspace_size_cu(params: *const sys::dspark_draft_head_params, bytes: *mut usize) -> sys::dspark_status;
-    /// The semi-autoregressive head.
-    dspark_draft_head => dspark_draft_head_cu(params: *const sys::dspark_draft_head_params, stream: sys::dspark_stream) -> sys::dspark_status;
     /// Workspace of the head over the whole vocabulary.
     dspark_draft_full_workspace_size => dspark_draft_full_workspace_size_cu(params: *const sys::dspark_draft_full_params, bytes: *mut usize) -> sys::dspark_status;
     /// The head over the whole vocabulary, base logits only read.

@@ -81,7 +81,7 @@ fn thinned(
     choices.sample(draw, what_is_left(target, rest))
 }
 
-/// The decisions of `dspark_accept` and `dspark_draft_head` (cuda/include/dspark.h): Philox4x32-10 with the seed as key.
+/// The decisions of `dspark_accept` and of coupled drafts (cuda/include/dspark.h): Philox4x32-10 with the seed as key.
 /// Draws that share noise race with that of [`Zone`]; others invert the distribution function, of strips of [`STRIP`]
 /// tokens and then of the tokens in one, with the counter `(ordinal, position, purpose, 2)`; decisions take the first word of `(ordinal,
 /// position, purpose, 0)`.

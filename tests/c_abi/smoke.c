@@ -49,9 +49,6 @@ static void check_null_params(void) {
   CHECK_REFUSED(dspark_attention_workspace_size(NULL, &bytes), DSPARK_ERROR_NULL_POINTER, "params");
   CHECK_REFUSED(dspark_verify_attention(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
   CHECK_REFUSED(dspark_draft_attention(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
-  CHECK_REFUSED(dspark_draft_head_workspace_size(NULL, &bytes), DSPARK_ERROR_NULL_POINTER,
-                "params");
-  CHECK_REFUSED(dspark_draft_head(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
   CHECK_REFUSED(dspark_draft_full_workspace_size(NULL, &bytes), DSPARK_ERROR_NULL_POINTER,
                 "params");
   CHECK_REFUSED(dspark_draft_full(NULL, NULL), DSPARK_ERROR_NULL_POINTER, "params");
@@ -154,7 +151,6 @@ static void check_layers(void) {
 }
 
 static void check_laws(void) {
-  dspark_draft_head_params head = DSPARK_DRAFT_HEAD_PARAMS_INIT;
   dspark_draft_full_params full = DSPARK_DRAFT_FULL_PARAMS_INIT;
   dspark_draft_candidates_params candidates = DSPARK_DRAFT_CANDIDATES_PARAMS_INIT;
   dspark_survival_params survival = DSPARK_SURVIVAL_PARAMS_INIT;
@@ -163,24 +159,12 @@ static void check_laws(void) {
   dspark_commit_params commit = DSPARK_COMMIT_PARAMS_INIT;
   size_t bytes = 0;
 
-  head.dtype = DSPARK_DTYPE_BF16;
-  head.head = 9;
-  CHECK_REFUSED(dspark_draft_head_workspace_size(&head, &bytes), DSPARK_ERROR_INVALID_ARGUMENT,
-                "head");
-  head.head = DSPARK_HEAD_RNN;
-  head.num_reqs = 2;
-  head.draft_len = 7;
-  head.vocab_size = 1000;
-  head.hidden_size = 64;
-  head.markov_rank = 2000;
-  CHECK_REFUSED(dspark_draft_head(&head, NULL), DSPARK_ERROR_INVALID_ARGUMENT, "markov_rank");
-  head.markov_rank = 64;
-  CHECK(dspark_draft_head_workspace_size(&head, &bytes) == DSPARK_OK && bytes > 0);
-  CHECK_REFUSED(dspark_draft_head(&head, NULL), DSPARK_ERROR_NULL_POINTER, "logits");
-
   full.dtype = DSPARK_DTYPE_BF16;
   full.logits_dtype = DSPARK_DTYPE_BF16;
   full.w2_dtype = DSPARK_DTYPE_F16;
+  full.head = 9;
+  CHECK_REFUSED(dspark_draft_full_workspace_size(&full, &bytes), DSPARK_ERROR_INVALID_ARGUMENT,
+                "head");
   full.head = DSPARK_HEAD_VANILLA;
   full.num_reqs = 2;
   full.draft_len = 17;

@@ -27,12 +27,4 @@ __device__ __forceinline__ uint32_t allowed_in_quad(const GrammarMask& mask,
   return word >> quad % kQuadsPerWord * kQuad & 0xfu;
 }
 
-__device__ __forceinline__ float4 only_allowed(float4 logits, uint32_t allowed) {
-  if ((allowed & 1u) == 0) logits.x = -INFINITY;
-  if ((allowed & 2u) == 0) logits.y = -INFINITY;
-  if ((allowed & 4u) == 0) logits.z = -INFINITY;
-  if ((allowed & 8u) == 0) logits.w = -INFINITY;
-  return logits;
-}
-
 }  // namespace dspark

@@ -185,6 +185,9 @@ pub struct RunArgs {
     /// Threads of the cpu device, at most 1024 [default: all].
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = parse_threads)]
     pub threads: Option<usize>,
+    /// On CUDA, attention of a request that is bitwise the same whatever else is decoded beside it; somewhat slower.
+    #[arg(long)]
+    pub batch_invariant: bool,
 }
 
 /// What to generate from.

@@ -104,7 +104,7 @@ fn record(args: &CalibrateArgs, drafting: Drafting) -> Result<Vec<RecordedRound>
         prompts,
         drafting,
     };
-    session::on_device(args.run.device, args.run.threads, job)
+    session::on_device_of(&args.run, job)
 }
 
 struct Record<'a> {

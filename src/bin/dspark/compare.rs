@@ -55,7 +55,7 @@ pub fn run(args: &CompareArgs) -> Result<()> {
             prompts: &prompts,
             drafting,
         };
-        outcomes.push(session::on_device(args.run.device, args.run.threads, job)?);
+        outcomes.push(session::on_device_of(&args.run, job)?);
     }
     let mut out = io::stdout().lock();
     if args.json {

@@ -47,7 +47,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         drafting,
         trace,
     };
-    session::on_device(args.run.device, args.run.threads, job)
+    session::on_device_of(&args.run, job)
 }
 
 struct Generate<'a> {

@@ -86,7 +86,7 @@ pub fn run(args: &InvarianceArgs) -> Result<()> {
             prompts: &prompts,
             way,
         };
-        let outcome = session::on_device(args.run.device, args.run.threads, job)?;
+        let outcome = session::on_device_of(&args.run, job)?;
         let base = plain.as_ref().unwrap_or(&outcome);
         let params: Vec<SamplingParams> = (0..prompts.len())
             .map(|i| Texts::sampling(i, &args.sampling))

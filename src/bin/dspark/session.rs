@@ -29,6 +29,24 @@ pub fn on_device<J: Job>(
     threads: Option<usize>,
     job: J,
 ) -> Result<J::Output> {
+    on(choice, threads, false, job)
+}
+
+/// The same on the device of a run.
+pub fn on_device_of<J: Job>(run: &RunArgs, job: J) -> Result<J::Output> {
+    on(run.device, run.threads, run.batch_invariant, job)
+}
+
+#[cfg_attr(
+    not(feature = "cuda"),
+    expect(unused_variables, reason = "what is batch-invariant on CUDA alone")
+)]
+fn on<J: Job>(
+    choice: DeviceChoice,
+    threads: Option<usize>,
+    batch_invariant: bool,
+    job: J,
+) -> Result<J::Output> {
     let choice = match choice {
         DeviceChoice::Auto if device_is_available() => DeviceChoice::Cuda(0),
         DeviceChoice::Auto => DeviceChoice::Cpu,
@@ -36,7 +54,11 @@ pub fn on_device<J: Job>(
     };
     match choice {
         #[cfg(feature = "cuda")]
-        DeviceChoice::Cuda(ordinal) => job.run(open_cuda(ordinal)?),
+        DeviceChoice::Cuda(ordinal) => {
+            let mut ops = open_cuda(ordinal)?;
+            ops.set_batch_invariant(batch_invariant);
+            job.run(ops)
+        }
         #[cfg(not(feature = "cuda"))]
         DeviceChoice::Cuda(_) => {
             let expected = "auto or cpu (this build is without the `cuda` feature)";
