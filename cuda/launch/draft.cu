@@ -30,7 +30,7 @@ constexpr size_t tiled_shared_bytes(int32_t rank, int32_t reqs_per_cta) {
   return static_cast<size_t>(Policy::kStages) *
          tiled_stage_bytes<Policy>(rank, tiled_tile_tokens(reqs_per_cta), reqs_per_cta);
 }
-static_assert(kZone % tiled_tile_tokens(1) == 0 && kZone % tiled_tile_tokens(64) == 0);
+static_assert(kNoiseZone % tiled_tile_tokens(1) == 0 && kNoiseZone % tiled_tile_tokens(64) == 0);
 static_assert(tiled_shared_bytes<TiledVanilla>(TiledVanilla::kMaxRank, 16) <= kMaxTiledSharedBytes);
 static_assert(tiled_shared_bytes<TiledVanillaWide>(TiledVanilla::kMaxRank, 128) <=
               kMaxTiledSharedBytes);

@@ -70,15 +70,10 @@ struct TileNoise {
   uint64_t seed;
   int32_t position;
   uint32_t purpose;
-  ZoneNoise zone;
 };
 
-/* `first_token` of a tile, which lies in one zone. Coupled drafts share the target's noise. */
-__device__ __forceinline__ TileNoise tile_noise(const SampleInputs& in,
-                                                int32_t req,
-                                                int32_t step,
-                                                int32_t first_token) {
-  static_assert(kZone % kSampleTileRows == 0);
+/* Coupled drafts share the target's noise. */
+__device__ __forceinline__ TileNoise tile_noise(const SampleInputs& in, int32_t req, int32_t step) {
   TileNoise noise = {};
   noise.temperature = in.temperature[req];
   if (!(noise.temperature > 0.f)) return noise;
@@ -86,7 +81,6 @@ __device__ __forceinline__ TileNoise tile_noise(const SampleInputs& in,
   noise.position = in.anchor_positions[req] + step + 1;
   const bool coupled = in.rules != nullptr && in.rules[req] == DSPARK_RULE_COUPLED;
   noise.purpose = coupled ? DSPARK_PURPOSE_BONUS : DSPARK_PURPOSE_DRAFT;
-  noise.zone = zone_noise(noise.seed, first_token / kZone, noise.position, noise.purpose);
   return noise;
 }
 
@@ -99,10 +93,12 @@ __device__ __forceinline__ void race_quad(Indexed& best,
   if (tile.temperature > 0.f) {
     const uint4 noise =
         philox_quad(tile.seed, static_cast<uint32_t>(quad), tile.position, tile.purpose);
+    const ZoneNoise zone =
+        zone_noise(tile.seed, quad / (kNoiseZone / kQuad), tile.position, tile.purpose);
     const uint32_t words[kQuad] = {noise.x, noise.y, noise.z, noise.w};
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
-      const float exponential = zone_exponential(tile.zone, (quad * kQuad + i) % kZone, words[i]);
+      const float exponential = zone_exponential(zone, (quad * kQuad + i) % kNoiseZone, words[i]);
       scores[i] = race_score_logit(scores[i], tile.temperature, exponential);
     }
   }
@@ -200,7 +196,7 @@ __device__ __forceinline__ Indexed race_biased_tile(
     const SampleInputs& in, int32_t req, int32_t step, int32_t first_token, const float* biases) {
   const int64_t row_index = static_cast<int64_t>(req) * in.draft_len + step;
   float* row = in.logits + row_index * in.stride_logits_row;
-  const TileNoise noise = tile_noise(in, req, step, first_token);
+  const TileNoise noise = tile_noise(in, req, step);
   Indexed best = empty_race();
   for (int i = threadIdx.x % kWarpSize; i < Policy::kQuadsPerTile; i += kWarpSize) {
     const int32_t quad = first_token / kQuad + i;
@@ -254,7 +250,7 @@ __global__ void __launch_bounds__(Policy::kNumThreads)
   const int32_t req = static_cast<int32_t>(row / in.draft_len);
   const int32_t step = static_cast<int32_t>(row % in.draft_len);
   float* logits = in.logits + row * in.stride_logits_row;
-  const TileNoise noise = tile_noise(in, req, step, tile * Policy::kTileRows);
+  const TileNoise noise = tile_noise(in, req, step);
   Indexed best = empty_race();
   for (int i = threadIdx.x % kWarpSize; i < Policy::kQuadsPerTile; i += kWarpSize) {
     const int32_t quad = tile * Policy::kQuadsPerTile + i;

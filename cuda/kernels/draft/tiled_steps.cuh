@@ -353,8 +353,8 @@ __device__ __forceinline__ void run_tile(const TiledArgs<T>& args,
   const uint32_t lane_row =
       shared_address(stage) + (lane / 16 * 8 + lane % 8) * row_bytes + lane / 8 % 2 * 16;
   ZoneNoise zones[Leaders<Policy>::kSize];
-  tile_zones<Policy>(runners, share.first_req, work.num_reqs, step, tile * args.tile_tokens / kZone,
-                     zones);
+  tile_zones<Policy>(runners, share.first_req, work.num_reqs, step,
+                     tile * args.tile_tokens / kNoiseZone, zones);
   for (int group = share.part; group < args.tile_tokens / Policy::kGroupTokens;
        group += share.num_parts) {
     float dots[Policy::kMTiles][2][4] = {};
