@@ -15,12 +15,15 @@
  * any grouping. With weight = exp(l / T) the same v maximises race_score_logit, l - T log E, which
  * never overflows and goes to the greedy score l as T goes to 0. (-log E is Gumbel noise.)
  *
- * Zones. The E_v of kZone neighbouring tokens are made from their minimum m (an exponential of rate
- * kZone) and the token that has it; every other one is m plus an exponential of rate 1, since what
- * is left of an exponential after m is one again. So all are independent of rate 1, and a zone
- * whose m / (largest weight) is behind the winner so far need not be looked at: a race reads a
- * handful of zones instead of the vocabulary. m and its token come from the counter
- * (zone, position, purpose, 1), the others from (v / 4, position, purpose, 0).
+ * Zones. The E_v of kNoiseZone neighbouring tokens are made from their minimum m (an exponential of
+ * rate kNoiseZone) and the token that has it; every other one is m plus an exponential of rate 1,
+ * since what is left of an exponential after m is one again. So all are independent of rate 1, and a
+ * zone whose m / (largest weight) is behind the winner so far need not be looked at: a race runs a
+ * handful of zones instead of the vocabulary. m of four neighbouring zones comes from the words of
+ * the counter (zone / 4, position, purpose, 1), whose it is from (zone, position, purpose, 3), asked
+ * for by zones that are not passed over, the others from (v / 4, position, purpose, 0). A zone is
+ * small, so that its m says much about it: of n tokens only some sixty are in the zone that wins, and
+ * a tile of 64 tokens in the registers of a warp can be judged as a whole.
  *
  * Why E must be exact to a relative error, most of all where it is small: the winner of a race
  * over n tokens typically has E of order 1 / n, and a token of probability p far below 1 / n can
@@ -69,8 +72,9 @@ __device__ __forceinline__ uint4 philox_quad(uint64_t seed,
   return philox4x32_10(seed, make_uint4(quad, static_cast<uint32_t>(position), purpose, 0u));
 }
 
-/* Tokens that share a minimum. */
-constexpr int kZone = 1024;
+/* Tokens that share a minimum, and zones whose minima one counter makes. */
+constexpr int kNoiseZone = 64;
+constexpr int kZonesPerCounter = 4;
 
 constexpr float kTwoPowMinus32 = 0x1p-32f;
 
@@ -92,13 +96,47 @@ struct ZoneNoise {
   int32_t least_at;
 };
 
+/* The smallest E_v of the zones kZonesPerCounter * `four` on. */
+__device__ __forceinline__ float4 zone_leasts(uint64_t seed,
+                                              int32_t four,
+                                              int32_t position,
+                                              uint32_t purpose) {
+  constexpr float kShare = 1.f / kNoiseZone;
+  const uint4 words = philox4x32_10(
+      seed, make_uint4(static_cast<uint32_t>(four), static_cast<uint32_t>(position), purpose, 1u));
+  return make_float4(
+      exponential_from_word(words.x) * kShare, exponential_from_word(words.y) * kShare,
+      exponential_from_word(words.z) * kShare, exponential_from_word(words.w) * kShare);
+}
+
+/* The smallest E_v of one zone. */
+__device__ __forceinline__ float zone_least(uint64_t seed,
+                                            int32_t zone,
+                                            int32_t position,
+                                            uint32_t purpose) {
+  const auto four = static_cast<uint32_t>(zone) / kZonesPerCounter;
+  const uint4 words =
+      philox4x32_10(seed, make_uint4(four, static_cast<uint32_t>(position), purpose, 1u));
+  const uint32_t low = zone % 2 == 0 ? words.x : words.y;
+  const uint32_t high = zone % 2 == 0 ? words.z : words.w;
+  return exponential_from_word(zone % kZonesPerCounter < 2 ? low : high) * (1.f / kNoiseZone);
+}
+
+/* Whose it is, relative to the zone. */
+__device__ __forceinline__ int32_t zone_least_at(uint64_t seed,
+                                                 int32_t zone,
+                                                 int32_t position,
+                                                 uint32_t purpose) {
+  const uint4 words = philox4x32_10(
+      seed, make_uint4(static_cast<uint32_t>(zone), static_cast<uint32_t>(position), purpose, 3u));
+  return static_cast<int32_t>(words.x % kNoiseZone);
+}
+
 __device__ __forceinline__ ZoneNoise zone_noise(uint64_t seed,
                                                 int32_t zone,
                                                 int32_t position,
                                                 uint32_t purpose) {
-  const uint4 words = philox4x32_10(
-      seed, make_uint4(static_cast<uint32_t>(zone), static_cast<uint32_t>(position), purpose, 1u));
-  return {exponential_from_word(words.x) * (1.f / kZone), static_cast<int32_t>(words.y % kZone)};
+  return {zone_least(seed, zone, position, purpose), zone_least_at(seed, zone, position, purpose)};
 }
 
 /* E_v of the token `offset` tokens into the zone, whose own word is `word`. */

@@ -397,12 +397,12 @@ typedef int32_t dspark_rule;
 
 /*
  * Words W(a, b) of a draw are those of Philox4x32-10 with key = seeds[r] and counter = (a, position,
- * purpose, b). Tokens are cut into zones of 1024.
+ * purpose, b). Tokens are cut into zones of 64.
  *
  * The noise of drafts and of the coupled rule: u = (word + 0.5) * 2^-32, E(word) = -log1p(-u). The
- * zone z of v has the minimum m = E(W(z, 1).x) / 1024 at its token W(z, 1).y % 1024; that one has
- * E_v = m, all others E_v = m + E(W(v / 4, 0)[v % 4]). These are independent exponentials of rate 1,
- * and the token drawn is the argmin of E_v / weight(v).
+ * zone z of v has the minimum m = E(W(z / 4, 1)[z % 4]) / 64 at its token W(z, 3).x % 64; that one
+ * has E_v = m, all others E_v = m + E(W(v / 4, 0)[v % 4]). These are independent exponentials of rate
+ * 1, and the token drawn is the argmin of E_v / weight(v).
  *
  * Draws that share their noise with nobody (bonus and recovered tokens of the other rules) invert the
  * distribution function: draw n takes U(W(n, 2).x, W(n, 2).y) for a strip of 256 tokens and U(W(n,

@@ -1,6 +1,8 @@
 //! Philox4x32-10, the counter-based generator of every draw (Salmon et al., "Parallel random numbers: as easy as 1, 2,
 //! 3", SC 2011).
 
+use std::cell::OnceCell;
+
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 const ROUNDS: usize = 10;
@@ -38,7 +40,10 @@ pub fn wide_uniform(high: u32, low: u32) -> f64 {
 }
 
 /// Tokens that share the noise of their minimum: see [`Zone`].
-pub const ZONE: usize = 1024;
+pub const ZONE: usize = 64;
+
+/// Zones whose minima come from one counter.
+const ZONES_PER_COUNTER: usize = 4;
 
 /// Tokens that a draw by inversion picks together first.
 pub const STRIP: usize = 256;
@@ -49,36 +54,46 @@ pub const STRIP: usize = 256;
 /// weights. The `E_v` of a zone are made from their minimum m, exponential of rate `ZONE`, and where it is: every other
 /// one is m plus an exponential of rate 1, since what is left of an exponential is one again. So they are independent of
 /// rate 1, and m alone can rule out a zone.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Zone {
     key: [u32; 2],
-    counter: [u32; 4],
+    position: u32,
+    purpose: u32,
+    index: usize,
     /// The smallest `E_v` of the zone.
     pub least: f64,
-    /// Its token, relative to the zone.
-    least_at: usize,
+    /// Its token, relative to the zone, once it is asked for.
+    least_at: OnceCell<usize>,
 }
 
 impl Zone {
     /// Zone `index` (tokens from `index * ZONE` on) of the draw of `seed`, `position` and `purpose`.
     pub fn new(seed: u64, position: u32, purpose: u32, index: usize) -> Self {
         let key = key(seed);
-        let words = philox4x32(key, [index as u32, position, purpose, 1]);
+        let four = (index / ZONES_PER_COUNTER) as u32;
+        let words = philox4x32(key, [four, position, purpose, 1]);
         Self {
             key,
-            counter: [(index * ZONE / 4) as u32, position, purpose, 0],
-            least: exponential(words[0]) / ZONE as f64,
-            least_at: words[1] as usize % ZONE,
+            position,
+            purpose,
+            index,
+            least: exponential(words[index % ZONES_PER_COUNTER]) / ZONE as f64,
+            least_at: OnceCell::new(),
         }
+    }
+
+    fn words(&self, first: usize, last: u32) -> [u32; 4] {
+        philox4x32(self.key, [first as u32, self.position, self.purpose, last])
     }
 
     /// `E_v` of tokens `4 * quad .. 4 * quad + 4` of the zone.
     pub fn quad(&self, quad: usize) -> [f64; 4] {
-        let mut counter = self.counter;
-        counter[0] += quad as u32;
-        let words = philox4x32(self.key, counter);
+        let least_at = *self
+            .least_at
+            .get_or_init(|| self.words(self.index, 3)[0] as usize % ZONE);
+        let words = self.words(self.index * ZONE / 4 + quad, 0);
         std::array::from_fn(|lane| {
-            if 4 * quad + lane == self.least_at {
+            if 4 * quad + lane == least_at {
                 self.least
             } else {
                 self.least + exponential(words[lane])

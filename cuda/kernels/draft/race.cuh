@@ -90,7 +90,7 @@ __device__ __forceinline__ float token_exponential(const Runner& runner,
   uint32_t word = words[0];
 #pragma unroll
   for (int j = 1; j < kQuad; ++j) word = token % kQuad == j ? words[j] : word;
-  return zone_exponential(zone, token % kZone, word);
+  return zone_exponential(zone, token % kNoiseZone, word);
 }
 
 /* Lets the tokens of a quad run that can still win; `zone` is theirs. A comparison with NaN lets the
@@ -114,7 +114,7 @@ __device__ __forceinline__ void race_screened(Indexed& best,
   const uint32_t words[kQuad] = {noise.x, noise.y, noise.z, noise.w};
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
-    const int32_t offset = (quad * kQuad + i) % kZone;
+    const int32_t offset = (quad * kQuad + i) % kNoiseZone;
     const float largest = largest_exponential(scores[i], bound, runner);
     /* 1 + u rounded down to a multiple of 2^-23: no conversion, and never above 1 + u. */
     const float one_plus_u = __uint_as_float(words[i] >> 9 | 0x3f800000u);

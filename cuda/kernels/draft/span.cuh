@@ -28,11 +28,12 @@
 
 namespace dspark {
 
-constexpr int kSpan = 64;      /* tokens */
+constexpr int kSpan = 64;      /* tokens: a zone of the coupled noise */
 constexpr int kLaneTokens = 8; /* of a span, with one lane */
 constexpr int kSpanTiles = 4;  /* products of 16 tokens */
 constexpr int kGroupReqs = 8;  /* requests of a product */
 constexpr float kLog2e = 1.44269504f;
+static_assert(kSpan == kNoiseZone);
 
 enum class DrawMode : int32_t { kGreedy, kSampled, kCoupled };
 
@@ -119,9 +120,8 @@ __device__ __forceinline__ void weigh_span(SpanTile<kNTiles>& logits,
 
 /* An owner's noise for a span, made while the span is on its way. */
 struct SpanNoise {
-  float first; /* sampled: log2 of the exponential; coupled: the least E of the zone */
-  float
-      second; /* sampled: the uniform; greedy: 0, the first of the largest; coupled: bits of whose */
+  float first;  /* sampled: log2 of the exponential; coupled: the least E of the span, a zone */
+  float second; /* sampled: the uniform; greedy: 0, the first of the largest */
 };
 
 __device__ __forceinline__ SpanNoise span_noise(const SpanOwner& owner,
@@ -131,9 +131,7 @@ __device__ __forceinline__ SpanNoise span_noise(const SpanOwner& owner,
   const Runner& runner = owner.runner->runner;
   const int32_t position = runner.position + step;
   if (owner.runner->mode == DrawMode::kCoupled) {
-    const ZoneNoise zone =
-        zone_noise(runner.seed, span / (kZone / kSpan), position, runner.purpose);
-    return {zone.least, __int_as_float(zone.least_at)};
+    return {zone_least(runner.seed, span, position, runner.purpose), 0.f};
   }
   const uint4 words = philox4x32_10(
       runner.seed,
@@ -285,7 +283,8 @@ __device__ __forceinline__ void race_span(SpanTile<kNTiles>& logits,
 #pragma unroll
     for (int i = 0; i < kLaneTokens; ++i) own[i] = span_element<kNTiles>(logits, j / 2, j % 2, i);
     const ZoneNoise zone = {__shfl_sync(kAllLanes, noise.first, from),
-                            __float_as_int(__shfl_sync(kAllLanes, noise.second, from))};
+                            zone_least_at(runner.runner.seed, span, runner.runner.position + step,
+                                          runner.runner.purpose)};
     const Indexed raced =
         race_column(own, runner.runner, step, zone, __shfl_sync(kAllLanes, claim.score, from),
                     span * kSpan + lane / 4 * kLaneTokens);

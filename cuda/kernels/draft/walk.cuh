@@ -82,7 +82,8 @@ __host__ __device__ constexpr size_t walk_shared_bytes(int32_t rank,
 /* T log E of a token of the race, 0 where the temperature is. */
 __device__ __forceinline__ float token_noise(const Runner& runner, int32_t token) {
   if (!(runner.temperature > 0.f)) return 0.f;
-  const ZoneNoise zone = zone_noise(runner.seed, token / kZone, runner.position, runner.purpose);
+  const ZoneNoise zone =
+      zone_noise(runner.seed, token / kNoiseZone, runner.position, runner.purpose);
   return runner.temperature * logf(token_exponential(runner, zone, token));
 }
 

@@ -24,6 +24,7 @@ namespace dspark {
 
 constexpr int kGroup = 8;
 constexpr int kStrip = kWarpSize * kGroup;
+constexpr int kZone = 1024; /* tokens that the read of the logits takes together */
 constexpr int kStripsPerZone = kZone / kStrip;
 constexpr int kMaxDraftLen = 64;
 constexpr int kMaxRows = kMaxDraftLen + 1; /* rows of a request */
@@ -153,17 +154,18 @@ __device__ __forceinline__ int32_t find_request(const VerifyInputs& in, int32_t 
   return low;
 }
 
-/* find_request by a warp for one row: a read or two instead of one for every bit of num_reqs. */
+/* find_request by a warp for one row: 32 places are looked at together, so that a read is enough for 31
+ * requests and two for a thousand. */
 __device__ __forceinline__ int32_t find_request_by_warp(const VerifyInputs& in, int32_t row) {
-  int32_t before = 0; /* requests that start at or before `row` */
-  for (int32_t first = 0; first <= in.num_reqs; first += kWarpSize) {
-    const int32_t req = first + static_cast<int32_t>(threadIdx.x % kWarpSize);
-    const bool starts = req <= in.num_reqs && in.qo_indptr[req] <= row;
-    const int32_t count = __popc(__ballot_sync(kAllLanes, starts));
-    before += count;
-    if (count < kWarpSize) break;
+  int32_t low = 0, high = in.num_reqs + 1; /* those below `low` start at or before `row` */
+  while (low < high) {
+    const int32_t step = (high - low + kWarpSize - 1) / kWarpSize;
+    const int32_t at = low + (static_cast<int32_t>(threadIdx.x % kWarpSize) + 1) * step - 1;
+    const bool starts = at < high && in.qo_indptr[at] <= row;
+    low += __popc(__ballot_sync(kAllLanes, starts)) * step;
+    high = min(high, low + step - 1);
   }
-  return before > in.num_reqs ? -1 : before - 1;
+  return low > in.num_reqs ? -1 : low - 1;
 }
 
 /* The row (of the same request) that `row` > 0 follows. */

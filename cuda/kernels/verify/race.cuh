@@ -2,11 +2,11 @@
  * The coupled rule's draw from a law with filters: the race of common/philox.cuh over a row whose
  * threshold is known only now (without filters it is run in the one read of the logits, zones.cuh).
  *
- * The noise of a zone has a minimum that is known from one Philox call, and no weight in the zone is
- * above p(zone.max), so that least / that is a bound on all arrivals in the zone. Zones are taken in
- * ascending order of their bounds, a warp each, until the bound is behind the winner so far. The result
- * is the argmin over all tokens, whatever the order. One thread per zone ranks the bounds: num_zones^2
- * comparisons for the CTA.
+ * The minima of a strip's noise zones are known from one Philox call, and no weight in the strip is above
+ * p(its largest logit), so that the least of them / that is a bound on all arrivals in the strip. Zones
+ * are taken in ascending order of their strips' bounds, a warp each, until the bound is behind the winner
+ * so far. The result is the argmin over all tokens, whatever the order. One thread per zone ranks the
+ * bounds: num_zones^2 comparisons for the CTA.
  */
 #pragma once
 
@@ -32,15 +32,20 @@ struct RowRaceShared {
 __device__ __forceinline__ Indexed race_zone_of_law(const VerifyInputs& in,
                                                     const TargetRow& row,
                                                     const RowLaw& law,
+                                                    const Strips& maxima,
                                                     const DrawKey& key,
                                                     int32_t zone,
                                                     float cutoff) {
-  const ZoneNoise noise = zone_noise(key.seed, zone, key.position, key.purpose);
   Indexed best = {INFINITY, kNoRunner};
 #pragma unroll 1
   for (int i = 0; i < kStripsPerZone; ++i) {
     const int32_t strip = zone * kStripsPerZone + i;
     const int32_t first = strip_token(strip);
+    ZoneNoise noise = {zone_least(key.seed, first / kNoiseZone, key.position, key.purpose), 0};
+    const float latest = fminf(cutoff, best.value) * RacePolicy::kMargin;
+    const float most = probability(law, maxima.of[i]);
+    if (!__any_sync(kAllLanes, most > 0.f && noise.least <= latest * most)) continue;
+    noise.least_at = zone_least_at(key.seed, first / kNoiseZone, key.position, key.purpose);
     float logits[kGroup];
     load_target_strip(in, row, strip, logits);
 #pragma unroll
@@ -52,7 +57,7 @@ __device__ __forceinline__ Indexed race_zone_of_law(const VerifyInputs& in,
         probs[j] = probability(law, logits[quad * 4 + j]);
         largest = fmaxf(largest, probs[j]);
       }
-      if (!(noise.least <= fminf(cutoff, best.value) * RacePolicy::kMargin * largest)) continue;
+      if (!(largest > 0.f && noise.least <= latest * largest)) continue;
       const uint4 drawn =
           philox_quad(key.seed, static_cast<uint32_t>(first / 4 + quad), key.position, key.purpose);
       const uint32_t words[4] = {drawn.x, drawn.y, drawn.z, drawn.w};
@@ -60,12 +65,25 @@ __device__ __forceinline__ Indexed race_zone_of_law(const VerifyInputs& in,
       for (int j = 0; j < 4; ++j) {
         if (!(probs[j] > 0.f)) continue;
         const int32_t token = first + quad * 4 + j;
-        const float arrival = zone_exponential(noise, token % kZone, words[j]) / probs[j];
+        const float arrival = zone_exponential(noise, token % kNoiseZone, words[j]) / probs[j];
         best = ArgminOp{}(best, Indexed{arrival, token});
       }
     }
+    best = warp_reduce(best, ArgminOp{}); /* the bound of the strips to come */
   }
-  return warp_reduce(best, ArgminOp{});
+  return best;
+}
+
+/* A bound on all arrivals of a strip; infinite where none can arrive. */
+__device__ __forceinline__ float strip_bound(const RowLaw& law,
+                                             const DrawKey& key,
+                                             int32_t strip,
+                                             float max) {
+  static_assert(kStrip == kZonesPerCounter * kNoiseZone);
+  const float largest = probability(law, max);
+  if (!(largest > 0.f)) return INFINITY;
+  const float4 leasts = zone_leasts(key.seed, strip, key.position, key.purpose);
+  return fminf(fminf(leasts.x, leasts.y), fminf(leasts.z, leasts.w)) / largest;
 }
 
 /* The coupled token of a row; kNoRunner when no weight is above 0. All threads of the CTA take part and
@@ -77,10 +95,16 @@ __device__ __noinline__ int32_t race_row(const VerifyInputs& in,
                                          const DrawKey& key,
                                          RowRaceShared& shared) {
   __syncthreads(); /* readers of an earlier use are done */
-  for (int32_t zone = threadIdx.x; zone < in.num_zones; zone += RacePolicy::kNumThreads) {
-    const float largest = probability(law, zone_max(maxima[zone]));
-    const float least = zone_noise(key.seed, zone, key.position, key.purpose).least;
-    shared.bounds[zone] = largest > 0.f ? least / largest : INFINITY;
+  const int32_t num_strips = in.num_zones * kStripsPerZone;
+  const int32_t own = static_cast<int32_t>(threadIdx.x); /* whole zones of a warp's lanes */
+  for (int32_t first = 0; first < num_strips; first += RacePolicy::kNumThreads) {
+    const int32_t strip = first + own;
+    const bool exists = strip < num_strips;
+    const int part = strip % kStripsPerZone;
+    const int32_t zone = strip / kStripsPerZone;
+    float bound = exists ? strip_bound(law, key, strip, maxima[zone].of[part]) : INFINITY;
+    bound = warp_reduce<kStripsPerZone>(bound, MinOp{});
+    if (exists && part == 0) shared.bounds[zone] = bound;
   }
   if (threadIdx.x == 0) shared.best = __float_as_uint(INFINITY);
   __syncthreads();
@@ -102,7 +126,7 @@ __device__ __noinline__ int32_t race_row(const VerifyInputs& in,
     const uint32_t bits = *static_cast<volatile uint32_t*>(&shared.best);
     const float cutoff = __shfl_sync(kAllLanes, __uint_as_float(bits), 0);
     if (bound == INFINITY || bound > cutoff * RacePolicy::kMargin) break;
-    const Indexed winner = race_zone_of_law(in, row, law, key, zone, cutoff);
+    const Indexed winner = race_zone_of_law(in, row, law, maxima[zone], key, zone, cutoff);
     best = ArgminOp{}(best, winner);
     if (threadIdx.x % kWarpSize == 0) atomicMin(&shared.best, __float_as_uint(winner.value));
   }

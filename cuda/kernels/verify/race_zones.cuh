@@ -1,21 +1,29 @@
 /*
  * The coupled rule's race (common/philox.cuh) in the one read of the logits.
  *
- * Score of a token: l / T - ln E_v in units of ln 2; the largest wins. No score of a zone is above max /
- * T - ln least, so that a zone is passed over when a score that its CTA has seen in the row is higher,
- * then quads of it are. What is left, about one quad of a zone, waits in a queue of the warp until 32 of
- * them can draw their noise side by side, a Philox call each; and of their tokens only those need
- * logarithms whose uniform is small enough, since E_v >= least + u. The first zone of a row, where nothing
- * was seen, starts with the token of the least noise, then with the largest logit of each lane: behind
- * those few remain. What is passed over cannot be the winner, so that the winner depends on no order.
+ * Score of a token: l / T - ln E_v in units of ln 2; the largest wins. A lane's part of a strip, 8
+ * neighbours, lies in one noise zone, so that no score of it is above its largest logit / T - ln least:
+ * one fma for each strip says whether anything in the lane's hands may beat what its CTA has seen of the
+ * row. Hardly ever it does; then the same is asked of its quads, and those left are run, one quad of each
+ * lane at a time, a Philox call for their noise each, until none is left. Where nothing was seen, the
+ * lanes begin with their most promising quads: behind the best of those few remain. What is passed over
+ * cannot be the winner, so that the winner depends on no order.
  *
- * Per zone: some 40 instructions a lane; per 32 quads some 250.
+ * Noise: a lane makes the minima of a strip's four noise zones from one counter, a warp those of eight of
+ * its zones at once, while logits are on their way.
+ *
+ * Per zone: some 60 instructions of a warp, noise included; per round of quads some 300. Of a flat law a
+ * row's few dozen quads are run: its 152k tokens cost what a few thousand would.
  */
 #pragma once
 
 #include "kernels/verify/zone_row.cuh"
 
 namespace dspark {
+
+constexpr int kNoiseZonesPerStrip = kStrip / kNoiseZone;
+constexpr int kLanesPerNoiseZone = kWarpSize / kNoiseZonesPerStrip;
+static_assert(kNoiseZonesPerStrip == kZonesPerCounter && kNoiseZone % kGroup == 0);
 
 /* The best scores that the CTA has seen, by row: (row + 1) << 32 | ordered score; newer rows win. */
 struct RowBests {
@@ -36,239 +44,184 @@ __device__ __forceinline__ void note_best(RowBests& bests, int64_t row, float sc
             static_cast<unsigned long long>(row + 1) << 32 | key);
 }
 
-/* Quads of a warp's zones of one row that may hold its winner. */
-struct RaceQueue {
-  static constexpr int kCapacity = kWarpSize * (kQuadsPerLane + 1); /* what is left and a zone */
-  float4 logits[kCapacity];
-  int32_t tokens[kCapacity]; /* first of the quad */
+/* The minima of the noise zones of a warp's next zones, a strip's in each entry. */
+struct WarpNoise {
+  static constexpr int kZones = kWarpSize / kStripsPerZone;
+  float4 leasts[kWarpSize];
+  float4 lifts[kWarpSize]; /* -log2 of them */
 };
 
 struct RaceShared {
   RowBests bests;
-  RaceQueue queues[ZonesPolicy::kWarpsPerCta];
+  WarpNoise noise[ZonesPolicy::kWarpsPerCta];
 };
 
 /* A warp's race in a row. */
 struct RowRace {
-  /* Lane i has the noise of zone `first` + i * kWarpsPerCta, and -log2 of its least. */
-  int32_t first;
-  ZoneNoise zone;
-  float lift;
+  int32_t first; /* the noise is of the zones first + i * kWarpsPerCta */
   Indexed best;  /* of this lane */
   float seen;    /* of the CTA, as far as the warp knows */
-  int32_t count; /* of the queue */
 };
 
-/* Whether a logit's score may reach `floor` when its noise is the least, whose -log2 is `lift`. */
-__device__ __forceinline__ bool reaches(float logit, float scale, float lift, float floor) {
-  const float margin = ZonesPolicy::kMargin * (1.f + 0.1f * fabsf(floor));
-  return fmaf(logit, scale, lift) >= floor - margin;
+/* What a score's bound must reach, given that `seen` was seen. */
+__device__ __forceinline__ float race_floor(float seen) {
+  return seen - ZonesPolicy::kMargin * (1.f + 0.1f * fabsf(seen));
 }
 
-__device__ __forceinline__ void load_noise(const ZoneRow& open, int32_t first, RowRace& race) {
-  const int lane = threadIdx.x % kWarpSize;
-  race.first = first;
-  race.zone = zone_noise(open.key.seed, first + lane * ZonesPolicy::kWarpsPerCta, open.key.position,
-                         open.key.purpose);
-  race.lift = -log2f(race.zone.least);
-}
-
-/* The lane that has the noise of `zone`; out of range when none has. */
-__device__ __forceinline__ int noise_lane(const RowRace& race, int32_t zone) {
+/* The entry of the warp's noise for `zone`; out of range when it has none. */
+__device__ __forceinline__ int noise_entry(const RowRace& race, int32_t zone) {
   return (zone - race.first) / ZonesPolicy::kWarpsPerCta;
 }
 
-/* A quad runs, whose zone has the noise `zone`. */
+__device__ __forceinline__ void load_noise(const ZoneRow& open,
+                                           int32_t first,
+                                           WarpNoise& noise,
+                                           RowRace& race) {
+  const int lane = threadIdx.x % kWarpSize;
+  race.first = first;
+  const int32_t zone = first + lane / kStripsPerZone * ZonesPolicy::kWarpsPerCta;
+  const float4 leasts = zone_leasts(open.key.seed, zone * kStripsPerZone + lane % kStripsPerZone,
+                                    open.key.position, open.key.purpose);
+  __syncwarp(); /* all have read the last */
+  noise.leasts[lane] = leasts;
+  noise.lifts[lane] =
+      make_float4(-log2f(leasts.x), -log2f(leasts.y), -log2f(leasts.z), -log2f(leasts.w));
+  __syncwarp();
+}
+
+/* Of the noise zone of this lane's part of a strip. */
+__device__ __forceinline__ float noise_of(const float4& strip) {
+  const float* zones = reinterpret_cast<const float*>(&strip);
+  return zones[threadIdx.x % kWarpSize / kLanesPerNoiseZone];
+}
+
+/* A quad runs, whose noise zone has the minimum `least`. */
 __device__ __forceinline__ void run_quad(
-    const ZoneRow& open, const ZoneNoise& zone, const float4& quad, int32_t token, RowRace& race) {
-  const float logits[4] = {quad.x, quad.y, quad.z, quad.w};
-  const float margin = ZonesPolicy::kMargin * (1.f + 0.1f * fabsf(race.seen));
-  const uint4 drawn = philox_quad(open.key.seed, static_cast<uint32_t>(token / 4),
-                                  open.key.position, open.key.purpose);
+    const ZoneRow& open, float least, const float (&logits)[4], int32_t token, RowRace& race) {
+  const DrawKey& key = open.key;
+  const uint4 drawn =
+      philox_quad(key.seed, static_cast<uint32_t>(token / 4), key.position, key.purpose);
+  const ZoneNoise noise = {least,
+                           zone_least_at(key.seed, token / kNoiseZone, key.position, key.purpose)};
   const uint32_t words[4] = {drawn.x, drawn.y, drawn.z, drawn.w};
+  const float margin = ZonesPolicy::kMargin * (1.f + 0.1f * fabsf(race.seen));
   uint32_t left = 0; /* tokens that may reach what was seen */
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
+    /* The largest noise with which it does. Its own is at least `least` + u. */
     const float latest = exp2_flushed(fmaf(logits[j], open.race_scale, margin - race.seen));
     const float u = static_cast<float>(words[j]) * kTwoPowMinus32;
-    const bool has_least = token % kZone + j == zone.least_at;
-    if (has_least || u * 0.9999f <= latest - zone.least) left |= 1u << j;
+    const bool has_least = token % kNoiseZone + j == noise.least_at;
+    if (has_least || u * 0.9999f <= latest - least) left |= 1u << j;
   }
+#pragma unroll 1
   for (; left != 0; left &= left - 1) {
     const int j = __ffs(static_cast<int>(left)) - 1;
     const uint32_t word = j < 2 ? (j == 0 ? words[0] : words[1]) : (j == 2 ? words[2] : words[3]);
     const float logit = j < 2 ? (j == 0 ? logits[0] : logits[1]) : (j == 2 ? logits[2] : logits[3]);
-    if (!(logit > -INFINITY)) continue;
-    const float e = zone_exponential(zone, token % kZone + j, word);
+    const float e = zone_exponential(noise, token % kNoiseZone + j, word);
     race_step(race.best, fmaf(logit, open.race_scale, -log2f(e)), token + j);
   }
 }
 
-/* The last 32 quads of the queue, or fewer, run. */
-__device__ __forceinline__ void run_batch(const ZoneRow& open,
-                                          const RaceQueue& queue,
-                                          RowBests& bests,
-                                          RowRace& race) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int32_t num = min(race.count, kWarpSize);
-  race.count -= num;
-  const int32_t at = race.count + min(lane, num - 1);
-  const float4 quad = queue.logits[at];
-  const int32_t token = queue.tokens[at];
-  const int from = noise_lane(race, token / kZone);
-  ZoneNoise zone;
-  zone.least = __shfl_sync(kAllLanes, race.zone.least, from);
-  zone.least_at = __shfl_sync(kAllLanes, race.zone.least_at, from);
-  const float lift = __shfl_sync(kAllLanes, race.lift, from);
-  const float largest = fmaxf(fmaxf(quad.x, quad.y), fmaxf(quad.z, quad.w));
-  if (lane < num && reaches(largest, open.race_scale, lift, race.seen)) {
-    run_quad(open, zone, quad, token, race);
-  }
-  const float best = from_ordered(__reduce_max_sync(kAllLanes, ordered(race.best.value)));
-  if (!(best > race.seen)) return;
-  race.seen = best;
-  if (lane == 0) note_best(bests, open.row.index, best);
-}
-
-/* Drops the quads of the queue that what was seen is out of reach for. */
-__device__ __forceinline__ void thin_queue(const ZoneRow& open, RaceQueue& queue, RowRace& race) {
-  const int lane = threadIdx.x % kWarpSize;
-  int32_t kept = 0;
-#pragma unroll 1
-  for (int32_t first = 0; first < race.count; first += kWarpSize) {
-    const int32_t at = min(first + lane, race.count - 1);
-    const float4 quad = queue.logits[at];
-    const int32_t token = queue.tokens[at];
-    const float lift = __shfl_sync(kAllLanes, race.lift, noise_lane(race, token / kZone));
-    const float largest = fmaxf(fmaxf(quad.x, quad.y), fmaxf(quad.z, quad.w));
-    const bool keep =
-        first + lane < race.count && reaches(largest, open.race_scale, lift, race.seen);
-    const uint32_t keeping = __ballot_sync(kAllLanes, keep);
-    __syncwarp(); /* all have read */
-    if (keep) {
-      const int32_t to = kept + __popc(keeping & ((1u << lane) - 1));
-      queue.logits[to] = quad;
-      queue.tokens[to] = token;
-    }
-    kept += __popc(keeping);
-    __syncwarp();
-  }
-  race.count = kept;
-}
-
-/* Runs what fills a warp, and with `all` the rest. */
-__device__ __forceinline__ void drain_queue(
-    const ZoneRow& open, RaceQueue& queue, RowBests& bests, bool all, RowRace& race) {
-  __syncwarp();
-  while (race.count >= kWarpSize || (all && race.count > 0)) {
-    run_batch(open, queue, bests, race);
-    if (race.count >= kWarpSize) thin_queue(open, queue, race);
-  }
-}
-
-/* The quads in `left` of every lane go to the end of the queue. */
+/* The quads of this lane whose bounds reach `floor`, less those in `done`. */
 template <typename T>
-__device__ __forceinline__ void enqueue_quads(
-    const ZoneWords<T>& words, int32_t zone, uint32_t left, RaceQueue& queue, RowRace& race) {
+__device__ __forceinline__ uint32_t quads_left(const ZoneRow& open,
+                                               const ZoneWords<T>& words,
+                                               const float (&lifts)[kStripsPerZone],
+                                               float floor,
+                                               uint32_t done) {
+  uint32_t left = 0;
+#pragma unroll
+  for (int quad = 0; quad < kQuadsPerLane; ++quad) {
+    const float bound = fmaf(words.quad_max(quad), open.race_scale, lifts[quad / 2]);
+    if (bound >= floor && bound > -INFINITY) left |= 1u << quad;
+  }
+  return left & ~done;
+}
+
+/* Something of a zone may win: its quads run. The whole warp takes part. */
+template <typename T>
+__device__ __forceinline__ void run_zone(const ZoneRow& open,
+                                         const ZoneWords<T>& words,
+                                         int32_t zone,
+                                         const float4* leasts, /* of its strips */
+                                         const float (&lifts)[kStripsPerZone],
+                                         RowBests& bests,
+                                         RowRace& race) {
   const int lane = threadIdx.x % kWarpSize;
-  while (__any_sync(kAllLanes, left != 0)) {
-    const uint32_t pushing = __ballot_sync(kAllLanes, left != 0);
+  float floor = race_floor(race.seen);
+  if (race.seen == -INFINITY) { /* only the most promising */
+    floor = -INFINITY;
+#pragma unroll
+    for (int quad = 0; quad < kQuadsPerLane; ++quad) {
+      floor = fmaxf(floor, fmaf(words.quad_max(quad), open.race_scale, lifts[quad / 2]));
+    }
+  }
+  uint32_t done = 0;
+#pragma unroll 1
+  while (true) {
+    const uint32_t left = quads_left(open, words, lifts, floor, done);
+    if (!__any_sync(kAllLanes, left != 0)) break;
     if (left != 0) {
       const int quad = __ffs(static_cast<int>(left)) - 1;
-      left &= left - 1;
+      done |= 1u << quad;
       float logits[4];
       words.pick_quad(quad, logits);
-      const int32_t to = race.count + __popc(pushing & ((1u << lane) - 1));
-      queue.logits[to] = make_float4(logits[0], logits[1], logits[2], logits[3]);
-      queue.tokens[to] = strip_token(zone * kStripsPerZone + quad / 2) + quad % 2 * 4;
+      const int32_t token = strip_token(zone * kStripsPerZone + quad / 2) + quad % 2 * 4;
+      run_quad(open, noise_of(leasts[quad / 2]), logits, token, race);
     }
-    race.count += __popc(pushing);
+    const float best = from_ordered(__reduce_max_sync(kAllLanes, ordered(race.best.value)));
+    if (best > race.seen) {
+      race.seen = best;
+      if (lane == 0) note_best(bests, open.row.index, best);
+    }
+    const float other = __shfl_sync(kAllLanes, seen_best(bests, open.row.index), 0);
+    race.seen = fmaxf(race.seen, other);
+    floor = race_floor(race.seen);
   }
 }
 
-/* The token of the zone's least noise runs: its arrival is known. */
-template <typename T>
-__device__ __forceinline__ void run_least(const ZoneRow& open,
-                                          const ZoneWords<T>& words,
-                                          int32_t zone,
-                                          int32_t at,
-                                          float lift,
-                                          RowRace& race) {
-  float logits[4];
-  words.pick_quad(at / kStrip * 2 + at / 4 % 2, logits);
-  const float logit =
-      at % 4 < 2 ? (at % 4 == 0 ? logits[0] : logits[1]) : (at % 4 == 2 ? logits[2] : logits[3]);
-  const bool has_it = static_cast<int>(threadIdx.x % kWarpSize) == at % kStrip / kGroup;
-  if (has_it && logit > -INFINITY) {
-    race_step(race.best, fmaf(logit, open.race_scale, lift), zone * kZone + at);
-  }
-  race.seen = from_ordered(__reduce_max_sync(kAllLanes, ordered(race.best.value)));
-}
-
-/* A zone enters the race of its row. The warp's zones of a row come in ascending order. */
+/* A zone enters the race of its row; strip_max are this lane's. The warp's zones of a row come in
+ * ascending order. */
 template <typename T>
 __device__ __forceinline__ void race_zone(const ZoneRow& open,
                                           const ZoneWords<T>& words,
                                           int32_t zone,
-                                          float max,
+                                          const float (&strip_max)[kStripsPerZone],
                                           RaceShared& shared,
                                           RowRace& race) {
-  RaceQueue& queue = shared.queues[threadIdx.x / kWarpSize];
-  int from = noise_lane(race, zone);
-  if (from < 0 || from >= kWarpSize) {
-    drain_queue(open, queue, shared.bests, true, race); /* it knows the old noise alone */
-    load_noise(open, zone, race);
-    from = 0;
+  WarpNoise& noise = shared.noise[threadIdx.x / kWarpSize];
+  int entry = noise_entry(race, zone);
+  if (entry < 0 || entry >= WarpNoise::kZones) {
+    load_noise(open, zone, noise, race);
+    entry = 0;
   }
-  const float lift = __shfl_sync(kAllLanes, race.lift, from);
   const float seen = __shfl_sync(kAllLanes, seen_best(shared.bests, open.row.index), 0);
   race.seen = fmaxf(race.seen, seen);
-  if (!reaches(max, open.race_scale, lift, race.seen)) return;
-  const bool is_first = race.seen == -INFINITY;
-  if (is_first) {
-    const int32_t at = __shfl_sync(kAllLanes, race.zone.least_at, from);
-    run_least(open, words, zone, at, lift, race);
-  }
-  float quad_max[kQuadsPerLane];
-  float lane_max = -INFINITY;
+  float lifts[kStripsPerZone];
+  float bound = -INFINITY;
 #pragma unroll
-  for (int quad = 0; quad < kQuadsPerLane; ++quad) {
-    quad_max[quad] = words.quad_max(quad);
-    lane_max = fmaxf(lane_max, quad_max[quad]);
+  for (int i = 0; i < kStripsPerZone; ++i) {
+    lifts[i] = noise_of(noise.lifts[entry * kStripsPerZone + i]);
+    bound = fmaxf(bound, fmaf(strip_max[i], open.race_scale, lifts[i]));
   }
-  uint32_t done = 0;
-#pragma unroll 1
-  for (int round = is_first ? 0 : 1; round < 2; ++round) { /* 0: the lanes' largest logits */
-    uint32_t left = 0;
-    const float least = round == 0 ? lane_max : -INFINITY;
-    if (is_first) { /* the CTA's other warps are at their first zones, too */
-      const float other = __shfl_sync(kAllLanes, seen_best(shared.bests, open.row.index), 0);
-      race.seen = fmaxf(race.seen, other);
-    }
-#pragma unroll
-    for (int quad = 0; quad < kQuadsPerLane; ++quad) {
-      const bool runs =
-          quad_max[quad] >= least && reaches(quad_max[quad], open.race_scale, lift, race.seen);
-      if (runs) left |= 1u << quad;
-    }
-    left &= ~done;
-    done = left;
-    enqueue_quads(words, zone, left, queue, race);
-    drain_queue(open, queue, shared.bests, round == 0, race);
-  }
+  if (!__any_sync(kAllLanes, bound >= race_floor(race.seen))) return;
+  run_zone(open, words, zone, &noise.leasts[entry * kStripsPerZone], lifts, shared.bests, race);
 }
 
+/* Before the first zone of a row. */
 __device__ __forceinline__ void open_race(RowRace& race) {
-  race.first = -kWarpSize * ZonesPolicy::kWarpsPerCta; /* no zone's noise */
+  race.first = -WarpNoise::kZones * ZonesPolicy::kWarpsPerCta; /* no zone's noise */
   race.best = empty_race();
   race.seen = -INFINITY;
-  race.count = 0;
 }
 
 /* The warp's part of the row is through: its best goes to the entry of its zone. */
-__device__ __forceinline__ void close_race(
-    const ZoneRow& open, int32_t num_zones, RaceShared& shared, ZoneRace* races, RowRace& race) {
-  drain_queue(open, shared.queues[threadIdx.x / kWarpSize], shared.bests, true, race);
+__device__ __forceinline__ void close_race(const ZoneRow& open,
+                                           int32_t num_zones,
+                                           ZoneRace* races,
+                                           const RowRace& race) {
   const Indexed best = warp_reduce(race.best, ArgmaxOp{});
   if (threadIdx.x % kWarpSize != 0 || best.index == kNoRunner) return;
   races[open.row.index * num_zones + best.index / kZone] = {best.value, best.index};

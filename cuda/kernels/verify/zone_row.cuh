@@ -12,7 +12,7 @@ struct ZonesPolicy {
   static constexpr int kNumThreads = kWarpsPerCta * kWarpSize;
   static constexpr int kCtasPerSm = 4;       /* plain 16-bit rows: 64 registers */
   static constexpr int kCtasPerSmWide = 2;   /* f32 or shaped rows */
-  static constexpr int kCtasPerSmWidest = 1; /* f32 rows that are shaped */
+  static constexpr int kCtasPerSmWidest = 1; /* f32 rows that are shaped or race */
   static constexpr int kCtasPerSmRaces = 2;
   static constexpr int kBestSlots = 16;   /* rows that a CTA works on at once, at least */
   static constexpr float kMargin = 1e-4f; /* on bounds of scores, for rounding */

@@ -15,8 +15,8 @@
  * it alone, so a law is the same bits in every batch. 16-bit logits stay packed until they are summed:
  * a maximum costs less than an instruction a logit, its sum five (unpack, subtract, scale, ex2, add).
  *
- * The coupled race (common/philox.cuh) happens here, in race_zones.cuh, because most zones of a flat
- * law could hold the winner: reading them again would cost as much as reading them.
+ * The coupled race (common/philox.cuh) happens here, in race_zones.cuh, where the logits are in
+ * registers: what may win is found without reading anything twice.
  *
  * Bytes: 2 or 4 * vocab_size per row. Limited by memory from a few requests on, before that by latency.
  */
@@ -63,16 +63,16 @@ struct ZonesWork {
   uint32_t* tickets; /* [num_reqs] to be cleared; may be nullptr */
 };
 
-template <typename T, ZonesKind kKind>
-constexpr int kZonesCtasPerSm =
-    kKind == ZonesKind::kShaped && sizeof(T) == 4   ? ZonesPolicy::kCtasPerSmWidest
-    : kKind == ZonesKind::kShaped || sizeof(T) == 4 ? ZonesPolicy::kCtasPerSmWide
-    : kKind == ZonesKind::kRaces                    ? ZonesPolicy::kCtasPerSmRaces
-                                                    : ZonesPolicy::kCtasPerSm;
-
 /* Whether rows of this kind may race. */
 template <ZonesKind kKind>
 constexpr bool kMayRace = kKind == ZonesKind::kRaces || kKind == ZonesKind::kShaped;
+
+template <typename T, ZonesKind kKind>
+constexpr int kZonesCtasPerSm =
+    kMayRace<kKind> && sizeof(T) == 4               ? ZonesPolicy::kCtasPerSmWidest
+    : kKind == ZonesKind::kShaped || sizeof(T) == 4 ? ZonesPolicy::kCtasPerSmWide
+    : kKind == ZonesKind::kRaces                    ? ZonesPolicy::kCtasPerSmRaces
+                                                    : ZonesPolicy::kCtasPerSm;
 
 struct Nothing {};
 template <ZonesKind kKind>
@@ -89,9 +89,11 @@ __device__ __forceinline__ void finish_zone(const ZonesWork& work,
                                             RowRace& race) {
   const int lane = threadIdx.x % kWarpSize;
   Strips maxima;
+  float own_max[kStripsPerZone];
 #pragma unroll
   for (int i = 0; i < kStripsPerZone; ++i) {
-    maxima.of[i] = from_ordered(__reduce_max_sync(kAllLanes, ordered(words.strip_max(i))));
+    own_max[i] = words.strip_max(i);
+    maxima.of[i] = from_ordered(__reduce_max_sync(kAllLanes, ordered(own_max[i])));
   }
   const float max = zone_max(maxima);
   const int64_t at = open.row.index * in.num_zones + zone;
@@ -103,8 +105,20 @@ __device__ __forceinline__ void finish_zone(const ZonesWork& work,
   if constexpr (kMayRace<kKind>) {
     if (!open.races) return;
     if (lane == 0) work.races[at] = {-INFINITY, kNoRunner};
-    if (is_number) race_zone(open, words, zone, max, shared, race);
+    if (is_number) race_zone(open, words, zone, own_max, shared, race);
   }
+}
+
+/* A warp comes to a row, at `zone` of it. */
+template <ZonesKind kKind>
+__device__ __forceinline__ ZoneRow enter_row(
+    const VerifyInputs& in, int64_t row, int32_t zone, ZonesShared<kKind>& shared, RowRace& race) {
+  const ZoneRow open = open_row<kKind>(in, row);
+  if constexpr (kMayRace<kKind>) {
+    open_race(race);
+    if (open.races) load_noise(open, zone, shared.noise[threadIdx.x / kWarpSize], race);
+  }
+  return open;
 }
 
 /* Grid: as many CTAs as the device holds, or fewer. */
@@ -132,12 +146,11 @@ __global__ void __launch_bounds__(ZonesPolicy::kNumThreads, (kZonesCtasPerSm<T, 
   auto left = static_cast<int32_t>((end - first - 1) / ZonesPolicy::kWarpsPerCta);
   ZoneWords<T> next;
   next.load(work.matrix, row, zone, in.vocab_size);
-  ZoneRow open = {};
-  open.row.index = -1;
   RowRace race = {};
+  ZoneRow open = enter_row<kKind>(in, row, zone, shared, race); /* while the zone is on its way */
   const auto close = [&] {
     if constexpr (kMayRace<kKind>) {
-      if (open.races) close_race(open, in.num_zones, shared, work.races, race);
+      if (open.races) close_race(open, in.num_zones, work.races, race);
     }
   };
 #pragma unroll 1
@@ -151,8 +164,7 @@ __global__ void __launch_bounds__(ZonesPolicy::kNumThreads, (kZonesCtasPerSm<T, 
     }
     if (own_row != open.row.index) {
       close();
-      open = open_row<kKind>(in, own_row);
-      open_race(race);
+      open = enter_row<kKind>(in, own_row, own_zone, shared, race);
     }
     if (!open.skipped) {
       if constexpr (kKind == ZonesKind::kShaped) {
