@@ -1,6 +1,6 @@
 //! A sequential head: its weights, its forms, what it is asked and what it answers.
 
-use super::{Ops, SamplingParams, W2, accept, grammar};
+use super::{Ops, SamplingParams, SparseLaw, W2, accept, grammar};
 use crate::error::{Error, Result};
 
 /// Which sequential head a drafter has (spec: vanilla, gated, rnn; `None` is DFlash or an autoregressive drafter).
@@ -180,6 +180,29 @@ impl DraftBatch<'_> {
     }
 }
 
+/// Checks a table of `cols` tokens for each token of a vocabulary, and returns how many rows it has.
+///
+/// # Errors
+/// Rows that are not whole, a token past the last row, or one that is twice in a row.
+pub(crate) fn check_token_table(tokens: &[u32], cols: usize) -> Result<usize> {
+    if cols == 0 || !tokens.len().is_multiple_of(cols) {
+        let expected = format!("whole rows of {cols}");
+        return Err(Error::argument("tokens", expected, tokens.len()));
+    }
+    let num_rows = tokens.len() / cols;
+    let mut sorted = Vec::with_capacity(cols);
+    for row in tokens.chunks_exact(cols) {
+        sorted.clear();
+        sorted.extend(row.iter().filter(|token| **token != SparseLaw::NO_PAIR));
+        accept::expect_tokens("tokens", sorted.iter(), num_rows)?;
+        sorted.sort_unstable();
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(Error::argument("tokens", "each once in a row", pair[0]));
+        }
+    }
+    Ok(num_rows)
+}
+
 /// What the head drafted, on the host.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Drafted {
@@ -187,4 +210,54 @@ pub struct Drafted {
     pub tokens: Vec<u32>,
     /// `[num_reqs * draft_len]`, conditional confidences before calibration; `None` without a confidence head.
     pub confidence: Option<Vec<f32>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forms_are_read_as_they_are_written() {
+        let forms = [
+            (HeadForm::Full, "full"),
+            (HeadForm::FullFp8, "full-fp8"),
+            (HeadForm::Candidates(64, 0), "candidates:64"),
+            (HeadForm::Candidates(64, 16), "candidates:64:16"),
+        ];
+        for (form, text) in forms {
+            assert_eq!(form.to_string(), text);
+            assert_eq!(text.parse::<HeadForm>().unwrap(), form);
+        }
+        for text in [
+            "",
+            "candidates",
+            "candidates:",
+            "candidates:1:",
+            "candidates:1:2:3",
+            "fp8",
+        ] {
+            assert!(text.parse::<HeadForm>().is_err(), "{text}");
+        }
+        let check = |num_top, num_bigram| HeadForm::Candidates(num_top, num_bigram).check(300);
+        assert!(check(1, 0).is_ok() && check(256, 256).is_ok());
+        assert!(check(0, 1).is_err() && check(257, 0).is_err() && check(1, 257).is_err());
+        assert!(HeadForm::Candidates(5, 0).check(4).is_err());
+    }
+
+    #[test]
+    fn tables_name_tokens_of_the_vocabulary_once() {
+        const NONE: u32 = SparseLaw::NO_PAIR;
+        assert_eq!(
+            check_token_table(&[1, NONE, 0, 1, NONE, NONE], 2).unwrap(),
+            3
+        );
+        for (bad, cols) in [
+            (&[0, 1, 2][..], 2),
+            (&[1, 1], 2),
+            (&[0, 2, 1, 0], 2),
+            (&[0], 0),
+        ] {
+            assert!(check_token_table(bad, cols).is_err(), "{bad:?}");
+        }
+    }
 }

@@ -24,6 +24,7 @@ pub use accept::{
     AcceptBatch, AcceptExtras, Accepted, DraftLaw, LowRankLaw, MAX_TOP_LOGPROBS, SparseLaw,
     TokenLogprobs, W2,
 };
+pub(crate) use draft::check_token_table;
 pub use draft::{ConfidenceHead, DraftBatch, DraftHead, Drafted, HeadForm, HeadKind};
 pub use grammar::{Constraint, Grammar};
 pub use mapped_file::MappedFile;

@@ -44,7 +44,7 @@ use tensor::{expect_cols, expect_shape};
 use crate::error::{Error, Result};
 use crate::ops::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, LowRankLaw, Matrix, Ops, RopeSpec, RowMap, RowMove, SparseLaw,
+    KvSink, LowRankLaw, Matrix, Ops, RopeSpec, RowMap, RowMove, SparseLaw, check_token_table,
 };
 
 /// The backend. See the module's documentation for what its results depend on.
@@ -107,6 +107,7 @@ impl Ops for Reference {
     }
 
     fn token_table(&mut self, tokens: &[u32], cols: usize) -> Result<TokenTable> {
+        check_token_table(tokens, cols)?;
         Ok(TokenTable {
             tokens: tokens.to_vec(),
             cols,

@@ -36,6 +36,7 @@ use crate::device::{Device, Gemm, Growing};
 use crate::error::{Error, Result};
 use crate::sys;
 
+use draft::Walk;
 use passes::Passes;
 
 pub use cache::KvCache;
@@ -191,7 +192,8 @@ impl Ops for Cuda {
     }
 
     fn token_table(&mut self, tokens: &[u32], cols: usize) -> Result<DeviceMatrix<u32>> {
-        let mut table = DeviceMatrix::new(&self.device, tokens.len() / cols.max(1), cols)?;
+        let num_rows = super::check_token_table(tokens, cols)?;
+        let mut table = DeviceMatrix::new(&self.device, num_rows, cols)?;
         table.write(tokens)?;
         Ok(table)
     }
@@ -377,7 +379,13 @@ impl Ops for Cuda {
         hidden: &Self::Mat,
         batch: &DraftBatch<'_>,
     ) -> Result<(Drafted, LowRankLaw)> {
-        self.run_full(head, logits, hidden, batch)
+        let walk = Walk {
+            head,
+            logits,
+            hidden,
+            batch,
+        };
+        self.run_full(&walk)
     }
 
     fn draft_candidates(
@@ -388,7 +396,13 @@ impl Ops for Cuda {
         batch: &DraftBatch<'_>,
         num_top: usize,
     ) -> Result<(Drafted, SparseLaw)> {
-        self.run_candidates(head, logits, hidden, batch, num_top)
+        let walk = Walk {
+            head,
+            logits,
+            hidden,
+            batch,
+        };
+        self.run_candidates(&walk, num_top)
     }
 
     fn schedule(&mut self, inputs: &ScheduleInputs<'_>) -> Result<Option<Scheduled>> {
