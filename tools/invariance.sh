@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing and holds every way to decode against plain decoding, on the demo pair: 200 self-written
 # prompts, the coupled rule at temperature 0.7, modes none, mtp and dspark, several draft lengths, schedules, batches
-# and forms of the head. Arguments are passed to `dspark invariance` after these (`--limit 20`, say: the CPU is slow).
+# and forms of the head. On CUDA `--batch-invariant` takes the near-ties away. Arguments are passed to `dspark invariance` after these (`--limit 20`, say: the CPU is slow).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . tools/setup.sh --demo
