@@ -30,7 +30,8 @@
  *   - A stage is written only after all computing warps have released its last tile, and read only
  *     after all kBoxes warps and all bytes have arrived. Every computing warp waits for every tile,
  *     its own or not: the phases of the barriers stay in step.
- *   - The note of a segment is rewritten kSegments segments later, when every warp has left its end.
+ *   - A segment is noted before the last tile of the one before it is handed over, and its note
+ *     rewritten kSegments segments later, when every warp has left its end.
  *   - Boxes that hold no key to be seen are not copied: their place holds what it held, and their keys
  *     are cleared from the tile's mask. Keys of a copied box that must not be seen are masked, too, and
  *     their values cleared: whatever stands in a page past the end never reaches a result.
@@ -109,7 +110,9 @@ __global__ void __launch_bounds__(Policy::kThreads) __maxnreg__(Policy::kRegiste
   const int warp_m = warp % Policy::kWarpsM;
   const int warp_n = warp / Policy::kWarpsM;
   const int group = warp_n % Policy::kGroups;
-  const int first_row = warp_n / Policy::kGroups * Policy::kKeysPerWarp;
+  const int first_row = Policy::kGroups == Policy::kWarpsN
+                            ? 0 /* known to the compiler */
+                            : warp_n / Policy::kGroups * Policy::kKeysPerWarp;
   barrier_wait(&shared.started, 0);
   if (shared.segments[0].slot == Segment::kNothing) return;
   StreamEpilogue<T, Policy> epilogue{args, shared, kv_head, warp, lane};
@@ -135,16 +138,15 @@ __global__ void __launch_bounds__(Policy::kThreads) __maxnreg__(Policy::kRegiste
     turn = turn + 1 == Policy::kGroups ? 0 : turn + 1;
     if (!ends_segment) continue;
     turn = 0; /* by the place in the segment alone */
-    epilogue.finish(state, note);
-    if (note.ends_work) return;
-    const int32_t row_begin = note.row_begin;
-    const int32_t m_begin = note.m_begin;
-    segment = segment + 1 == Policy::kSegments ? 0 : segment + 1;
-    barrier_wait(&shared.full[stage], parity);
-    const SegmentNote& next = shared.segments[segment];
-    if (next.row_begin != row_begin || next.m_begin != m_begin) {
+    if (++segment == Policy::kSegments) segment = 0;
+    const bool ends_work = note.ends_work;
+    const SegmentNote& next = shared.segments[segment]; /* came with the last tile */
+    if (!ends_work && (next.row_begin != note.row_begin || next.m_begin != note.m_begin)) {
+      /* The products with q are done: the next rows come while this segment ends. */
       state.load_rows(args, next, kv_head, warp_m, lane);
     }
+    epilogue.finish(state, note);
+    if (ends_work) return;
     state.reset();
   }
 #endif
