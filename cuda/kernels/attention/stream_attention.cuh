@@ -9,12 +9,14 @@
  *           others compute, kWarpsM x kWarpsN of them over 16 kWarpsM rows and the keys of a tile, by
  *           mma.sync. Stages pass between the two kinds by barriers in shared memory; no barrier of
  *           the CTA stands in the loop. kGroups groups of the computing warps take turns with the
- *           tiles: a warp then has 32 keys in hand and twice the time, which matters where a tile is
- *           small (head_dim 64, e4m3), since the chain of a step is a thousand cycles long.
+ *           tiles: a warp then has 32 keys in hand and twice the time. Where a tile is small (head_dim
+ *           64, e4m3) it has all 64 and four times the time, since the chain of a step is a thousand
+ *           cycles long.
  * Segments  At the end of a segment the warps leave O in shared memory, merge it row by row and write
  *           whole results to `out`, partial ones to the workspace; meanwhile the copies of the next
- *           segment go on. merge_splits.cuh waits on the same SMs for the end: registers are given
- *           back for it.
+ *           segment go on, whose lists, pages and q were asked for while this one's tiles were
+ *           brought. merge_splits.cuh waits on the same SMs for the end: registers are given back for
+ *           it.
  * Traffic   as paged_attention.cuh; up to 200 KB are on their way to each SM.
  * Limit     memory bandwidth: 128 x 4096 (8 KV heads x 128) reads at .98 of the copy's rate. Below 32
  *           requests of 4096 the start and the end: on an H100 1.8 us until a CTA knows its work
@@ -141,12 +143,14 @@ __global__ void __launch_bounds__(Policy::kThreads) __maxnreg__(Policy::kRegiste
     if (++segment == Policy::kSegments) segment = 0;
     const bool ends_work = note.ends_work;
     const SegmentNote& next = shared.segments[segment]; /* came with the last tile */
-    if (!ends_work && (next.row_begin != note.row_begin || next.m_begin != note.m_begin)) {
-      /* The products with q are done: the next rows come while this segment ends. */
-      state.load_rows(args, next, kv_head, warp_m, lane);
-    }
+    const bool has_new_rows =
+        !ends_work && (next.row_begin != note.row_begin || next.m_begin != note.m_begin);
+    /* The products with q are done: the next rows come while this segment ends. */
+    constexpr bool kLoadsAhead = Policy::kHeadDim < 256; /* or else registers are short */
+    if (kLoadsAhead && has_new_rows) state.load_rows(args, next, kv_head, warp_m, lane);
     epilogue.finish(state, note);
     if (ends_work) return;
+    if (!kLoadsAhead && has_new_rows) state.load_rows(args, next, kv_head, warp_m, lane);
     state.reset();
   }
 #endif
