@@ -9,28 +9,36 @@
  *           others compute, kWarpsM x kWarpsN of them over 16 kWarpsM rows and the keys of a tile, by
  *           mma.sync. Stages pass between the two kinds by barriers in shared memory; no barrier of
  *           the CTA stands in the loop. kGroups groups of the computing warps take turns with the
- *           tiles: a warp then has 32 keys in hand and twice the time, which matters where a tile is
- *           small (head_dim 64, e4m3), since the chain of a step is a thousand cycles long.
+ *           tiles: a warp then has 32 keys in hand and twice the time. Where a tile is small (head_dim
+ *           64, e4m3) it has all 64 and four times the time, since the chain of a step is a thousand
+ *           cycles long.
  * Segments  At the end of a segment the warps leave O in shared memory, merge it row by row and write
  *           whole results to `out`, partial ones to the workspace; meanwhile the copies of the next
- *           segment go on. merge_splits.cuh waits on the same SMs for the end: registers are given
- *           back for it.
+ *           segment go on, whose lists, pages and q were asked for while this one's tiles were
+ *           brought. merge_splits.cuh waits on the same SMs for the end: registers are given back for
+ *           it.
  * Traffic   as paged_attention.cuh; up to 200 KB are on their way to each SM.
- * Limit     memory bandwidth: 128 x 4096 (8 KV heads x 128) reads at .98 of the copy's rate. Below 32
- *           requests of 4096 the start and the end: on an H100 1.8 us until a CTA knows its work
- *           (launch, lists, search), 2.3 us for the first tile, 1.3 us for the last one's products,
- *           1.6 us for the exchange, 2 to 4 us for the merge, by stamps of the SM's clock.
+ * Limit     memory bandwidth: 128 x 4096 (8 KV heads x 128, 8 rows) reads 3.0 TB/s on an H100, .98 of
+ *           the copy's rate. Below 32 requests of 4096 the start and the end: 1.8 us until a CTA knows
+ *           its work (launch, lists, search), 2.3 us for the first tile, 1.3 us for the last one's
+ *           products, 1.6 us for the exchange, 2 to 4 us for the merge, by stamps of the SM's clock. By
+ *           ncu: 32 x 1024 takes 56 us, its DRAM is busy for 74 % of them, the issue slots for 22 %; 1 x
+ *           1024 takes 10 us, 13 % and 23 %. e4m3 at 128 x 4096: 80 % and 51 %, of 64 dimensions 63 %
+ *           and 55 %: there the chain of conversions, not the memory.
  * Dropped   One warp for all boxes: to name a box takes a hundred cycles, 1900 a tile. Clusters of 16
  *           CTAs that merge through each other's shared memory: an H100 holds seven such at once, not
  *           eight, and a barrier of the cluster costs as much as the wait of the merge. Every warp
- *           searching for itself: 6 us at 256 requests.
+ *           searching for itself: 6 us at 256 requests. A fifth stage in the place of half the
+ *           exchange, and whole tiles for two warps at 128 dimensions of 16 bits: no faster. Products
+ *           of e4m3: mma.sync turns both factors into f16 by the same conversions.
  * Source    the producer and consumer warps of CUTLASS and FlashAttention-3; see paged_attention.cuh.
  *
  * Invariants that the code below leans on:
  *   - A stage is written only after all computing warps have released its last tile, and read only
  *     after all kBoxes warps and all bytes have arrived. Every computing warp waits for every tile,
  *     its own or not: the phases of the barriers stay in step.
- *   - The note of a segment is rewritten kSegments segments later, when every warp has left its end.
+ *   - A segment is noted before the last tile of the one before it is handed over, and its note
+ *     rewritten kSegments segments later, when every warp has left its end.
  *   - Boxes that hold no key to be seen are not copied: their place holds what it held, and their keys
  *     are cleared from the tile's mask. Keys of a copied box that must not be seen are masked, too, and
  *     their values cleared: whatever stands in a page past the end never reaches a result.
@@ -109,7 +117,9 @@ __global__ void __launch_bounds__(Policy::kThreads) __maxnreg__(Policy::kRegiste
   const int warp_m = warp % Policy::kWarpsM;
   const int warp_n = warp / Policy::kWarpsM;
   const int group = warp_n % Policy::kGroups;
-  const int first_row = warp_n / Policy::kGroups * Policy::kKeysPerWarp;
+  const int first_row = Policy::kGroups == Policy::kWarpsN
+                            ? 0 /* known to the compiler */
+                            : warp_n / Policy::kGroups * Policy::kKeysPerWarp;
   barrier_wait(&shared.started, 0);
   if (shared.segments[0].slot == Segment::kNothing) return;
   StreamEpilogue<T, Policy> epilogue{args, shared, kv_head, warp, lane};
@@ -135,16 +145,17 @@ __global__ void __launch_bounds__(Policy::kThreads) __maxnreg__(Policy::kRegiste
     turn = turn + 1 == Policy::kGroups ? 0 : turn + 1;
     if (!ends_segment) continue;
     turn = 0; /* by the place in the segment alone */
+    if (++segment == Policy::kSegments) segment = 0;
+    const bool ends_work = note.ends_work;
+    const SegmentNote& next = shared.segments[segment]; /* came with the last tile */
+    const bool has_new_rows =
+        !ends_work && (next.row_begin != note.row_begin || next.m_begin != note.m_begin);
+    /* The products with q are done: the next rows come while this segment ends. */
+    constexpr bool kLoadsAhead = Policy::kHeadDim < 256; /* or else registers are short */
+    if (kLoadsAhead && has_new_rows) state.load_rows(args, next, kv_head, warp_m, lane);
     epilogue.finish(state, note);
-    if (note.ends_work) return;
-    const int32_t row_begin = note.row_begin;
-    const int32_t m_begin = note.m_begin;
-    segment = segment + 1 == Policy::kSegments ? 0 : segment + 1;
-    barrier_wait(&shared.full[stage], parity);
-    const SegmentNote& next = shared.segments[segment];
-    if (next.row_begin != row_begin || next.m_begin != m_begin) {
-      state.load_rows(args, next, kv_head, warp_m, lane);
-    }
+    if (ends_work) return;
+    if (!kLoadsAhead && has_new_rows) state.load_rows(args, next, kv_head, warp_m, lane);
     state.reset();
   }
 #endif

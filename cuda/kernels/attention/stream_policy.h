@@ -39,8 +39,11 @@ struct StreamPolicy {
   static_assert(kWarps * kWorkerRegisters + kBoxes * kProducerRegisters <=
                     (kWarps + kBoxes) * kRegisters,
                 "registers only change hands");
-  /* Warps that share rows form groups that take turns with the tiles. */
-  static constexpr int kGroups = kWarpsN == 4 && kHeadDim < 256 ? 2 : 1;
+  /* Warps that share rows form groups that take turns with the tiles. Where a tile is small a warp
+   * takes it whole: the chain of a step hardly grows with its keys, and each has four tiles' time. */
+  static constexpr bool kHasSmallTiles = kHeadDim == 64 || kKeyBytes == 1;
+  static constexpr int kGroups =
+      kWarpsN == 4 && kHeadDim < 256 ? (kHasSmallTiles ? kWarpsN : 2) : 1;
   static constexpr int kKeysPerWarp = kTileKeys * kGroups / kWarpsN;
 
   static constexpr int kRowBytes = kHeadDim * kKeyBytes;
@@ -67,8 +70,8 @@ struct StreamPolicy {
   static constexpr int kStages = kRoomForStages < 8 ? kRoomForStages : 8;
   static constexpr size_t kSharedBytes = kStages * kStageBytes + kFixedBytes;
   /* Of segments: the warps that compute may still be at the end of one when all stages hold tiles of
-   * later ones. */
-  static constexpr int kSegments = kStages + 2;
+   * later ones, one more waits for a stage, and the one after it is noted. */
+  static constexpr int kSegments = kStages + 3;
 
   /* Of the merges: lanes and 16-byte pieces of a row of O. */
   static constexpr int kLanesPerRow = kHeadDim < 128 ? kHeadDim / 4 : 32;

@@ -11,7 +11,8 @@ namespace dspark {
 /* Goes through the tiles of a CTA's segments and starts the copies of one box of keys of each, K and
  * V, as soon as the tile's stage is free. A tile has four boxes, each with a warp of its own: to name
  * a box to the accelerator takes a thread a hundred cycles. Every warp walks for itself; the first
- * one tells the warps that compute what they will find. */
+ * one tells the warps that compute what they will find. It looks one segment ahead: lists, pages and q
+ * of the next one come while tiles of this one are still to be asked for. */
 template <typename T, typename Policy>
 struct TileProducer {
   using Shared = StreamShared<Policy>;
@@ -23,11 +24,12 @@ struct TileProducer {
   int kv_head;
   int box;
   int lane;
-  Segment segment; /* the cursor's */
+  Segment segment; /* whose tiles are brought; the cursor may be at the next one */
   /* Where the box of tile `lane` of a batch of 32 lies: those of the next tile, and of the batch after
    * it. */
   int2 places;
   int2 next_places;
+  int2 places_ahead; /* of the first batch of the next segment */
 
   __device__ __forceinline__ TileProducer(const StreamArgs<T>& stream_args,
                                           Shared& cta_shared,
@@ -50,53 +52,83 @@ struct TileProducer {
     int stage = 0;
     uint32_t parity = 1; /* the first round finds all stages free */
     int segment_place = 0;
-    bool is_first = true; /* tile of all: its segment is noted */
     int tile = cursor.tile;
-    find_places(tile, true);
+    int second_tile = tile + 1;
+    places = places_of(segment, tile / kWarpSize);
+    ask_for_next_batch(tile);
     while (true) {
-      copy(tile, stage, parity, segment_place, is_first);
-      is_first = false;
+      /* One tile is on its way; the note of what follows must be there before the last one. */
+      if (segment.remaining > 0 && tile == min(second_tile, segment.last_tile - 1)) {
+        segment_place = segment_place + 1 == Policy::kSegments ? 0 : segment_place + 1;
+        look_ahead(segment_place);
+      }
+      copy(tile, stage, parity);
       if (++stage == Policy::kStages) {
         stage = 0;
         parity ^= 1;
       }
       ++tile;
-      const bool is_new_segment = tile == segment.last_tile;
-      if (is_new_segment) {
-        if (!cursor.has_next()) return;
-        cursor.advance();
-        segment = cursor.segment();
-        tile = cursor.tile;
-        segment_place = segment_place + 1 == Policy::kSegments ? 0 : segment_place + 1;
+      if (tile < segment.last_tile) {
+        find_places(tile);
+        continue;
       }
-      find_places(tile, is_new_segment);
+      if (segment.remaining == 0) return;
+      segment = cursor.segment();
+      tile = cursor.tile;
+      second_tile = tile + 1;
+      places = places_ahead;
+      ask_for_next_batch(tile);
     }
   }
 
  private:
   static constexpr int kNoPage = -1;
+  static constexpr int kBoxThreads = Policy::kBoxes * kWarpSize;
 
   /* (page or kNoPage, slot in it) of the box of tile `lane` of a batch. */
-  __device__ __forceinline__ int2 places_of(int batch) const {
+  __device__ __forceinline__ int2 places_of(const Segment& of, int batch) const {
     const int slot = (batch * kWarpSize + lane) * kTileKeys + box * kBoxKeys;
-    if (slot >= segment.last_key || slot <= segment.first_key - kBoxKeys) return {kNoPage, 0};
+    if (slot >= of.last_key || slot <= of.first_key - kBoxKeys) return {kNoPage, 0};
     const int page_index = args.by_page_size.quotient(slot);
     if (page_index >= args.cache.max_pages_per_req) return {kNoPage, 0};
-    const int64_t row = int64_t{segment.req} * args.cache.max_pages_per_req;
+    const int64_t row = int64_t{of.req} * args.cache.max_pages_per_req;
     return {args.cache.page_table[row + page_index], slot - page_index * args.cache.page_size};
   }
 
-  /* Sees to it that `places` are those of the tile; they are asked for a batch ahead. */
-  __device__ __forceinline__ void find_places(int tile, bool is_new_segment) {
-    const int batch = tile / kWarpSize;
-    if (is_new_segment) {
-      places = places_of(batch);
-    } else if (tile % kWarpSize == 0) {
-      places = next_places;
-    } else {
-      return;
+  /* Sees to it that `places` are those of the tile, not the first of its segment. */
+  __device__ __forceinline__ void find_places(int tile) {
+    if (tile % kWarpSize != 0) return;
+    places = next_places;
+    ask_for_next_batch(tile);
+  }
+
+  __device__ __forceinline__ void ask_for_next_batch(int tile) {
+    const int batch = tile / kWarpSize + 1;
+    if (batch * kWarpSize < segment.last_tile) next_places = places_of(segment, batch);
+  }
+
+  /* Sends the cursor to the next segment, notes it at `place`, and asks for what its start waits for:
+   * its pages and its rows of q. */
+  __device__ __forceinline__ void look_ahead(int place) {
+    cursor.advance();
+    places_ahead = places_of(cursor.segment(), cursor.tile / kWarpSize);
+    describe_segment(place);
+    prefetch_rows(cursor.segment());
+  }
+
+  /* Brings the rows of q of an M tile into L2. */
+  __device__ __forceinline__ void prefetch_rows(const Segment& of) const {
+    constexpr int kLine = 128 / sizeof(T);
+    constexpr int kLines = Policy::kHeadDim / kLine;
+    for (int i = box * kWarpSize + lane; i < Policy::kTileM * kLines; i += kBoxThreads) {
+      const int m = of.m_tile * Policy::kTileM + i / kLines;
+      if (m >= of.num_rows * args.group_size) return;
+      const int row = args.by_group_size.quotient(m);
+      const int head = kv_head * args.group_size + m - row * args.group_size;
+      const T* line = args.q + (of.row_begin + row) * args.stride_q_row +
+                      static_cast<int64_t>(head) * Policy::kHeadDim + i % kLines * kLine;
+      asm volatile("prefetch.global.L2 [%0];\n" ::"l"(line));
     }
-    if ((batch + 1) * kWarpSize < segment.last_tile) next_places = places_of(batch + 1);
   }
 
   __device__ __forceinline__ void describe_segment(int place) const {
@@ -104,8 +136,7 @@ struct TileProducer {
   }
 
   /* Notes the tile and starts its copies. */
-  __device__ __forceinline__ void copy(
-      int tile, int stage, uint32_t parity, int segment_place, bool is_first) {
+  __device__ __forceinline__ void copy(int tile, int stage, uint32_t parity) const {
     const bool in_cache = tile < segment.cache_tiles;
     const int first = (in_cache ? tile : tile - segment.cache_tiles) * kTileKeys + box * kBoxKeys;
     const int page = in_cache ? __shfl_sync(kAllLanes, places.x, tile % kWarpSize) : 0;
@@ -122,7 +153,6 @@ struct TileProducer {
     if (box == 0) {
       note.first_key = tile * kTileKeys;
       note.ends_segment = tile + 1 == segment.last_tile;
-      if (tile == cursor.tile && !is_first) describe_segment(segment_place);
     }
     if (keys == 0) {
       barrier_arrive(&shared.full[stage]);
