@@ -201,10 +201,11 @@ mod cuda {
         };
         let unchanged =
             key().is_some_and(|key| fs::read_to_string(&stamp).is_ok_and(|was| was == key));
-        if unchanged && object.is_file() {
-            if let Ok(report) = fs::read_to_string(&report_file) {
-                return Ok((object, report));
-            }
+        if unchanged
+            && object.is_file()
+            && let Ok(report) = fs::read_to_string(&report_file)
+        {
+            return Ok((object, report));
         }
         // A failed or interrupted compilation must not look like a finished one.
         let _ = fs::remove_file(&stamp);
