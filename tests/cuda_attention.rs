@@ -1,15 +1,15 @@
-//! What of the attention family has no place in the layers yet: keys of 8 bits, and the commit of a token tree.
+//! Attention that the layers have no place for yet: keys of 8 bits, rows and keys in f16.
 #![cfg(feature = "cuda")]
 
 mod common;
 
 use std::ptr::null;
 
-use common::raw::{check, device, download, rounded, upload};
-use common::{Rng, Tolerance, assert_close, round};
+use common::raw::{check, device, download, upload};
+use common::{Rng, Tolerance, assert_close};
 use dspark::device::{Buffer, Device};
 use dspark::sys;
-use half::bf16;
+use half::{bf16, f16};
 
 /// The e4m3 number that NaN-poisoned slots hold.
 const NAN: u8 = 0x7f;
@@ -41,7 +41,87 @@ fn the_decoder_knows_e4m3() {
     assert!(decode(NAN).is_nan());
 }
 
-/// A pass of chains over a cache of e4m3 keys.
+/// Which keys a row sees beside the committed ones.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Form {
+    /// The rows of its request up to itself.
+    Chain,
+    /// Those above it in a tree in which row i hangs below row (i - 1) / 2.
+    Tree,
+    /// All rows of its block.
+    Block,
+}
+
+impl Form {
+    /// Whether row `i` sees row `j` of its request.
+    fn sees(self, i: usize, j: usize) -> bool {
+        match self {
+            Self::Chain => j <= i,
+            Self::Block => true,
+            Self::Tree if j < i => i > 0 && self.sees((i - 1) / 2, j),
+            Self::Tree => j == i,
+        }
+    }
+}
+
+/// Numbers of an ABI type, as bytes.
+#[derive(Clone, Copy, Debug)]
+struct Numbers(sys::dspark_dtype);
+
+impl Numbers {
+    fn size(self) -> usize {
+        if self.0 == sys::DSPARK_DTYPE_E4M3 {
+            1
+        } else {
+            2
+        }
+    }
+
+    fn encode(self, values: &[f32]) -> Vec<u8> {
+        let bytes = |value: &f32| match self.0 {
+            sys::DSPARK_DTYPE_F16 => f16::from_f32(*value).to_le_bytes(),
+            _ => bf16::from_f32(*value).to_le_bytes(),
+        };
+        values.iter().flat_map(bytes).collect()
+    }
+
+    fn decode(self, bytes: &[u8]) -> Vec<f32> {
+        let pair = |pair: &[u8]| [pair[0], pair[1]];
+        match self.0 {
+            sys::DSPARK_DTYPE_E4M3 => bytes.iter().copied().map(decode).collect(),
+            sys::DSPARK_DTYPE_F16 => bytes
+                .chunks_exact(2)
+                .map(|bytes| f16::from_le_bytes(pair(bytes)).to_f32())
+                .collect(),
+            _ => bytes
+                .chunks_exact(2)
+                .map(|bytes| bf16::from_le_bytes(pair(bytes)).to_f32())
+                .collect(),
+        }
+    }
+
+    /// Random finite numbers.
+    fn random(self, rng: &mut Rng, len: usize) -> Vec<u8> {
+        if self.0 == sys::DSPARK_DTYPE_E4M3 {
+            // Magnitudes up to 3.75, of either sign.
+            return (0..len)
+                .map(|_| (rng.below(0x48) | rng.below(2) << 7) as u8)
+                .collect();
+        }
+        self.encode(&rng.normals(len, 1.0))
+    }
+
+    /// What the comparison of attention allows: half a unit of these on the largest value, where the probabilities meet it.
+    fn tolerance(self) -> Tolerance {
+        match self.0 {
+            sys::DSPARK_DTYPE_F16 => Tolerance::f16(1.0 / 1024.0),
+            _ => Tolerance::bf16(1.0 / 256.0),
+        }
+    }
+}
+
+/// A pass over a cache that is NaN wherever no key is.
+#[derive(Clone, Debug)]
 struct Pass {
     head_dim: usize,
     group_size: usize,
@@ -49,13 +129,31 @@ struct Pass {
     /// Rows, and slots that they end at, of every request.
     requests: Vec<(usize, usize)>,
     softcap: f32,
+    /// 0: none. Pages that lie before the windows of all rows are holes.
+    window: usize,
+    form: Form,
+    rows: Numbers,
+    keys: Numbers,
 }
 
 const NUM_KV_HEADS: usize = 2;
 
+/// Keys and values, and what they are multiplied by.
+struct Keys {
+    table: Vec<i32>,
+    /// K and V in the cache, as bytes and as numbers; of the draft block, behind each other by row.
+    caches: [Vec<u8>; 2],
+    blocks: [Vec<u8>; 2],
+    scales: [[f32; NUM_KV_HEADS]; 2],
+}
+
 impl Pass {
     fn q_cols(&self) -> usize {
         NUM_KV_HEADS * self.group_size * self.head_dim
+    }
+
+    fn slot_len(&self) -> usize {
+        NUM_KV_HEADS * self.head_dim
     }
 
     fn num_rows(&self) -> usize {
@@ -74,10 +172,14 @@ impl Pass {
     fn page_table(&self, rng: &mut Rng) -> (Vec<i32>, usize) {
         let mut table = Vec::new();
         let mut num_pages = 0;
-        for &(_, slots) in &self.requests {
+        for &(rows, slots) in &self.requests {
             let own = slots.div_ceil(self.page_size);
+            let hidden = match self.window {
+                0 => 0,
+                window => (slots - rows + 1).saturating_sub(window),
+            };
             table.extend((0..self.max_pages()).map(|page| {
-                if page < own {
+                if page < own && (page + 1) * self.page_size > hidden {
                     (num_pages + page) as i32
                 } else {
                     -1
@@ -97,80 +199,144 @@ impl Pass {
     /// Elements before a slot's first head.
     fn slot(&self, table: &[i32], req: usize, slot: usize) -> usize {
         let page = table[req * self.max_pages() + slot / self.page_size] as usize;
-        (page * self.page_size + slot % self.page_size) * NUM_KV_HEADS * self.head_dim
+        (page * self.page_size + slot % self.page_size) * self.slot_len()
     }
 
-    /// Random finite numbers in the slots that are in use, NaN elsewhere.
-    fn cache(&self, rng: &mut Rng, table: &[i32], num_pages: usize) -> Vec<u8> {
-        let slot_len = NUM_KV_HEADS * self.head_dim;
-        let mut cache = vec![NAN; num_pages * self.page_size * slot_len];
-        for (req, &(_, slots)) in self.requests.iter().enumerate() {
-            for slot in 0..slots {
-                let at = self.slot(table, req, slot);
-                for byte in &mut cache[at..at + slot_len] {
-                    // Magnitudes up to 3.75, of either sign.
-                    *byte = (rng.below(0x48) | rng.below(2) << 7) as u8;
+    /// Slots of the cache that a request may look at.
+    fn cached(&self, (rows, slots): (usize, usize)) -> usize {
+        if self.form == Form::Block {
+            slots - rows
+        } else {
+            slots
+        }
+    }
+
+    fn keys(&self, rng: &mut Rng) -> Keys {
+        let (table, num_pages) = self.page_table(rng);
+        let size = self.keys.size();
+        let len = num_pages * self.page_size * self.slot_len();
+        let nan = match self.keys.0 {
+            sys::DSPARK_DTYPE_E4M3 => vec![NAN; len],
+            _ => self.keys.encode(&vec![f32::NAN; len]),
+        };
+        let caches = [(); 2].map(|()| {
+            let mut cache = nan.clone();
+            for (req, &request) in self.requests.iter().enumerate() {
+                for slot in 0..self.cached(request) {
+                    if table[req * self.max_pages() + slot / self.page_size] < 0 {
+                        continue;
+                    }
+                    let at = self.slot(&table, req, slot) * size;
+                    let values = self.keys.random(rng, self.slot_len());
+                    cache[at..at + values.len()].copy_from_slice(&values);
                 }
             }
+            cache
+        });
+        let blocks = [(); 2].map(|()| self.rows.random(rng, self.num_rows() * self.slot_len()));
+        let scales = match self.keys.0 {
+            sys::DSPARK_DTYPE_E4M3 => [[0.25, 0.5], [2.0, 0.125]],
+            _ => [[1.0; NUM_KV_HEADS]; 2],
+        };
+        Keys {
+            table,
+            caches,
+            blocks,
+            scales,
         }
-        cache
     }
 
     /// The answer in f64.
-    fn expected(
-        &self,
-        q: &[f32],
-        table: &[i32],
-        caches: [&[u8]; 2],
-        scales: [&[f32]; 2],
-    ) -> Vec<f32> {
+    fn expected(&self, q: &[f32], keys: &Keys) -> Vec<f32> {
+        let caches = keys.caches.each_ref().map(|cache| self.keys.decode(cache));
+        let blocks = keys.blocks.each_ref().map(|block| self.rows.decode(block));
         let mut out = vec![0.0; q.len()];
-        let mut row = 0;
+        let mut first = 0;
         for (req, &(rows, slots)) in self.requests.iter().enumerate() {
+            // K or V of the head at `place`, a slot of the request or, past the cached ones, a row of its block.
+            let head = |side: usize, slot: usize, kv_head: usize| {
+                let in_slot = kv_head * self.head_dim;
+                if slot < self.cached((rows, slots)) {
+                    let at = self.slot(&keys.table, req, slot) + in_slot;
+                    (
+                        &caches[side][at..][..self.head_dim],
+                        keys.scales[side][kv_head],
+                    )
+                } else {
+                    let at = (first + slot - (slots - rows)) * self.slot_len() + in_slot;
+                    (&blocks[side][at..][..self.head_dim], 1.0)
+                }
+            };
             for i in 0..rows {
-                let visible = slots - rows + i + 1;
-                for head in 0..NUM_KV_HEADS * self.group_size {
-                    let kv_head = head / self.group_size;
-                    let at = row * self.q_cols() + head * self.head_dim;
-                    let value = |side: usize, slot: usize, d: usize| {
-                        let place = self.slot(table, req, slot) + kv_head * self.head_dim + d;
-                        f64::from(decode(caches[side][place])) * f64::from(scales[side][kv_head])
-                    };
-                    let scores: Vec<f64> = (0..visible)
-                        .map(|slot| {
-                            let dot: f64 = (0..self.head_dim)
-                                .map(|d| f64::from(q[at + d]) * value(0, slot, d))
-                                .sum();
-                            let score = dot / (self.head_dim as f64).sqrt();
-                            match f64::from(self.softcap) {
-                                0.0 => score,
-                                cap => cap * (score / cap).tanh(),
-                            }
-                        })
+                let committed = slots - rows;
+                let visible: Vec<usize> = (0..slots)
+                    .filter(|&slot| slot < committed || self.form.sees(i, slot - committed))
+                    .filter(|&slot| self.is_within(i, committed, slot))
+                    .collect();
+                for q_head in 0..NUM_KV_HEADS * self.group_size {
+                    let kv_head = q_head / self.group_size;
+                    let at = (first + i) * self.q_cols() + q_head * self.head_dim;
+                    let scores: Vec<f64> = visible
+                        .iter()
+                        .map(|&slot| self.score(&q[at..][..self.head_dim], head(0, slot, kv_head)))
                         .collect();
                     let max = scores.iter().copied().fold(f64::MIN, f64::max);
                     let total: f64 = scores.iter().map(|score| (score - max).exp()).sum();
-                    for d in 0..self.head_dim {
-                        let sum: f64 = (0..visible)
-                            .map(|slot| (scores[slot] - max).exp() * value(1, slot, d))
-                            .sum();
-                        out[at + d] = (sum / total) as f32;
+                    let mut sums = vec![0.0; self.head_dim];
+                    for (&slot, score) in visible.iter().zip(&scores) {
+                        let (values, scale) = head(1, slot, kv_head);
+                        let weight = (score - max).exp() / total * f64::from(scale);
+                        for (sum, &value) in sums.iter_mut().zip(values) {
+                            *sum += weight * f64::from(value);
+                        }
+                    }
+                    for (out, sum) in out[at..].iter_mut().zip(sums) {
+                        *out = sum as f32;
                     }
                 }
-                row += 1;
             }
+            first += rows;
         }
         out
     }
 
+    /// Whether a slot that row `i` sees is in its window, if that slot is one of the cache's.
+    fn is_within(&self, i: usize, committed: usize, slot: usize) -> bool {
+        let above = match self.form {
+            Form::Tree => (0..i).filter(|&j| self.form.sees(i, j)).count(),
+            _ => i,
+        };
+        let of_block = self.form == Form::Block && slot >= committed;
+        self.window == 0 || of_block || slot + self.window > committed + above
+    }
+
+    fn score(&self, q: &[f32], (key, scale): (&[f32], f32)) -> f64 {
+        let products = q
+            .iter()
+            .zip(key)
+            .map(|(&q, &k)| f64::from(q) * f64::from(k));
+        let dot = products.sum::<f64>() * f64::from(scale);
+        let score = dot / (self.head_dim as f64).sqrt();
+        match f64::from(self.softcap) {
+            0.0 => score,
+            cap => cap * (score / cap).tanh(),
+        }
+    }
+
+    fn tree_mask(&self) -> Vec<u32> {
+        let rows = self.requests.iter().flat_map(|&(rows, _)| 0..rows);
+        rows.flat_map(|i| {
+            let above = (0..i).filter(|&j| self.form.sees(i, j));
+            let mask = above.fold(0_u64, |mask, j| mask | 1 << j);
+            [mask as u32, (mask >> 32) as u32]
+        })
+        .collect()
+    }
+
     fn run(&self, device: &Device) {
         let mut rng = Rng::new(self.page_size as u64);
-        let (table, num_pages) = self.page_table(&mut rng);
-        let k = self.cache(&mut rng, &table, num_pages);
-        let v = self.cache(&mut rng, &table, num_pages);
-        let (k_scale, v_scale) = ([0.25_f32, 0.5], [2.0_f32, 0.125]);
-        let q: Vec<f32> = rng.normals(self.num_rows() * self.q_cols(), 1.0);
-        let q: Vec<f32> = q.into_iter().map(round).collect();
+        let keys = self.keys(&mut rng);
+        let q = self.rows.random(&mut rng, self.num_rows() * self.q_cols());
         let mut indptr = vec![0];
         for &(rows, _) in &self.requests {
             indptr.push(indptr.last().unwrap() + rows as i32);
@@ -179,15 +345,22 @@ impl Pass {
         let max_rows = self.requests.iter().map(|r| r.0).max().unwrap();
         let max_slots = self.requests.iter().map(|r| r.1).max().unwrap();
 
-        let gpu_q = upload(device, &rounded(&q));
-        let (gpu_k, gpu_v) = (upload(device, &k), upload(device, &v));
-        let scales = [upload(device, &k_scale), upload(device, &v_scale)];
-        let lists = [&indptr, &seq_lens, &table].map(|list| upload(device, list));
-        let mut out = upload(device, &vec![bf16::NAN; q.len()]);
-        let slot_len = (NUM_KV_HEADS * self.head_dim) as i64;
+        let gpu_q = upload(device, &q);
+        let caches = keys.caches.each_ref().map(|cache| upload(device, cache));
+        let blocks = keys.blocks.each_ref().map(|block| upload(device, block));
+        let scales = keys.scales.each_ref().map(|scales| upload(device, scales));
+        let lists = [&indptr, &seq_lens, &keys.table].map(|list| upload(device, list));
+        let tree_mask = upload(device, &self.tree_mask());
+        let poison = self.rows.encode(&vec![f32::NAN; q.len() / 2]);
+        let mut out = upload(device, &poison);
+        let block = |side: usize| match self.form {
+            Form::Block => blocks[side].ptr(0).cast(),
+            _ => null(),
+        };
+        let slot_len = self.slot_len() as i64;
         let mut params = sys::dspark_attention_params {
             struct_size: size_of::<sys::dspark_attention_params>() as u32,
-            dtype: sys::DSPARK_DTYPE_BF16,
+            dtype: self.rows.0,
             num_rows: self.num_rows() as i32,
             num_reqs: self.requests.len() as i32,
             max_rows_per_req: max_rows as i32,
@@ -199,10 +372,10 @@ impl Pass {
             max_pages_per_req: self.max_pages() as i32,
             scale: (self.head_dim as f32).sqrt().recip(),
             q: gpu_q.ptr(0).cast(),
-            k_cache: gpu_k.ptr(0).cast(),
-            v_cache: gpu_v.ptr(0).cast(),
-            k_block: null(),
-            v_block: null(),
+            k_cache: caches[0].ptr(0).cast(),
+            v_cache: caches[1].ptr(0).cast(),
+            k_block: block(0),
+            v_block: block(1),
             qo_indptr: lists[0].ptr(0),
             seq_lens: lists[1].ptr(0),
             page_table: lists[2].ptr(0),
@@ -214,15 +387,21 @@ impl Pass {
             stride_cache_page: slot_len * self.page_size as i64,
             stride_cache_slot: slot_len,
             stride_cache_head: self.head_dim as i64,
-            stride_block_row: 0,
-            tree_mask: null(),
-            window: 0,
+            stride_block_row: slot_len,
+            tree_mask: match self.form {
+                Form::Tree => tree_mask.ptr(0),
+                _ => null(),
+            },
+            window: self.window as i32,
             softcap: self.softcap,
             batch_invariant: 0,
-            kv_dtype: sys::DSPARK_DTYPE_E4M3,
+            kv_dtype: self.keys.0,
             k_scale: scales[0].ptr(0),
             v_scale: scales[1].ptr(0),
         };
+        if self.keys.0 != sys::DSPARK_DTYPE_E4M3 {
+            (params.k_scale, params.v_scale) = (null(), null());
+        }
         // SAFETY: reads the sizes of `params` and writes one host integer.
         check(unsafe {
             sys::launch::dspark_attention_workspace_size_cu(
@@ -235,136 +414,67 @@ impl Pass {
         params.workspace = workspace.mut_ptr(0).cast();
         let stream = device.raw_stream().cast();
         // SAFETY: every pointer is a live buffer with the shape the params say.
-        check(unsafe { sys::launch::dspark_verify_attention_cu(&raw const params, stream) });
+        check(unsafe {
+            if self.form == Form::Block {
+                sys::launch::dspark_draft_attention_cu(&raw const params, stream)
+            } else {
+                sys::launch::dspark_verify_attention_cu(&raw const params, stream)
+            }
+        });
         device.synchronize().unwrap();
-        let got: Vec<f32> = download(&out).into_iter().map(f32::from).collect();
-        let want = self.expected(&q, &table, [&k, &v], [&k_scale, &v_scale]);
-        let label = format!("{:?}", (self.head_dim, self.page_size, &self.requests));
-        assert_close(
-            &label,
-            &got,
-            &want,
-            self.q_cols(),
-            Tolerance::bf16(1.0 / 256.0),
-        );
+        let got = self.rows.decode(&download(&out));
+        let want = self.expected(&self.rows.decode(&q), &keys);
+        let label = format!("{self:?}");
+        assert_close(&label, &got, &want, self.q_cols(), self.rows.tolerance());
+    }
+}
+
+/// Head sizes, group sizes and page sizes that take every path.
+const SHAPES: [(usize, usize, usize); 7] = [
+    (64, 3, 16),
+    (128, 4, 16),
+    (128, 16, 64),
+    (256, 2, 32),
+    (64, 4, 7),
+    (128, 4, 1),
+    (256, 4, 24),
+];
+
+/// Every shape with and without a cap and a window, of these types.
+fn run_all(device: &Device, form: Form, rows: sys::dspark_dtype, keys: sys::dspark_dtype) {
+    let ragged = vec![(1, 1), (8, 135), (0, 40), (5, 133), (16, 19), (3, 1032)];
+    for (head_dim, group_size, page_size) in SHAPES {
+        for (softcap, window) in [(0.0, 0), (3.0, 0), (0.0, 64), (0.0, 101)] {
+            let pass = Pass {
+                head_dim,
+                group_size,
+                page_size,
+                requests: ragged.clone(),
+                softcap,
+                window,
+                form,
+                rows: Numbers(rows),
+                keys: Numbers(keys),
+            };
+            pass.run(device);
+        }
     }
 }
 
 #[test]
 fn keys_of_eight_bits_are_attended_to() {
     let Some(device) = device() else { return };
-    let ragged = vec![(1, 1), (8, 135), (0, 40), (5, 133), (16, 19), (3, 1032)];
-    for (head_dim, group_size, page_size) in [
-        (64, 3, 16),
-        (128, 4, 16),
-        (128, 16, 64),
-        (256, 2, 32),
-        (64, 4, 7),
-        (128, 4, 1),
-        (256, 4, 24),
-    ] {
-        for softcap in [0.0, 3.0] {
-            let requests = ragged.clone();
-            let pass = Pass {
-                head_dim,
-                group_size,
-                page_size,
-                requests,
-                softcap,
-            };
-            pass.run(&device);
-        }
+    for rows in [sys::DSPARK_DTYPE_BF16, sys::DSPARK_DTYPE_F16] {
+        run_all(&device, Form::Chain, rows, sys::DSPARK_DTYPE_E4M3);
+        run_all(&device, Form::Tree, rows, sys::DSPARK_DTYPE_E4M3);
     }
-}
-
-/// Slots of one request after a commit, by what is defined: slot `i` takes over the `i`-th accepted row.
-fn committed(slots: &[u32], seq_len: usize, flags: &[i32]) -> Vec<u32> {
-    let mut after = slots.to_vec();
-    let accepted = flags.iter().enumerate().filter(|(_, flag)| **flag != 0);
-    for (i, (draft, _)) in accepted.enumerate() {
-        after[seq_len + 1 + i] = slots[seq_len + 1 + draft];
-    }
-    after
 }
 
 #[test]
-fn accepted_rows_of_a_tree_move_together() {
-    const LAYERS: usize = 3;
-    const HEAD_DIM: usize = 64;
-    const HEADS: usize = 3;
-    const PAGES: usize = 12;
+fn rows_and_keys_in_f16_are_attended_to() {
     let Some(device) = device() else { return };
-    let mut rng = Rng::new(6);
-    for (page_size, draft_len) in [(16, 9), (1, 2), (5, 30), (64, 63)] {
-        let max_pages = (20 + 1 + draft_len as usize).div_ceil(page_size) + 1;
-        let num_pages = PAGES.max(3 * max_pages);
-        let mut order: Vec<i32> = (0..num_pages as i32).collect();
-        rng.shuffle(&mut order);
-        let table = &order[..3 * max_pages];
-        let seq_lens = [0_i32, 20, 7];
-        let mut flags: Vec<i32> = (0..3 * draft_len).map(|_| rng.below(2) as i32).collect();
-        flags[..draft_len as usize].fill(1);
-        let slot_len = HEADS * HEAD_DIM;
-        let layer_len = num_pages * page_size * slot_len;
-        // A slot's number in every element, so that a move of the wrong piece shows.
-        let before: [Vec<u16>; 2] =
-            [0, 1].map(|_| (0..LAYERS * layer_len).map(|_| rng.next() as u16).collect());
-        let mut caches = before.each_ref().map(|cache| upload(&device, cache));
-        let gpu_flags = upload(&device, &flags);
-        let gpu_lens = upload(&device, &seq_lens);
-        let gpu_table = upload(&device, table);
-        let [k, v] = &mut caches;
-        let params = sys::dspark_commit_tree_params {
-            struct_size: size_of::<sys::dspark_commit_tree_params>() as u32,
-            kv_dtype: sys::DSPARK_DTYPE_BF16,
-            num_reqs: 3,
-            num_layers: LAYERS as i32,
-            draft_len,
-            num_kv_heads: HEADS as i32,
-            head_dim: HEAD_DIM as i32,
-            page_size: page_size as i32,
-            max_pages_per_req: max_pages as i32,
-            reserved: 0,
-            accept_flags: gpu_flags.ptr(0),
-            seq_lens: gpu_lens.ptr(0),
-            page_table: gpu_table.ptr(0),
-            k_cache: k.mut_ptr(0).cast(),
-            v_cache: v.mut_ptr(0).cast(),
-            stride_cache_layer: layer_len as i64,
-            stride_cache_page: (page_size * slot_len) as i64,
-            stride_cache_slot: slot_len as i64,
-            stride_cache_head: HEAD_DIM as i64,
-        };
-        let stream = device.raw_stream().cast();
-        // SAFETY: every pointer is a live buffer with the shape the params say.
-        check(unsafe { sys::launch::dspark_commit_tree_cu(&raw const params, stream) });
-        device.synchronize().unwrap();
-        for (cache, before) in caches.iter().zip(&before) {
-            let after = download(cache);
-            let mut want = before.clone();
-            for (req, &seq_len) in seq_lens.iter().enumerate() {
-                let num_slots = seq_len as usize + 1 + draft_len as usize;
-                let place = |slot: usize| {
-                    let page = table[req * max_pages + slot / page_size] as usize;
-                    (page * page_size + slot % page_size) * slot_len
-                };
-                let slots: Vec<u32> = (0..num_slots as u32).collect();
-                let own = &flags[req * draft_len as usize..][..draft_len as usize];
-                for (slot, source) in committed(&slots, seq_len as usize, own)
-                    .into_iter()
-                    .enumerate()
-                {
-                    for layer in 0..LAYERS {
-                        let from = layer * layer_len + place(source as usize);
-                        let to = layer * layer_len + place(slot);
-                        want[to..to + slot_len].copy_from_slice(&before[from..from + slot_len]);
-                    }
-                }
-            }
-            assert!(
-                after == want,
-                "page_size {page_size}, draft_len {draft_len}"
-            );
-        }
+    let dtype = sys::DSPARK_DTYPE_F16;
+    for form in [Form::Chain, Form::Tree, Form::Block] {
+        run_all(&device, form, dtype, dtype);
     }
 }

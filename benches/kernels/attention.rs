@@ -1,10 +1,14 @@
 //! Verification attention: requests x context, 8 rows each or 1 to 8, 32 query and 8 KV heads, pages of 16;
-//! the same as trees, and batch-invariant; one long request among many short.
+//! the same as trees, batch-invariant, and over keys of 8 bits; one long request among many short; the commit of trees.
+
+use std::ffi::c_void;
+use std::ptr::null;
 
 use dspark::device::Buffer;
 use dspark::sys;
 use half::bf16;
 
+use crate::commit;
 use crate::lab::{Lab, Traffic, Work, check, inspect_output, struct_size};
 
 const SHAPES: [(usize, usize); 10] = [
@@ -58,6 +62,8 @@ struct Batch {
     /// Whether row `i` hangs below row `(i - 1) / 2` instead of row `i - 1`.
     is_tree: bool,
     is_invariant: bool,
+    /// Whether keys and values are e4m3, with a factor for each head.
+    is_e4m3: bool,
 }
 
 impl Batch {
@@ -67,15 +73,17 @@ impl Batch {
             contexts,
             is_tree: false,
             is_invariant: false,
+            is_e4m3: false,
         }
     }
 
     fn run(&self, lab: &mut Lab, name: &str, head_dim: usize) -> anyhow::Result<()> {
         let num_rows: usize = self.rows.iter().sum();
         let slots: usize = self.contexts.iter().sum();
-        let cache = slots * 2 * NUM_KV_HEADS * head_dim;
-        let q_and_out = 2 * num_rows * NUM_Q_HEADS * head_dim;
-        let traffic = Traffic::once((cache + q_and_out) * size_of::<bf16>());
+        let key_bytes = if self.is_e4m3 { 1 } else { size_of::<bf16>() };
+        let cache = slots * 2 * NUM_KV_HEADS * head_dim * key_bytes;
+        let q_and_out = 2 * num_rows * NUM_Q_HEADS * head_dim * size_of::<bf16>();
+        let traffic = Traffic::once(cache + q_and_out);
         lab.case(name, traffic, |lab, copies| {
             VerifyAttention::new(lab, copies, head_dim, self)
         })
@@ -97,7 +105,7 @@ impl Batch {
 
 /// All cases.
 pub fn run(lab: &mut Lab) -> anyhow::Result<()> {
-    for head_dim in [128, 64] {
+    for head_dim in [128, 64, 256] {
         for (num_reqs, context) in SHAPES {
             let contexts = vec![context; num_reqs];
             for raggedness in [Raggedness::Full, Raggedness::Ragged] {
@@ -105,7 +113,7 @@ pub fn run(lab: &mut Lab) -> anyhow::Result<()> {
                 let name = format!("D={head_dim} reqs={num_reqs} context={context} q={q}");
                 Batch::chains(contexts.clone(), raggedness).run(lab, &name, head_dim)?;
             }
-            if head_dim == 64 {
+            if head_dim != 128 {
                 continue;
             }
             let chains = Batch::chains(contexts, Raggedness::Full);
@@ -122,13 +130,53 @@ pub fn run(lab: &mut Lab) -> anyhow::Result<()> {
                 ..chains
             };
             invariant.run(lab, &format!("{name} invariant"), head_dim)?;
+            let e4m3 = Batch {
+                is_invariant: false,
+                is_e4m3: true,
+                ..invariant
+            };
+            e4m3.run(lab, &format!("{name} e4m3"), head_dim)?;
         }
         let mut skewed = vec![512; 64];
         skewed[17] = 65_536;
         let name = format!("D={head_dim} reqs=64 context=512,one=65536 q=8");
         Batch::chains(skewed, Raggedness::Full).run(lab, &name, head_dim)?;
     }
-    Ok(())
+    commit::run(lab)
+}
+
+/// Keys or values.
+enum Cache {
+    Bf16(Buffer<bf16>),
+    E4m3(Buffer<u8>),
+}
+
+impl Cache {
+    fn new(lab: &mut Lab, len: usize, is_e4m3: bool) -> anyhow::Result<Self> {
+        /// Repeated; no multiple of a slot.
+        const PATTERN_LEN: usize = (1 << 20) + 4096 + 16;
+        if !is_e4m3 {
+            return Ok(Self::Bf16(lab.normal_bf16(len, 1.0)?));
+        }
+        // Magnitudes up to 3.75, of either sign.
+        let mut byte = || (lab.random.below(0x48) | lab.random.below(2) << 7) as u8;
+        let pattern: Vec<u8> = (0..PATTERN_LEN).map(|_| byte()).collect();
+        Ok(Self::E4m3(lab.tiled(len, &pattern)?))
+    }
+
+    fn ptr(&self, element: usize) -> *const c_void {
+        match self {
+            Self::Bf16(keys) => keys.ptr(element).cast(),
+            Self::E4m3(keys) => keys.ptr(element).cast(),
+        }
+    }
+
+    fn dtype(&self) -> sys::dspark_dtype {
+        match self {
+            Self::Bf16(_) => sys::DSPARK_DTYPE_BF16,
+            Self::E4m3(_) => sys::DSPARK_DTYPE_E4M3,
+        }
+    }
 }
 
 struct VerifyAttention {
@@ -140,8 +188,10 @@ struct VerifyAttention {
     max_context: usize,
     batch_invariant: bool,
     q: Buffer<bf16>,
-    k_cache: Buffer<bf16>,
-    v_cache: Buffer<bf16>,
+    k_cache: Cache,
+    v_cache: Cache,
+    /// Of keys and of values in e4m3.
+    scales: Option<Buffer<f32>>,
     out: Buffer<bf16>,
     qo_indptr: Buffer<i32>,
     seq_lens: Buffer<i32>,
@@ -184,8 +234,13 @@ impl VerifyAttention {
             max_context,
             batch_invariant: batch.is_invariant,
             q: lab.normal_bf16(copies * q_len, 1.0)?,
-            k_cache: lab.normal_bf16(copies * cache_len, 1.0)?,
-            v_cache: lab.normal_bf16(copies * cache_len, 1.0)?,
+            k_cache: Cache::new(lab, copies * cache_len, batch.is_e4m3)?,
+            v_cache: Cache::new(lab, copies * cache_len, batch.is_e4m3)?,
+            scales: if batch.is_e4m3 {
+                Some(lab.upload(&[0.5; NUM_KV_HEADS])?)
+            } else {
+                None
+            },
             out: lab.empty(copies * q_len)?,
             qo_indptr: lab.upload(&qo_indptr)?,
             seq_lens: lab.upload(&seq_lens)?,
@@ -220,10 +275,10 @@ impl VerifyAttention {
             max_pages_per_req: (self.max_context / PAGE_SIZE) as i32,
             scale: (self.head_dim as f32).sqrt().recip(),
             q: self.q.ptr(rows).cast(),
-            k_cache: self.k_cache.ptr(cache).cast(),
-            v_cache: self.v_cache.ptr(cache).cast(),
-            k_block: std::ptr::null(),
-            v_block: std::ptr::null(),
+            k_cache: self.k_cache.ptr(cache),
+            v_cache: self.v_cache.ptr(cache),
+            k_block: null(),
+            v_block: null(),
             qo_indptr: self.qo_indptr.ptr(0),
             seq_lens: self.seq_lens.ptr(0),
             page_table: self.page_table.ptr(0),
@@ -238,14 +293,14 @@ impl VerifyAttention {
             stride_block_row: 0,
             tree_mask: match &self.tree_mask {
                 Some(masks) => masks.ptr(0),
-                None => std::ptr::null(),
+                None => null(),
             },
             window: 0,
             softcap: 0.0,
             batch_invariant: i32::from(self.batch_invariant),
-            kv_dtype: 0,
-            k_scale: std::ptr::null(),
-            v_scale: std::ptr::null(),
+            kv_dtype: self.k_cache.dtype(),
+            k_scale: self.scales.as_ref().map_or(null(), |scales| scales.ptr(0)),
+            v_scale: self.scales.as_ref().map_or(null(), |scales| scales.ptr(0)),
         }
     }
 }

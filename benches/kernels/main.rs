@@ -6,6 +6,7 @@
 mod acceptance;
 mod attention;
 mod candidates;
+mod commit;
 mod draft_head;
 mod lab;
 mod layers;

@@ -8,7 +8,7 @@ use super::config::{TargetConfig, TargetFamily};
 use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Taps, Visibility, new_work};
 use super::{Features, Target};
 use crate::error::{Error, Result};
-use crate::ops::{Matrix, Ops, RowMap, RowMove};
+use crate::ops::{Matrix, Ops, RowMap};
 
 /// The embedding's name in a target.
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -177,8 +177,8 @@ impl<O: Ops> Target<O> for DecoderTarget<O> {
         }
     }
 
-    fn keep(&mut self, ops: &mut O, map: &RowMap, moves: &[RowMove]) -> Result<()> {
-        self.stack.move_rows(ops, map, moves, self.taps.as_mut())
+    fn keep(&mut self, ops: &mut O, map: &RowMap, kept: &[u64]) -> Result<()> {
+        self.stack.keep_rows(ops, map, kept, self.taps.as_mut())
     }
 
     fn logits(&self) -> &O::Logits {

@@ -36,7 +36,7 @@ pub use stack::Limits;
 
 use crate::error::{Error, Result};
 use crate::ops::grammar::row_masks;
-use crate::ops::{Constraint, DraftLaw, Drafted, HeadForm, Ops, RowMap, RowMove, SamplingParams};
+use crate::ops::{Constraint, DraftLaw, Drafted, HeadForm, Ops, RowMap, SamplingParams};
 
 /// What a target pass leaves for the drafter, one row for each row of the pass.
 pub struct Features<'a, O: Ops> {
@@ -64,9 +64,9 @@ pub trait Target<O: Ops> {
     ) -> Result<()>;
     /// Logits of the last pass, one row per asked row.
     fn logits(&self) -> &O::Logits;
-    /// Rows of the last pass, `map`, take the places of rows before them, in the cache and in the features: what is kept of
-    /// a tree becomes the first rows of its request.
-    fn keep(&mut self, ops: &mut O, map: &RowMap, moves: &[RowMove]) -> Result<()>;
+    /// The rows of the last pass, `map`, that stay of its trees ([`Ops::commit_tree`]) become the first rows of their
+    /// requests, in the cache and in the features.
+    fn keep(&mut self, ops: &mut O, map: &RowMap, kept: &[u64]) -> Result<()>;
     /// Features of all rows of the last pass.
     fn features(&self) -> Features<'_, O>;
 }

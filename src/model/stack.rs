@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::checkpoint::Checkpoint;
 use super::config::DecoderConfig;
 use crate::error::Result;
-use crate::ops::{AttentionSpec, KvSink, Matrix, Ops, RowMap, RowMove};
+use crate::ops::{AttentionSpec, KvSink, Matrix, Ops, RowMap};
 
 /// Sizes of the buffers and caches of a model, fixed when it is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -305,20 +305,17 @@ impl<O: Ops> DecoderStack<O> {
         ops.linear(&self.activated, &weights.down, &mut self.delta)
     }
 
-    /// Moves rows of the last pass, `map`, to places before them: their keys and values, final-normed states and taps.
-    pub fn move_rows(
+    /// Makes the rows that stay of the last pass, `map`, the first of their requests ([`Ops::commit_tree`]): their keys and
+    /// values, final-normed states and taps.
+    pub fn keep_rows(
         &mut self,
         ops: &mut O,
         map: &RowMap,
-        moves: &[RowMove],
+        kept: &[u64],
         taps: Option<&mut Taps<O>>,
     ) -> Result<()> {
-        ops.move_kv(&mut self.kv, &self.rows, moves)?;
-        let mut index: Vec<u32> = (0..map.num_rows() as u32).collect();
-        for step in moves {
-            let rows = map.rows_of(step.request);
-            index[rows.start + step.to] = (rows.start + step.from) as u32;
-        }
+        ops.commit_tree(&mut self.kv, &self.rows, kept)?;
+        let index = map.gathered(kept);
         reorder(ops, &mut self.normed, &mut self.spare, &index)?;
         match taps {
             Some(taps) => reorder(ops, &mut taps.out, &mut taps.spare, &index),

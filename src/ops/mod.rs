@@ -28,7 +28,7 @@ pub(crate) use draft::check_token_table;
 pub use draft::{ConfidenceHead, DraftBatch, DraftHead, Drafted, HeadForm, HeadKind};
 pub use grammar::{Constraint, Grammar};
 pub use mapped_file::MappedFile;
-pub use rows::{MAX_TREE_ROWS, RowMap, RowMove};
+pub use rows::{MAX_TREE_ROWS, RowMap};
 pub use sampling::{Purpose, Rule, SamplingParams, TokenEdit, TokenEdits};
 pub use schedule::{ScheduleInputs, ScheduleRule, Scheduled};
 pub use tensor::{Dtype, HostTensor};
@@ -274,12 +274,14 @@ pub trait Ops: Sized {
         out: &mut Self::Mat,
     ) -> Result<()>;
 
-    /// The keys and values of moved rows take their new places, in every layer; `rows` is the pass that appended them.
-    fn move_kv(
+    /// After a pass over trees, `rows`: the keys and values that stay move together, in every layer, as if the accepted path
+    /// had been a chain. Bit `i` of `kept[r]` says that row i of request r stays, which the first always does; the n-th of
+    /// them takes cache slot `seq_lens[r] + n`.
+    fn commit_tree(
         &mut self,
         kv: &mut Self::KvCache,
         rows: &Self::Rows,
-        moves: &[RowMove],
+        kept: &[u64],
     ) -> Result<()>;
 
     // Passes.

@@ -24,17 +24,6 @@ pub struct RowMap {
     pub tree: Option<Vec<u64>>,
 }
 
-/// A row of a pass that takes the place of a row before it, which is not kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RowMove {
-    /// The request.
-    pub request: usize,
-    /// Its row that moves.
-    pub from: usize,
-    /// Where to.
-    pub to: usize,
-}
-
 /// Most rows of a request in a tree.
 pub const MAX_TREE_ROWS: usize = 64;
 
@@ -108,24 +97,43 @@ impl RowMap {
 }
 
 impl RowMap {
-    /// Checks moves within the requests of this map: each to a row before, and none of two rows to or from one place.
+    /// Checks which rows stay of this pass: of every request that has rows the first and none that it does not have.
     ///
     /// # Errors
-    /// Names the move that is none.
-    pub(crate) fn check_moves(&self, moves: &[RowMove]) -> Result<()> {
-        for (i, step) in moves.iter().enumerate() {
-            let rows = if step.request < self.num_reqs() {
-                self.rows_of(step.request).len()
-            } else {
-                0
-            };
-            let again = moves[..i].iter().any(|other| other.request == step.request);
-            if step.to >= step.from || step.from >= rows || again {
-                let expected = "one row of each request, to a row before it";
-                return Err(Error::argument("moves", expected, format!("{step:?}")));
+    /// Names the request whose bits are none of its rows.
+    pub(crate) fn check_kept(&self, kept: &[u64]) -> Result<()> {
+        if kept.len() != self.num_reqs() {
+            return Err(Error::argument(
+                "kept",
+                format!("{} entries", self.num_reqs()),
+                kept.len(),
+            ));
+        }
+        for (r, &bits) in kept.iter().enumerate() {
+            let rows = self.rows_of(r).len();
+            let within = rows >= MAX_TREE_ROWS || bits >> rows == 0;
+            if rows > MAX_TREE_ROWS || !within || bits & 1 != u64::from(rows > 0) {
+                let expected =
+                    format!("bits of at most {MAX_TREE_ROWS} rows, the first of them set");
+                let found = format!("{bits:#x} for the {rows} rows of request {r}");
+                return Err(Error::argument("kept", expected, found));
             }
         }
         Ok(())
+    }
+
+    /// The flat row that each flat row holds once the rows of `kept` stand together: row `n` of a request the n-th that
+    /// stays, those behind them what they were.
+    pub fn gathered(&self, kept: &[u64]) -> Vec<u32> {
+        let mut index: Vec<u32> = (0..self.num_rows() as u32).collect();
+        for (r, &bits) in kept.iter().enumerate() {
+            let rows = self.rows_of(r);
+            let stay = (0..rows.len().min(MAX_TREE_ROWS)).filter(|row| bits >> row & 1 != 0);
+            for (to, from) in stay.enumerate() {
+                index[rows.start + to] = (rows.start + from) as u32;
+            }
+        }
+        index
     }
 
     /// The page and the slot in it of cache entry `slot` of request `r`.

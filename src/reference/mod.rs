@@ -44,7 +44,7 @@ use tensor::{expect_cols, expect_shape};
 use crate::error::{Error, Result};
 use crate::ops::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, LowRankLaw, Matrix, Ops, RopeSpec, RowMap, RowMove, SparseLaw, check_token_table,
+    KvSink, LowRankLaw, Matrix, Ops, RopeSpec, RowMap, SparseLaw, check_token_table,
 };
 
 /// The backend. See the module's documentation for what its results depend on.
@@ -323,12 +323,19 @@ impl Ops for Reference {
         .run(&self.pool, out)
     }
 
-    fn move_kv(&mut self, kv: &mut KvCache, rows: &RowMap, moves: &[RowMove]) -> Result<()> {
-        rows.check_moves(moves)?;
+    fn commit_tree(&mut self, kv: &mut KvCache, rows: &RowMap, kept: &[u64]) -> Result<()> {
+        rows.check_kept(kept)?;
         kv.expect_pages(rows)?;
-        for step in moves {
-            let first = rows.seq_lens[step.request] as usize;
-            kv.move_entry(rows, step.request, first + step.from, first + step.to)?;
+        let sources = rows.gathered(kept);
+        for r in 0..rows.num_reqs() {
+            let (own, seq_len) = (rows.rows_of(r), rows.seq_lens[r] as usize);
+            // In order: what a row takes over stands behind it, and has not been written yet.
+            for (to, &source) in sources[own.clone()].iter().enumerate() {
+                let from = source as usize - own.start;
+                if from != to {
+                    kv.move_entry(rows, r, seq_len + from, seq_len + to)?;
+                }
+            }
         }
         Ok(())
     }

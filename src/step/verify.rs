@@ -8,7 +8,8 @@ use super::rows::{self, Drafts};
 use super::{DecodeStep, Proposal, Round, Sequence, anchors, check_context, row_map, sampling};
 use crate::error::{Error, Result};
 use crate::ops::{
-    AcceptBatch, AcceptExtras, Accepted, DraftLaw, Matrix, Ops, RowMap, RowMove, TokenLogprobs,
+    AcceptBatch, AcceptExtras, Accepted, DraftLaw, MAX_TREE_ROWS, Matrix, Ops, RowMap,
+    TokenLogprobs,
 };
 use crate::schedule::Graded;
 
@@ -34,6 +35,14 @@ pub struct Run {
     pub next_token: Option<u32>,
     /// Of the accepted drafts and the next token; empty unless a request of the batch asked for them.
     pub logprobs: Vec<TokenLogprobs>,
+}
+
+impl Run {
+    /// Which rows stay: the anchor's, those of the accepted drafts, and that of an alternate, a bit each.
+    fn kept_rows(&self) -> u64 {
+        let trunk = u64::MAX >> (MAX_TREE_ROWS - 1 - self.num_accepted);
+        self.alternate.map_or(trunk, |(_, row)| trunk | 1 << row)
+    }
 }
 
 /// How far the drafts of a batch are verified, and how the grammars bound them.
@@ -241,18 +250,10 @@ impl<O: Ops> DecodeStep<O> {
         let predicted = self.predicted.take().unwrap_or_default();
         let mut next_tokens = vec![0; verified.map.num_rows()];
         let mut rounds = Vec::with_capacity(seqs.len());
-        let mut moves = Vec::new();
         for (r, (seq, run)) in seqs.iter_mut().zip(&verified.runs).enumerate() {
             let mut committed = proposal.tokens_of(r)[..run.num_accepted].to_vec();
             let rows = verified.map.rows_of(r);
-            if let Some((token, row)) = run.alternate {
-                committed.push(token);
-                moves.push(RowMove {
-                    request: r,
-                    from: row,
-                    to: committed.len(),
-                });
-            }
+            committed.extend(run.alternate.map(|(token, _)| token));
             committed.extend(run.next_token);
             next_tokens[rows.start..][..committed.len()].copy_from_slice(&committed);
             seq.pages
@@ -273,8 +274,9 @@ impl<O: Ops> DecodeStep<O> {
                 logprobs: seq.asked_of(run.logprobs.clone()),
             });
         }
-        if !moves.is_empty() {
-            self.target.keep(ops, &verified.map, &moves)?;
+        if verified.runs.iter().any(|run| run.alternate.is_some()) {
+            let kept: Vec<u64> = verified.runs.iter().map(Run::kept_rows).collect();
+            self.target.keep(ops, &verified.map, &kept)?;
         }
         let graded = seqs.iter().zip(&rounds).map(|(seq, round)| Graded {
             verify_len: round.verify_len,

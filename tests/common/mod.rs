@@ -173,6 +173,13 @@ impl Tolerance {
         }
     }
 
+    pub fn f16(row_share: f32) -> Self {
+        Self {
+            mantissa_bits: 10,
+            row_share,
+        }
+    }
+
     pub fn f32(row_share: f32) -> Self {
         Self {
             mantissa_bits: 23,
@@ -343,4 +350,36 @@ pub fn append<O: Ops>(
     let sink = KvSink::Cache { kv, layer };
     ops.qk_norm_rope(spec, &kv_rows, None, &rope, &rows, None, sink)
         .expect("an append");
+}
+
+/// Rows past the ones in use that an op must leave alone.
+pub const SPARE_ROWS: usize = 3;
+
+/// Heads of a model without window or cap.
+pub fn spec(num_q_heads: usize, num_kv_heads: usize, head_dim: usize) -> AttentionSpec {
+    AttentionSpec {
+        num_q_heads,
+        num_kv_heads,
+        head_dim,
+        scale: (head_dim as f32).sqrt().recip(),
+        norm_eps: 1e-6,
+        window: 0,
+        softcap: 0.0,
+    }
+}
+
+/// Frequencies of base 10,000.
+pub fn rope_spec(head_dim: usize) -> RopeSpec {
+    let inv_freq = (0..head_dim / 2)
+        .map(|i| 1e4_f32.powf(-2.0 * i as f32 / head_dim as f32))
+        .collect();
+    RopeSpec {
+        inv_freq,
+        scale: 1.0,
+    }
+}
+
+/// For comparisons to the bit, NaN and the sign of zero included.
+pub fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
 }

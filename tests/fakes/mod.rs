@@ -19,7 +19,7 @@ use dspark::model::{Drafter, Features, ProposeBatch, Target};
 use dspark::ops::grammar::row_masks;
 use dspark::ops::{
     ConfidenceHead, DraftBatch, DraftHead, DraftLaw, Drafted, Dtype, HeadForm, HeadKind,
-    HostTensor, LowRankLaw, Ops, RowMap, RowMove, SparseLaw,
+    HostTensor, LowRankLaw, Ops, RowMap, SparseLaw,
 };
 use dspark::reference::Reference;
 
@@ -166,14 +166,15 @@ impl Target<Reference> for FakeTarget {
         &self.logits
     }
 
-    fn keep(&mut self, ops: &mut Reference, map: &RowMap, moves: &[RowMove]) -> Result<()> {
-        let mut hidden = ops.read_mat(&self.hidden)?;
-        for step in moves {
-            let rows = map.rows_of(step.request);
-            let token = hidden[rows.start + step.from];
-            hidden[rows.start + step.to] = token;
-            let slot = map.seq_lens[step.request] as usize + step.to;
-            self.cache.write(map, step.request, slot, token as u32);
+    fn keep(&mut self, ops: &mut Reference, map: &RowMap, kept: &[u64]) -> Result<()> {
+        let hidden = ops.read_mat(&self.hidden)?;
+        let sources = map.gathered(kept).into_iter();
+        let hidden: Vec<f32> = sources.map(|row| hidden[row as usize]).collect();
+        for r in 0..map.num_reqs() {
+            for (to, row) in map.rows_of(r).enumerate() {
+                let slot = map.seq_lens[r] as usize + to;
+                self.cache.write(map, r, slot, hidden[row] as u32);
+            }
         }
         ops.write_mat(&hidden, &mut self.hidden)
     }

@@ -110,7 +110,7 @@ def attention(lab):
     if flashinfer is None:
         return
     scratch = torch.empty(512 << 20, dtype=torch.uint8, device=DEVICE)
-    for head_dim in (128, 64):
+    for head_dim in (128, 64, 256):
         for num_reqs, context in ATTENTION_SHAPES:
             for name, rows in (("8", [MAX_ROWS] * num_reqs), ("1-8", [1 + r * 5 % MAX_ROWS for r in range(num_reqs)])):
                 def prepare(copies, rows=rows):

@@ -1,10 +1,13 @@
-//! Paged keys and values.
+//! Paged keys and values, and the commit of a token tree in them.
 
 use half::bf16;
 
+use super::rows::Reach;
+use super::{Cuda, Rows, check, int, struct_size};
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::ops::{AttentionSpec, KvGeometry};
+use crate::sys;
 
 /// Keys and values of every layer, each `[num_layers][num_pages, page_size, num_kv_heads, head_dim]` in bf16. Starts as
 /// zeros, so that a slot read before it is written is at worst wrong, never NaN.
@@ -55,12 +58,6 @@ impl KvCache {
         (self.k.mut_ptr(offset), self.v.mut_ptr(offset))
     }
 
-    /// Of the keys, then of the values: the address of all of them and, to write there, of element `offset`.
-    pub(super) fn sides(&mut self, offset: usize) -> [(*const bf16, *mut bf16); 2] {
-        let of = |side: &mut Buffer<bf16>| (side.ptr(0), side.mut_ptr(offset));
-        [of(&mut self.k), of(&mut self.v)]
-    }
-
     /// Refuses a layer or heads this cache does not have.
     pub(super) fn check(&self, spec: &AttentionSpec, layer: usize) -> Result<()> {
         if layer >= self.geometry.num_layers {
@@ -85,5 +82,58 @@ impl KvCache {
     fn layer_len(&self) -> usize {
         let g = &self.geometry;
         g.num_pages * g.page_size * g.num_kv_heads * g.head_dim
+    }
+}
+
+impl Cuda {
+    /// The method [`crate::ops::Ops::commit_tree`]; see there.
+    pub(super) fn commit_rows(
+        &mut self,
+        kv: &mut KvCache,
+        rows: &Rows,
+        kept: &[u64],
+    ) -> Result<()> {
+        let map = rows.map();
+        map.check_kept(kept)?;
+        rows.check_pages(kv.geometry(), Reach::CommittedAndRows)?;
+        let draft_len = map.max_rows_per_req().saturating_sub(1);
+        if draft_len == 0 {
+            return Ok(());
+        }
+        let flags = kept
+            .iter()
+            .flat_map(|bits| (1..=draft_len).map(move |row| (bits >> row & 1) as u32));
+        let flags = self.upload_index(&flags.collect::<Vec<_>>())?;
+        let raw = rows.raw()?;
+        let geometry = kv.geometry;
+        let (page, slot, head) = kv.strides();
+        let (k_cache, v_cache) = kv.layer_mut(0);
+        let params = sys::dspark_commit_tree_params {
+            struct_size: struct_size::<sys::dspark_commit_tree_params>(),
+            kv_dtype: sys::DSPARK_DTYPE_BF16,
+            num_reqs: raw.num_reqs,
+            num_layers: int("num_layers", geometry.num_layers)?,
+            draft_len: int("draft_len", draft_len)?,
+            num_kv_heads: int("num_kv_heads", geometry.num_kv_heads)?,
+            head_dim: int("head_dim", geometry.head_dim)?,
+            page_size: int("page_size", geometry.page_size)?,
+            max_pages_per_req: raw.max_pages_per_req,
+            reserved: 0,
+            accept_flags: flags,
+            seq_lens: raw.seq_lens,
+            page_table: raw.page_table,
+            k_cache: k_cache.cast(),
+            v_cache: v_cache.cast(),
+            stride_cache_layer: kv.layer_len() as i64,
+            stride_cache_page: page,
+            stride_cache_slot: slot,
+            stride_cache_head: head,
+        };
+        self.device.bind()?;
+        // SAFETY: the cache is live and borrowed mutably, with a page for every slot of the pass (checked above); one flag
+        // for every draft row of every request was uploaded on this stream.
+        check("commit_tree", unsafe {
+            sys::launch::dspark_commit_tree_cu(&raw const params, self.stream())
+        })
     }
 }

@@ -29,8 +29,7 @@ use half::bf16;
 
 use super::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, LowRankLaw, Ops, PassKey, RopeSpec, RowMap, RowMove, ScheduleInputs, Scheduled,
-    SparseLaw,
+    KvSink, LowRankLaw, Ops, PassKey, RopeSpec, RowMap, ScheduleInputs, Scheduled, SparseLaw,
 };
 use crate::device::{Device, Gemm, Growing};
 use crate::error::{Error, Result};
@@ -363,13 +362,13 @@ impl Ops for Cuda {
         self.record_or_replay(key, work)
     }
 
-    fn move_kv(
+    fn commit_tree(
         &mut self,
         kv: &mut Self::KvCache,
         rows: &Self::Rows,
-        moves: &[RowMove],
+        kept: &[u64],
     ) -> Result<()> {
-        self.move_entries(kv, rows, moves)
+        self.commit_rows(kv, rows, kept)
     }
 
     fn draft_full(

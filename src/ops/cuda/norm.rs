@@ -7,10 +7,9 @@ use bytemuck::Zeroable;
 use cudarc::driver::DeviceRepr;
 use half::bf16;
 
-use super::rows::Reach;
-use super::{Cuda, DeviceMatrix, KvCache, Norm, Rows, check, expect, int, struct_size};
+use super::{Cuda, DeviceMatrix, Norm, check, expect, int, struct_size};
 use crate::error::{Error, Result};
-use crate::ops::{KvGeometry, Matrix, RowMove};
+use crate::ops::Matrix;
 use crate::sys;
 
 type Mat = DeviceMatrix<bf16>;
@@ -232,64 +231,5 @@ impl Cuda {
         check("gather_rows", unsafe {
             sys::launch::dspark_gather_rows_cu(&raw const params, self.stream())
         })
-    }
-
-    /// Copies entries of a cache over entries before them, in every layer. A side of the cache is one matrix of all slots
-    /// of all layers, and the layers' copies of one entry are rows of it, a layer apart.
-    pub(super) fn move_entries(
-        &mut self,
-        kv: &mut KvCache,
-        rows: &Rows,
-        moves: &[RowMove],
-    ) -> Result<()> {
-        let map = rows.map();
-        map.check_moves(moves)?;
-        if moves.is_empty() {
-            return Ok(());
-        }
-        rows.check_pages(kv.geometry(), Reach::CommittedAndRows)?;
-        let KvGeometry {
-            num_layers,
-            num_pages,
-            page_size,
-            num_kv_heads,
-            head_dim,
-        } = *kv.geometry();
-        let (slots, cols) = (num_pages * page_size, num_kv_heads * head_dim);
-        let slot = |r: usize, row: usize| -> Result<usize> {
-            let entry = map.seq_lens[r] as usize + row;
-            let (page, slot) = map.place_of(r, entry, page_size)?;
-            Ok(page * page_size + slot)
-        };
-        let mut index = Vec::with_capacity(moves.len() * num_layers);
-        for step in moves {
-            let from = slot(step.request, step.from)?;
-            index.extend((0..num_layers).map(|layer| (layer * slots + from) as u32));
-        }
-        let index = self.upload_index(&index)?;
-        for (i, step) in moves.iter().enumerate() {
-            let to = slot(step.request, step.to)?;
-            for (src, out) in kv.sides(to * cols) {
-                let params = sys::dspark_gather_rows_params {
-                    struct_size: struct_size::<sys::dspark_gather_rows_params>(),
-                    dtype: bf16::DTYPE,
-                    num_rows: int("layers", num_layers)?,
-                    num_cols: int("cols", cols)?,
-                    num_src_rows: int("slots", num_layers * slots)?,
-                    src: src.cast(),
-                    index: index.wrapping_add(i * num_layers),
-                    out: out.cast(),
-                    stride_src_row: cols as i64,
-                    stride_out_row: (slots * cols) as i64,
-                };
-                self.device.bind()?;
-                // SAFETY: source and destination rows are different slots of one live cache (checked above), one in each
-                // layer; the index holds num_layers entries for each move, uploaded on this stream.
-                check("gather_rows", unsafe {
-                    sys::launch::dspark_gather_rows_cu(&raw const params, self.stream())
-                })?;
-            }
-        }
-        Ok(())
     }
 }
