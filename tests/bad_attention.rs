@@ -300,7 +300,8 @@ const DRAFT_ALONE: &[Slip<Params>] = &[
 
 #[test]
 fn attention_names_what_it_refuses() {
-    let forms: [(fn() -> Params, Launcher, &[Slip<Params>]); 2] = [
+    type Form = (fn() -> Params, Launcher, &'static [Slip<Params>]);
+    let forms: [Form; 2] = [
         (
             verify,
             sys::launch::dspark_verify_attention_cu,

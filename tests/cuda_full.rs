@@ -390,6 +390,8 @@ fn cases() -> Vec<Case> {
         Case::new(33, 2, 1028, 256),
         Case::new(65, 2, 132, 64).fp8().f32_logits(),
         Case::new(130, 2, 520, 256),
+        Case::new(70, 3, 17_008, 256).fp8(),
+        Case::new(128, 3, 16_391, 192),
         Case::new(6, 3, 4, 32),
         Case::new(6, 3, 1031, 64).masked(),
         Case::new(20, 2, 8192, 128).fp8().masked(),

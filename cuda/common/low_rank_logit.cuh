@@ -2,6 +2,7 @@
  * The draft head's logit of one token, bit for bit the same wherever it is computed:
  *
  *   dot(v)  = W2[v] . latent        mma.m16n8k16 over k in steps of 16 from 0, f32 accumulation
+ *                                   (or wgmma with k = 16, which adds a step alike: wgmma.cuh)
  *   l(v)    = U(v) + dot(v)         16-bit W2: one f32 addition
  *   l(v)    = U(v) + dot(v) * scale[v]         fp8 W2 (e4m3), a scale for each row: two roundings
  *

@@ -19,8 +19,8 @@
  * Per step: W2 once for 128 requests (2 or 1 bytes a weight; what is resident or still in L2 does
  * not come from memory), 2 or 4 bytes of base logits per token and request. bf16 W2 with few
  * requests is limited by that traffic; fp8 W2 by the latency of a span in its warp and of the
- * exchange (5 of 16 us a step); many requests by the issue of some 1600 instructions a span and 32
- * requests, 256 of them products.
+ * exchange (5 of 16 us a step); many requests by latency, with 2 spans of W2 in the ring: on sm_90
+ * full_wide.cuh takes more than 32 requests.
  *
  * Dropped: tiles of 16 requests as A and tokens as B with logits written back (8 bytes of traffic a
  * logit); one exponential per token (20 instructions for each element); latents in registers, which
@@ -269,12 +269,12 @@ __device__ __forceinline__ float log_normalizer(const SpanWeight* shares, int32_
 
 /* Tokens, normalisers and confidences of the launch's rows, a warp each, after the last race. */
 template <typename T, typename W>
-__device__ __forceinline__ void finish_rows(const FullCta<T, W>& cta) {
+__device__ __forceinline__ void finish_rows(const FullCta<T, W>& cta, int32_t num_warps) {
   const FullArgs<T, W>& args = cta.args;
   const int lane = threadIdx.x % kWarpSize;
   const int32_t num_rows = args.shape.num_reqs * args.num_steps;
   for (int32_t i = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x; i < num_rows;
-       i += blockDim.x / kWarpSize * gridDim.x) {
+       i += num_warps * gridDim.x) {
     const int32_t q = i / args.num_steps;
     const int32_t step = args.first_step + i % args.num_steps;
     if (!cta.takes_part(q, step)) continue; /* whole warps */
@@ -301,10 +301,10 @@ __device__ __forceinline__ void finish_rows(const FullCta<T, W>& cta) {
   }
 }
 
+/* How the launch's requests draw; a barrier of the CTA follows. */
 template <typename T, typename W>
-__device__ __forceinline__ void set_up(FullCta<T, W>& cta) {
+__device__ __forceinline__ void set_up_runners(FullCta<T, W>& cta) {
   const FullArgs<T, W>& args = cta.args;
-  FullState& state = cta.state;
   for (int q = threadIdx.x; q < FullPolicy::kMaxReqs; q += blockDim.x) {
     SpanRunner runner = {};
     if (q < args.shape.num_reqs) {
@@ -320,8 +320,15 @@ __device__ __forceinline__ void set_up(FullCta<T, W>& cta) {
       runner.draft_len = args.draft_lens == nullptr ? args.in.draft_len
                                                     : min(args.draft_lens[req], args.in.draft_len);
     }
-    state.runners[q] = runner;
+    cta.state.runners[q] = runner;
   }
+}
+
+template <typename T, typename W>
+__device__ __forceinline__ void set_up(FullCta<T, W>& cta) {
+  const FullArgs<T, W>& args = cta.args;
+  FullState& state = cta.state;
+  set_up_runners(cta);
   if (threadIdx.x == 0) {
     fill_init(&state.resident);
     for (int i = 0; i < args.shape.weight_slots; ++i) fill_init(state.weights + i);
@@ -361,7 +368,10 @@ __global__ void __launch_bounds__(full_warps(kNTiles) * kWarpSize, 1)
   const int32_t first_q = warp % args.shape.num_sets * kNTiles * kGroupReqs;
   for (int32_t step = args.first_step; step < args.first_step + args.num_steps; ++step) {
     if (args.markov_w2 != nullptr) {
-      stage_latents(cta, step);
+      stage_latents<4>(
+          cta, step, full_warps(kNTiles), [&](int32_t q, int piece, const uint4& words) {
+            store_latents<W>(cta.shared.latents + q * cta.latent_row_bytes(), piece, words);
+          });
       __syncthreads();
     }
     SpanOwner owner = {};
@@ -384,7 +394,7 @@ __global__ void __launch_bounds__(full_warps(kNTiles) * kWarpSize, 1)
     if (threadIdx.x == 0) wait_for_arrivals(args.arrivals + step, gridDim.x);
     __syncthreads();
   }
-  finish_rows(cta);
+  finish_rows(cta, full_warps(kNTiles));
 }
 
 }  // namespace dspark

@@ -57,16 +57,18 @@ __device__ __forceinline__ void store_latents(unsigned char* row, int piece, con
   }
 }
 
-/* The step's latents into shared memory, a row for each padded request, zeros where there is none;
- * a barrier of the CTA follows. Those of a vanilla head are written out, each by one CTA. */
-template <typename T, typename W>
-__device__ __forceinline__ void stage_latents(const FullCta<T, W>& cta, int32_t step) {
+/* The step's latents into shared memory, a row for each padded request, zeros where there is none:
+ * store(request, piece, eight latents), by warps 0 .. num_warps - 1, kRowsAtOnce rows each at a
+ * time; their barrier follows. Those of a vanilla head are written out, each by one CTA. */
+template <int kRowsAtOnce, typename T, typename W, typename Store>
+__device__ __forceinline__ void stage_latents(const FullCta<T, W>& cta,
+                                              int32_t step,
+                                              int32_t num_warps,
+                                              Store store) {
   using Latent = typename LowRank<W>::Latent;
-  constexpr int kRowsAtOnce = 4;
   const FullArgs<T, W>& args = cta.args;
   const int lane = threadIdx.x % kWarpSize;
   const int32_t warp = threadIdx.x / kWarpSize;
-  const int32_t num_warps = blockDim.x / kWarpSize;
   const int32_t rank = args.in.markov_rank;
   const bool has_piece = lane < rank / 8;
   for (int32_t base = warp; base < args.shape.padded_reqs; base += kRowsAtOnce * num_warps) {
@@ -88,7 +90,7 @@ __device__ __forceinline__ void stage_latents(const FullCta<T, W>& cta, int32_t 
       const int32_t q = base + i * num_warps;
       if (q >= args.shape.padded_reqs || !has_piece) continue;
       const uint4 latents = args.vanilla ? to_latents<Latent, T>(words[i]) : words[i];
-      store_latents<W>(cta.shared.latents + q * cta.latent_row_bytes(), lane, latents);
+      store(q, lane, latents);
       if (!args.vanilla || q % gridDim.x != blockIdx.x || !cta.takes_part(q, step)) continue;
       const int64_t row = static_cast<int64_t>(args.first_req + q) * args.in.draft_len + step;
       reinterpret_cast<uint4*>(args.latents + row * rank)[lane] = latents;

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "kernels/draft/full.cuh"
+#include "kernels/draft/full_wide.cuh"
 #include "launch/draft/projections.cuh"
 
 namespace dspark {
@@ -132,6 +132,38 @@ constexpr FullShape full_shape(int32_t vocab_size,
   return s;
 }
 
+/* From so many requests on the wide kernel runs where it can. */
+constexpr int32_t kWideReqs = 33;
+
+/* The same of full_wide_kernel; num_resident < 0: it does not fit, or is not for such a head. */
+constexpr FullShape wide_shape(int32_t vocab_size,
+                               int32_t rank,
+                               int32_t weight_size,
+                               int32_t num_reqs,
+                               int32_t max_ctas,
+                               size_t shared_bytes) {
+  FullShape s = {};
+  s.num_resident = -1;
+  if (rank == 0 || rank % kSlabColumns != 0 || num_reqs < kWideReqs) return s;
+  s.num_reqs = num_reqs;
+  s.num_sets = ceil_div(num_reqs, WidePolicy::kReqs);
+  s.padded_reqs = s.num_sets * WidePolicy::kReqs;
+  s.num_spans = ceil_div(vocab_size, kSpan);
+  s.spans_per_share = ceil_div(s.num_spans, std::min(max_ctas, kMaxShares));
+  s.weight_row_bytes = s.latent_row_bytes = rank * 2;
+  s.num_resident = 0;
+  if (weight_size == 1) {
+    s.logit_slots = WidePolicy::kByteStages; /* of e4m3 rows: there are no base logits here */
+    s.logit_row_bytes = kSpan * rank / s.padded_reqs;
+  }
+  const int64_t left = static_cast<int64_t>(shared_bytes) - WidePolicy::kAlignment -
+                       static_cast<int64_t>(full_shared_bytes(s));
+  const int64_t num_places = left / (kSpan * s.weight_row_bytes);
+  s.weight_slots = static_cast<int32_t>(std::min<int64_t>(num_places, WidePolicy::kMaxPlaces));
+  if (left < 0 || num_places < 2) s.num_resident = -1;
+  return s;
+}
+
 /* The launches of one call: weights of type T, W2 of type W. */
 template <typename T, typename W>
 class DraftFull {
@@ -146,6 +178,16 @@ class DraftFull {
     DSPARK_TRY(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_bytes));
     DSPARK_TRY(device_attribute(cudaDevAttrMultiProcessorCount, &num_sms));
     DSPARK_TRY(device_attribute(cudaDevAttrCooperativeLaunch, &cooperative));
+    cudaFuncAttributes wide_code;
+    DSPARK_TRY(check_cuda(
+        "cudaFuncGetAttributes",
+        cudaFuncGetAttributes(&wide_code, reinterpret_cast<const void*>(full_wide_kernel<T, W>))));
+    /* Code for other devices than sm_90a has no body and no such state. */
+    const bool has_wide = wide_code.sharedSizeBytes >= sizeof(WideState);
+    const auto wide_shape_of = [&](int32_t num_reqs) {
+      return wide_shape(p_.vocab_size, has_wide && p_.head != DSPARK_HEAD_NONE ? p_.markov_rank : 0,
+                        sizeof(W), num_reqs, num_sms, shared_bytes - sizeof(WideState));
+    };
     const auto shape_of = [&](int32_t num_reqs) {
       const int32_t rank = p_.head == DSPARK_HEAD_NONE ? 0 : p_.markov_rank;
       return full_shape(p_.vocab_size, rank, sizeof(W), p_.logits_dtype == DSPARK_DTYPE_F32 ? 4 : 2,
@@ -169,6 +211,14 @@ class DraftFull {
         args.shape = shape_of(std::min(p_.num_reqs - first, batch));
         args.first_step = step;
         args.num_steps = num_steps;
+        const FullShape wide = wide_shape_of(args.shape.num_reqs);
+        if (wide.num_resident >= 0) {
+          args.shape = wide;
+          DSPARK_TRY(run_cooperative("full_wide_kernel", full_wide_kernel<T, W>,
+                                     WidePolicy::kNumThreads,
+                                     full_shared_bytes(wide) + WidePolicy::kAlignment, args));
+          continue;
+        }
         switch (full_teams(args.shape.num_reqs).groups_per_warp) {
           case 1:
             DSPARK_TRY(run_batch<1>(args));
@@ -192,20 +242,26 @@ class DraftFull {
 
   template <int kNTiles>
   dspark_status run_batch(const FullArgs<T, W>& args) const {
-    constexpr const char* kName = "full_kernel";
-    const auto kernel = full_kernel<T, W, kNTiles>;
+    return run_cooperative("full_kernel", full_kernel<T, W, kNTiles>,
+                           full_warps(kNTiles) * kWarpSize, full_shared_bytes(args.shape), args);
+  }
+
+  dspark_status run_cooperative(const char* name,
+                                void (*kernel)(FullArgs<T, W>),
+                                int num_threads,
+                                size_t shared_bytes,
+                                const FullArgs<T, W>& args) const {
     LaunchShape shape;
     shape.grid = dim3(ceil_div(args.shape.num_spans, args.shape.spans_per_share));
-    shape.cta = dim3(full_warps(kNTiles) * kWarpSize);
-    shape.shared_bytes = full_shared_bytes(args.shape);
+    shape.cta = dim3(num_threads);
+    shape.shared_bytes = shared_bytes;
     shape.cooperative = true;
     int max_ctas = 0;
-    DSPARK_TRY(
-        resident_ctas(kName, kernel, static_cast<int>(shape.cta.x), shape.shared_bytes, &max_ctas));
+    DSPARK_TRY(resident_ctas(name, kernel, num_threads, shared_bytes, &max_ctas));
     DSPARK_CHECK_ARG(static_cast<int>(shape.grid.x) <= max_ctas, DSPARK_ERROR_UNSUPPORTED_DEVICE,
                      "dspark_draft_full: expected room for %u CTAs at once, found %d", shape.grid.x,
                      max_ctas);
-    return launch(kName, kernel, shape, stream_, args);
+    return launch(name, kernel, shape, stream_, args);
   }
 
   dspark_status latents_of_step(int32_t step) const {
