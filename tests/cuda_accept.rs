@@ -259,6 +259,18 @@ fn softmax(row: &[f32], temperature: f32) -> Vec<f64> {
     weights.iter().map(|w| w / total).collect()
 }
 
+/// The 1 - 1e-9 quantile of chi-square with 5 degrees of freedom.
+const LIMIT: f64 = 50.0;
+
+fn chi_square(counts: &[u64; VOCAB], law: &[f64]) -> f64 {
+    let total: u64 = counts.iter().sum();
+    let terms = counts.iter().zip(law).map(|(&count, p)| {
+        let mean = p * total as f64;
+        (count as f64 - mean).powi(2) / mean
+    });
+    terms.sum()
+}
+
 impl Law {
     fn new(rule: Rule, temperature: f32, sparse: bool, slip: Slip) -> Self {
         let mut rng = Rng::new(rule as u64 + 3);
@@ -367,16 +379,8 @@ impl Law {
         let counts = self.counts(ops);
         [0, DRAFT_LEN]
             .map(|k| {
-                let total: u64 = counts[k].iter().sum();
                 let law = softmax(&self.target[k], self.params.temperature);
-                let statistic: f64 = (0..VOCAB)
-                    .map(|v| {
-                        let mean = law[v] * total as f64;
-                        (counts[k][v] as f64 - mean).powi(2) / mean
-                    })
-                    .sum();
-                // 5 degrees of freedom: the 1 - 1e-9 quantile.
-                statistic / 50.0
+                chi_square(&counts[k], &law) / LIMIT
             })
             .into_iter()
             .fold(0.0, f64::max)
@@ -442,4 +446,67 @@ fn a_request_is_decided_the_same_alone_and_in_company() {
         assert_eq!(alone.flags, all.flags[drafts]);
         assert_eq!(alone.logprobs[0], all.logprobs[r]);
     }
+}
+
+/// Two sibling drafts at the root, each with its own numbers or, `twins`, the same. The first committed token's
+/// chi-square over the limit that it passes once in 1e9 times.
+fn siblings_ratio(ops: &mut impl Ops, twins: bool) -> f64 {
+    let law = Law::new(Rule::Token, 1.0, false, Slip::None);
+    let draft_law = softmax(&law.draft[0], 1.0);
+    let mut tokens = Vec::with_capacity(NUM_DRAWS * DRAFT_LEN);
+    for seed in 0..NUM_DRAWS as u64 {
+        for sibling in 0..DRAFT_LEN as u32 {
+            let draw = Draw {
+                seed,
+                position: 1,
+                purpose: Purpose::Draft,
+                ordinal: if twins { 0 } else { sibling },
+            };
+            tokens.push(Philox.sample(draw, &draft_law) as u32);
+        }
+    }
+    let rows = DRAFT_LEN as i32 + 1;
+    let qo_indptr: Vec<i32> = (0..=NUM_DRAWS as i32).map(|r| r * rows).collect();
+    let target = logits(ops, VOCAB, &law.target.concat().repeat(NUM_DRAWS));
+    let draft = logits(ops, VOCAB, &law.draft[0].repeat(NUM_DRAWS * DRAFT_LEN));
+    let sampling: Vec<_> = (0..NUM_DRAWS as u64)
+        .map(|seed| SamplingParams { seed, ..law.params })
+        .collect();
+    let accepted = ops
+        .accept(&AcceptBatch {
+            target: &target,
+            qo_indptr: &qo_indptr,
+            draft_tokens: &tokens,
+            draft_len: DRAFT_LEN,
+            law: DraftLaw::Logits(&draft),
+            anchor_positions: &vec![0; NUM_DRAWS],
+            sampling: &sampling,
+            extras: AcceptExtras {
+                parents: Some(&vec![0; NUM_DRAWS * DRAFT_LEN]),
+                ..AcceptExtras::default()
+            },
+        })
+        .unwrap();
+    let mut counts = [0; VOCAB];
+    let mut kept = [0; DRAFT_LEN];
+    for r in 0..NUM_DRAWS {
+        let flags = &accepted.flags[r * DRAFT_LEN..][..DRAFT_LEN];
+        let child = flags.iter().position(|&flag| flag);
+        let first = child.map_or(accepted.next_tokens[r], |k| tokens[r * DRAFT_LEN + k]);
+        counts[first as usize] += 1;
+        if let Some(child) = child {
+            kept[child] += 1;
+        }
+    }
+    assert!(twins || kept.iter().all(|&n| n > 1000), "{kept:?}");
+    chi_square(&counts, &softmax(&law.target[0], 1.0)) / LIMIT
+}
+
+#[test]
+fn a_million_trees_have_the_targets_law() {
+    let Some(mut cuda) = gpu() else { return };
+    let right = siblings_ratio(&mut cuda, false);
+    assert!(right < 1.0, "{right}");
+    let wrong = siblings_ratio(&mut cuda, true);
+    assert!(wrong > 1.0, "siblings of one draw: {wrong}");
 }

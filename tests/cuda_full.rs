@@ -7,7 +7,7 @@ mod common;
 use std::ops::Range;
 
 use common::Rng;
-use common::raw::{check, device, download, rounded, upload};
+use common::raw::{check, device, download, e4m3, rounded, upload};
 use dspark::device::Device;
 use dspark::ops::Purpose;
 use dspark::reference::philox::{exponential, key, philox4x32, token_exponential, uniform};
@@ -47,16 +47,6 @@ struct Drafts {
     /// As bits: NaN must compare.
     log_normalizers: Vec<u32>,
     latents: Vec<u16>,
-}
-
-/// The number of an e4m3 byte.
-fn e4m3(byte: u8) -> f32 {
-    let mantissa = f32::from(byte & 7) / 8.0;
-    let value = match byte >> 3 & 15 {
-        0 => mantissa * 2.0_f32.powi(-6),
-        exponent => (1.0 + mantissa) * 2.0_f32.powi(i32::from(exponent) - 7),
-    };
-    if byte & 0x80 == 0 { value } else { -value }
 }
 
 impl Case {

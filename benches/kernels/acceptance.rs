@@ -54,7 +54,7 @@ const TOKEN: Case = Case {
     law: Law::Candidates,
 };
 
-const CASES: [Case; 8] = [
+const CASES: [Case; 10] = [
     TOKEN,
     Case {
         name: "greedy",
@@ -63,6 +63,18 @@ const CASES: [Case; 8] = [
     },
     Case {
         name: "token top-k 50 top-p 0.9 T=0.7",
+        temperature: 0.7,
+        filters: Some((50, 0.9)),
+        ..TOKEN
+    },
+    Case {
+        name: "token top-p 0.9 T=1",
+        filters: Some((0, 0.9)),
+        ..TOKEN
+    },
+    Case {
+        name: "coupled top-k 50 top-p 0.9 T=0.7",
+        rule: ops::Rule::Coupled,
         temperature: 0.7,
         filters: Some((50, 0.9)),
         ..TOKEN

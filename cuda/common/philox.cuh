@@ -75,6 +75,9 @@ __device__ __forceinline__ uint4 philox_quad(uint64_t seed,
 /* Tokens that share a minimum, and zones whose minima one counter makes. */
 constexpr int kNoiseZone = 64;
 constexpr int kZonesPerCounter = 4;
+constexpr uint32_t kMinimaWord =
+    1u; /* the fourth word of counters of minima, and of whose they are */
+constexpr uint32_t kWhoseWord = 3u;
 
 constexpr float kTwoPowMinus32 = 0x1p-32f;
 
@@ -102,8 +105,9 @@ __device__ __forceinline__ float4 zone_leasts(uint64_t seed,
                                               int32_t position,
                                               uint32_t purpose) {
   constexpr float kShare = 1.f / kNoiseZone;
-  const uint4 words = philox4x32_10(
-      seed, make_uint4(static_cast<uint32_t>(four), static_cast<uint32_t>(position), purpose, 1u));
+  const uint4 words =
+      philox4x32_10(seed, make_uint4(static_cast<uint32_t>(four), static_cast<uint32_t>(position),
+                                     purpose, kMinimaWord));
   return make_float4(
       exponential_from_word(words.x) * kShare, exponential_from_word(words.y) * kShare,
       exponential_from_word(words.z) * kShare, exponential_from_word(words.w) * kShare);
@@ -116,7 +120,7 @@ __device__ __forceinline__ float zone_least(uint64_t seed,
                                             uint32_t purpose) {
   const auto four = static_cast<uint32_t>(zone) / kZonesPerCounter;
   const uint4 words =
-      philox4x32_10(seed, make_uint4(four, static_cast<uint32_t>(position), purpose, 1u));
+      philox4x32_10(seed, make_uint4(four, static_cast<uint32_t>(position), purpose, kMinimaWord));
   const uint32_t low = zone % 2 == 0 ? words.x : words.y;
   const uint32_t high = zone % 2 == 0 ? words.z : words.w;
   return exponential_from_word(zone % kZonesPerCounter < 2 ? low : high) * (1.f / kNoiseZone);
@@ -127,8 +131,9 @@ __device__ __forceinline__ int32_t zone_least_at(uint64_t seed,
                                                  int32_t zone,
                                                  int32_t position,
                                                  uint32_t purpose) {
-  const uint4 words = philox4x32_10(
-      seed, make_uint4(static_cast<uint32_t>(zone), static_cast<uint32_t>(position), purpose, 3u));
+  const uint4 words =
+      philox4x32_10(seed, make_uint4(static_cast<uint32_t>(zone), static_cast<uint32_t>(position),
+                                     purpose, kWhoseWord));
   return static_cast<int32_t>(words.x % kNoiseZone);
 }
 

@@ -1,5 +1,6 @@
 //! Operations against naive loops, invariances, and laws. Row invariance is asserted bitwise.
 
+mod accept_calls;
 mod acceptance;
 mod attention;
 mod laws;

@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(FilterPolicy::kNumThreads, FilterPolicy::kCtas
   RowLaw law = shared.law;
   const bool filtered = filters.top_k > 0 || filters.top_p < 1.f || filters.min_p > 0.f;
   if (filtered && law.bad == 0 && !filter_by_ranks(in, row, filters, shared, maxima, sums, &law)) {
-    filter_by_descent(in, row, filters, shared, sums, &law);
+    filter_by_descent(in, row, filters, shared, maxima, sums, &law);
   }
   if (threadIdx.x == 0) laws[index] = law;
 }

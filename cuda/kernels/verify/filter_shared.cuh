@@ -12,12 +12,12 @@ struct FilterPolicy {
   static constexpr int kNumThreads = 512;
   static constexpr int kNumWarps = kNumThreads / kWarpSize;
   static constexpr int kCtasPerSm = 1;
-  static constexpr int kMaxKept = 1024; /* candidates */
-  static constexpr int kFloorRank = 64; /* zones read without top-k */
+  static constexpr int kMaxKept = 1024;   /* candidates */
+  static constexpr int kFloorRank = 64;   /* zones read without top-k */
+  static constexpr int kStripsAtOnce = 4; /* of a warp */
   static constexpr int kNumBins = 2048;
   static constexpr int kBinsPerThread = kNumBins / kNumThreads;
   static constexpr float kBinsPerNat = 32.f;
-  static constexpr int kNumLevels = 4;
 };
 
 /* 64-bit sums by bin, from two native 32-bit atomics. */
@@ -92,17 +92,32 @@ __device__ __forceinline__ uint64_t target_mass(float fraction, uint64_t total) 
   return max(min(static_cast<uint64_t>(target), total), static_cast<uint64_t>(1));
 }
 
-/* f(strip, shaped logits of this lane) for the strips of a row, a warp's share of them. */
-template <typename F>
-__device__ __forceinline__ void for_each_strip(const VerifyInputs& in,
-                                               const TargetRow& row,
-                                               F&& f) {
+/* f(strip, shaped logits of this lane) for the strips of a row that wanted(strip) for, a warp's share of
+ * them. A few are on their way at once. Both answers are a whole warp's. */
+template <typename Wanted, typename F>
+__device__ __forceinline__ void for_strips(const VerifyInputs& in,
+                                           const TargetRow& row,
+                                           Wanted&& wanted,
+                                           F&& f) {
+  constexpr int kAtOnce = FilterPolicy::kStripsAtOnce;
+  const int32_t count = in.num_zones * kStripsPerZone;
 #pragma unroll 1
-  for (int32_t strip = threadIdx.x / kWarpSize; strip < in.num_zones * kStripsPerZone;
-       strip += FilterPolicy::kNumWarps) {
-    float values[kGroup];
-    load_target_strip(in, row, strip, values);
-    f(strip, values);
+  for (int32_t first = threadIdx.x / kWarpSize; first < count;
+       first += kAtOnce * FilterPolicy::kNumWarps) {
+    int32_t strips[kAtOnce];
+    float values[kAtOnce][kGroup];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int32_t at = first + i * FilterPolicy::kNumWarps;
+      strips[i] = at < count && wanted(at) ? at : -1;
+      if (strips[i] >= 0) load_strip(in.target, row.index, strips[i], in.vocab_size, values[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (strips[i] < 0) continue;
+      shape_group(in, row, strips[i], values[i]);
+      f(strips[i], values[i]);
+    }
   }
 }
 

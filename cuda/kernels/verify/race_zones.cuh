@@ -4,16 +4,16 @@
  * Score of a token: l / T - ln E_v in units of ln 2; the largest wins. A lane's part of a strip, 8
  * neighbours, lies in one noise zone, so that no score of it is above its largest logit / T - ln least:
  * one fma for each strip says whether anything in the lane's hands may beat what its CTA has seen of the
- * row. Hardly ever it does; then the same is asked of its quads, and those left are run, one quad of each
- * lane at a time, a Philox call for their noise each, until none is left. Where nothing was seen, the
- * lanes begin with their most promising quads: behind the best of those few remain. What is passed over
- * cannot be the winner, so that the winner depends on no order.
+ * row. Where something may, the same is asked of quads, and those left wait in a queue of the warp until 32
+ * of them can draw their noise side by side, or the row is through. Where nothing was seen, the lanes begin
+ * with their most promising quads at once: behind the best of those few remain. What is passed over cannot
+ * be the winner, so that the winner depends on no order.
  *
- * Noise: a lane makes the minima of a strip's four noise zones from one counter, a warp those of eight of
- * its zones at once, while logits are on their way.
+ * Noise: a lane makes bounds on the minima of a strip's four noise zones from one counter, a warp those of
+ * eight of its zones at once, while logits are on their way. Quads that run make the exact ones again.
  *
- * Per zone: some 60 instructions of a warp, noise included; per round of quads some 300. Of a flat law a
- * row's few dozen quads are run: its 152k tokens cost what a few thousand would.
+ * Per zone: some 50 instructions of a warp, noise included; per batch of quads some 400. Of a flat law a
+ * row's hundred quads are run, of 38 thousand.
  */
 #pragma once
 
@@ -44,21 +44,29 @@ __device__ __forceinline__ void note_best(RowBests& bests, int64_t row, float sc
             static_cast<unsigned long long>(row + 1) << 32 | key);
 }
 
-/* The minima of the noise zones of a warp's next zones, a strip's in each entry. */
+/* -log2 of the minima of the noise zones of a warp's next zones, a strip's in each entry; kMargin exact. */
 struct WarpNoise {
   static constexpr int kZones = kWarpSize / kStripsPerZone;
-  float4 leasts[kWarpSize];
-  float4 lifts[kWarpSize]; /* -log2 of them */
+  float4 lifts[kWarpSize];
+};
+
+/* Quads of a warp's zones of one row that may hold its winner. */
+struct RaceQueue {
+  static constexpr int kCapacity = 2 * kWarpSize;
+  float4 logits[kCapacity];
+  int32_t tokens[kCapacity]; /* first of the quad */
 };
 
 struct RaceShared {
   RowBests bests;
   WarpNoise noise[ZonesPolicy::kWarpsPerCta];
+  RaceQueue queues[ZonesPolicy::kWarpsPerCta];
 };
 
 /* A warp's race in a row. */
 struct RowRace {
   int32_t first; /* the noise is of the zones first + i * kWarpsPerCta */
+  int32_t count; /* of the queue */
   Indexed best;  /* of this lane */
   float seen;    /* of the CTA, as far as the warp knows */
 };
@@ -73,6 +81,25 @@ __device__ __forceinline__ int noise_entry(const RowRace& race, int32_t zone) {
   return (zone - race.first) / ZonesPolicy::kWarpsPerCta;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+  float result = 0.f;
+#ifdef __CUDA_ARCH__
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+#endif
+  return result;
+}
+
+/* -log2 of E / kNoiseZone, E = -log1p(-u), to 2e-5: a series where log2(1 - u) would be too coarse. */
+__device__ __forceinline__ float lift_from_word(uint32_t word) {
+  constexpr float kLn2 = 0.6931471806f;
+  static_assert(kNoiseZone == 64);
+  const float u = (static_cast<float>(word) + 0.5f) * kTwoPowMinus32;
+  const float rest = (static_cast<float>(~word) + 0.5f) * kTwoPowMinus32;
+  const float small = fmaf(u * u, fmaf(u, 1.f / 3.f, 0.5f), u);
+  const float e = word < 1u << 27 ? small : -kLn2 * log2_fast(rest);
+  return 6.f - log2_fast(e);
+}
+
 __device__ __forceinline__ void load_noise(const ZoneRow& open,
                                            int32_t first,
                                            WarpNoise& noise,
@@ -80,12 +107,13 @@ __device__ __forceinline__ void load_noise(const ZoneRow& open,
   const int lane = threadIdx.x % kWarpSize;
   race.first = first;
   const int32_t zone = first + lane / kStripsPerZone * ZonesPolicy::kWarpsPerCta;
-  const float4 leasts = zone_leasts(open.key.seed, zone * kStripsPerZone + lane % kStripsPerZone,
-                                    open.key.position, open.key.purpose);
+  const auto strip = static_cast<uint32_t>(zone * kStripsPerZone + lane % kStripsPerZone);
+  const uint4 words = philox4x32_10(
+      open.key.seed,
+      make_uint4(strip, static_cast<uint32_t>(open.key.position), open.key.purpose, kMinimaWord));
   __syncwarp(); /* all have read the last */
-  noise.leasts[lane] = leasts;
-  noise.lifts[lane] =
-      make_float4(-log2f(leasts.x), -log2f(leasts.y), -log2f(leasts.z), -log2f(leasts.w));
+  noise.lifts[lane] = make_float4(lift_from_word(words.x), lift_from_word(words.y),
+                                  lift_from_word(words.z), lift_from_word(words.w));
   __syncwarp();
 }
 
@@ -95,15 +123,17 @@ __device__ __forceinline__ float noise_of(const float4& strip) {
   return zones[threadIdx.x % kWarpSize / kLanesPerNoiseZone];
 }
 
-/* A quad runs, whose noise zone has the minimum `least`. */
-__device__ __forceinline__ void run_quad(
-    const ZoneRow& open, float least, const float (&logits)[4], int32_t token, RowRace& race) {
+/* A quad runs. */
+__device__ __forceinline__ void run_quad(const ZoneRow& open,
+                                         const float4& quad,
+                                         int32_t token,
+                                         RowRace& race) {
   const DrawKey& key = open.key;
   const uint4 drawn =
       philox_quad(key.seed, static_cast<uint32_t>(token / 4), key.position, key.purpose);
-  const ZoneNoise noise = {least,
-                           zone_least_at(key.seed, token / kNoiseZone, key.position, key.purpose)};
+  const ZoneNoise noise = zone_noise(key.seed, token / kNoiseZone, key.position, key.purpose);
   const uint32_t words[4] = {drawn.x, drawn.y, drawn.z, drawn.w};
+  const float logits[4] = {quad.x, quad.y, quad.z, quad.w};
   const float margin = ZonesPolicy::kMargin * (1.f + 0.1f * fabsf(race.seen));
   uint32_t left = 0; /* tokens that may reach what was seen */
 #pragma unroll
@@ -112,7 +142,7 @@ __device__ __forceinline__ void run_quad(
     const float latest = exp2_flushed(fmaf(logits[j], open.race_scale, margin - race.seen));
     const float u = static_cast<float>(words[j]) * kTwoPowMinus32;
     const bool has_least = token % kNoiseZone + j == noise.least_at;
-    if (has_least || u * 0.9999f <= latest - least) left |= 1u << j;
+    if (has_least || u * 0.9999f <= latest - noise.least) left |= 1u << j;
   }
 #pragma unroll 1
   for (; left != 0; left &= left - 1) {
@@ -124,61 +154,101 @@ __device__ __forceinline__ void run_quad(
   }
 }
 
-/* The quads of this lane whose bounds reach `floor`, less those in `done`. */
+/* What the lanes have found so far counts. */
+__device__ __forceinline__ void share_best(const ZoneRow& open, RowBests& bests, RowRace& race) {
+  const float best = from_ordered(__reduce_max_sync(kAllLanes, ordered(race.best.value)));
+  if (best > race.seen) {
+    race.seen = best;
+    if (threadIdx.x % kWarpSize == 0) note_best(bests, open.row.index, best);
+  }
+  const float other = __shfl_sync(kAllLanes, seen_best(bests, open.row.index), 0);
+  race.seen = fmaxf(race.seen, other);
+}
+
+/* The last 32 quads of the queue, or fewer, run. */
+__device__ __forceinline__ void run_batch(const ZoneRow& open,
+                                          const RaceQueue& queue,
+                                          RowBests& bests,
+                                          RowRace& race) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int32_t num = min(race.count, kWarpSize);
+  race.count -= num;
+  __syncwarp(); /* all have pushed */
+  if (lane < num) {
+    const float4 quad = queue.logits[race.count + lane];
+    run_quad(open, quad, queue.tokens[race.count + lane], race);
+  }
+  __syncwarp(); /* all have read */
+  share_best(open, bests, race);
+}
+
+/* This lane's quad `quad` of a zone. */
 template <typename T>
-__device__ __forceinline__ uint32_t quads_left(const ZoneRow& open,
-                                               const ZoneWords<T>& words,
-                                               const float (&lifts)[kStripsPerZone],
-                                               float floor,
-                                               uint32_t done) {
-  uint32_t left = 0;
+__device__ __forceinline__ float4 take_quad(const ZoneWords<T>& words, int quad) {
+  float logits[4];
+  words.pick_quad(quad, logits);
+  return make_float4(logits[0], logits[1], logits[2], logits[3]);
+}
+
+__device__ __forceinline__ int32_t quad_token(int32_t zone, int quad) {
+  return strip_token(zone * kStripsPerZone + quad / 2) + quad % 2 * 4;
+}
+
+/* Bounds on the scores of this lane's quads that reach `floor`, as bits. */
+template <typename T>
+__device__ __forceinline__ uint32_t quads_that_reach(const ZoneRow& open,
+                                                     const ZoneWords<T>& words,
+                                                     const float (&lifts)[kStripsPerZone],
+                                                     float floor) {
+  uint32_t reach = 0;
 #pragma unroll
   for (int quad = 0; quad < kQuadsPerLane; ++quad) {
     const float bound = fmaf(words.quad_max(quad), open.race_scale, lifts[quad / 2]);
-    if (bound >= floor && bound > -INFINITY) left |= 1u << quad;
+    if (bound >= floor && bound > -INFINITY) reach |= 1u << quad;
   }
-  return left & ~done;
+  return reach;
 }
 
-/* Something of a zone may win: its quads run. The whole warp takes part. */
+/* Something of a zone may win: its quads join the queue. The whole warp takes part. */
 template <typename T>
-__device__ __forceinline__ void run_zone(const ZoneRow& open,
-                                         const ZoneWords<T>& words,
-                                         int32_t zone,
-                                         const float4* leasts, /* of its strips */
-                                         const float (&lifts)[kStripsPerZone],
-                                         RowBests& bests,
-                                         RowRace& race) {
+__device__ __forceinline__ void enter_zone(const ZoneRow& open,
+                                           const ZoneWords<T>& words,
+                                           int32_t zone,
+                                           const float (&lifts)[kStripsPerZone],
+                                           RaceQueue& queue,
+                                           RowBests& bests,
+                                           RowRace& race) {
   const int lane = threadIdx.x % kWarpSize;
-  float floor = race_floor(race.seen);
-  if (race.seen == -INFINITY) { /* only the most promising */
-    floor = -INFINITY;
+  uint32_t done = 0;
+  if (race.seen == -INFINITY) { /* the lanes' most promising quads come first */
+    float most = -INFINITY;
 #pragma unroll
     for (int quad = 0; quad < kQuadsPerLane; ++quad) {
-      floor = fmaxf(floor, fmaf(words.quad_max(quad), open.race_scale, lifts[quad / 2]));
+      most = fmaxf(most, fmaf(words.quad_max(quad), open.race_scale, lifts[quad / 2]));
     }
+    done = quads_that_reach(open, words, lifts, most);
+    done &= 0u - done; /* one of them */
+    if (done != 0) {
+      const int quad = __ffs(static_cast<int>(done)) - 1;
+      run_quad(open, take_quad(words, quad), quad_token(zone, quad), race);
+    }
+    __syncwarp();
+    share_best(open, bests, race);
   }
-  uint32_t done = 0;
 #pragma unroll 1
   while (true) {
-    const uint32_t left = quads_left(open, words, lifts, floor, done);
-    if (!__any_sync(kAllLanes, left != 0)) break;
+    const uint32_t left = quads_that_reach(open, words, lifts, race_floor(race.seen)) & ~done;
+    const uint32_t pushing = __ballot_sync(kAllLanes, left != 0);
+    if (pushing == 0) return;
     if (left != 0) {
       const int quad = __ffs(static_cast<int>(left)) - 1;
       done |= 1u << quad;
-      float logits[4];
-      words.pick_quad(quad, logits);
-      const int32_t token = strip_token(zone * kStripsPerZone + quad / 2) + quad % 2 * 4;
-      run_quad(open, noise_of(leasts[quad / 2]), logits, token, race);
+      const int32_t to = race.count + __popc(pushing & ((1u << lane) - 1));
+      queue.logits[to] = take_quad(words, quad);
+      queue.tokens[to] = quad_token(zone, quad);
     }
-    const float best = from_ordered(__reduce_max_sync(kAllLanes, ordered(race.best.value)));
-    if (best > race.seen) {
-      race.seen = best;
-      if (lane == 0) note_best(bests, open.row.index, best);
-    }
-    const float other = __shfl_sync(kAllLanes, seen_best(bests, open.row.index), 0);
-    race.seen = fmaxf(race.seen, other);
-    floor = race_floor(race.seen);
+    race.count += __popc(pushing);
+    if (race.count >= kWarpSize) run_batch(open, queue, bests, race);
   }
 }
 
@@ -191,7 +261,8 @@ __device__ __forceinline__ void race_zone(const ZoneRow& open,
                                           const float (&strip_max)[kStripsPerZone],
                                           RaceShared& shared,
                                           RowRace& race) {
-  WarpNoise& noise = shared.noise[threadIdx.x / kWarpSize];
+  const int warp = threadIdx.x / kWarpSize;
+  WarpNoise& noise = shared.noise[warp];
   int entry = noise_entry(race, zone);
   if (entry < 0 || entry >= WarpNoise::kZones) {
     load_noise(open, zone, noise, race);
@@ -207,21 +278,23 @@ __device__ __forceinline__ void race_zone(const ZoneRow& open,
     bound = fmaxf(bound, fmaf(strip_max[i], open.race_scale, lifts[i]));
   }
   if (!__any_sync(kAllLanes, bound >= race_floor(race.seen))) return;
-  run_zone(open, words, zone, &noise.leasts[entry * kStripsPerZone], lifts, shared.bests, race);
+  enter_zone(open, words, zone, lifts, shared.queues[warp], shared.bests, race);
 }
 
 /* Before the first zone of a row. */
 __device__ __forceinline__ void open_race(RowRace& race) {
   race.first = -WarpNoise::kZones * ZonesPolicy::kWarpsPerCta; /* no zone's noise */
+  race.count = 0;
   race.best = empty_race();
   race.seen = -INFINITY;
 }
 
 /* The warp's part of the row is through: its best goes to the entry of its zone. */
-__device__ __forceinline__ void close_race(const ZoneRow& open,
-                                           int32_t num_zones,
-                                           ZoneRace* races,
-                                           const RowRace& race) {
+__device__ __forceinline__ void close_race(
+    const ZoneRow& open, int32_t num_zones, RaceShared& shared, ZoneRace* races, RowRace& race) {
+  while (race.count > 0) {
+    run_batch(open, shared.queues[threadIdx.x / kWarpSize], shared.bests, race);
+  }
   const Indexed best = warp_reduce(race.best, ArgmaxOp{});
   if (threadIdx.x % kWarpSize != 0 || best.index == kNoRunner) return;
   races[open.row.index * num_zones + best.index / kZone] = {best.value, best.index};

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(ZonesPolicy::kNumThreads, (kZonesCtasPerSm<T, 
   ZoneRow open = enter_row<kKind>(in, row, zone, shared, race); /* while the zone is on its way */
   const auto close = [&] {
     if constexpr (kMayRace<kKind>) {
-      if (open.races) close_race(open, in.num_zones, work.races, race);
+      if (open.races) close_race(open, in.num_zones, shared, work.races, race);
     }
   };
 #pragma unroll 1
