@@ -456,6 +456,10 @@ fn hard_text_stops_drafting_and_a_reused_slot_forgets() {
     };
     let hard = run(&mut scheduler, 0.05, 0, 1000);
     assert!((2..30).contains(&hard), "{hard} of 1000 steps drafted");
+    // Confidences that temperatures cannot mend, since they are even: outcomes count.
+    scheduler.forget(0);
+    let even = run(&mut scheduler, 0.48, 0, 1000);
+    assert!(even < 40, "{even} of 1000 steps drafted");
     // The text becomes easy: a probe finds out.
     let easy = run(&mut scheduler, 0.95, 2, 2000);
     assert!(easy > 800, "{easy} of 2000 steps drafted");
