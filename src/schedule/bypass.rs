@@ -34,8 +34,10 @@ const POOLED_TRUST_PRIOR: f32 = 4.0;
 const SCOUTS: usize = 8;
 const FIRST_ROUNDS: f32 = 16.0;
 
-/// Steps that a plan is kept for while the requests are the same, once the mean of all has its whole memory.
+/// Steps that a plan is kept for while the requests are the same: once the mean of all has its whole memory, and while no
+/// round is drafted, so that only the context grows.
 const PLAN_STEPS: u32 = 4;
+const IDLE_PLAN_STEPS: u32 = 16;
 
 /// The share of time that probing may take.
 const PROBE_SHARE: f64 = 0.005;
@@ -124,6 +126,8 @@ struct Plan {
     slots: Vec<usize>,
     drafts: Vec<bool>,
     age: u32,
+    /// Whether something was learnt since.
+    is_dated: bool,
 }
 
 /// The past of every slot.
@@ -189,7 +193,7 @@ impl Bypass {
         cost: &StepCost,
     ) -> Vec<bool> {
         let mut drafts = match self.plan.take() {
-            Some(mut plan) if plan.age < self.plan_steps() && plan.slots == slots => {
+            Some(mut plan) if plan.age < self.plan_steps(&plan) && plan.slots == slots => {
                 plan.age += 1;
                 self.plan.insert(plan).drafts.clone()
             }
@@ -199,6 +203,7 @@ impl Bypass {
                     slots: slots.to_vec(),
                     drafts: drafts.clone(),
                     age: 1,
+                    is_dated: false,
                 };
                 self.plan = Some(plan);
                 drafts
@@ -212,8 +217,10 @@ impl Bypass {
     }
 
     /// How long a plan is kept.
-    fn plan_steps(&self) -> u32 {
-        if self.pooled.rounds < POOLED_MEMORY {
+    fn plan_steps(&self, plan: &Plan) -> u32 {
+        if !plan.is_dated {
+            IDLE_PLAN_STEPS
+        } else if self.pooled.rounds < POOLED_MEMORY {
             1
         } else {
             PLAN_STEPS
@@ -344,6 +351,9 @@ impl Bypass {
         } else {
             verify_len.min(survival.len())
         };
+        if let Some(plan) = &mut self.plan {
+            plan.is_dated = true;
+        }
         let predicted = survival[..num_known].iter().sum();
         let came_true = num_accepted as f32;
         self.pooled_trust.add(predicted, came_true, POOLED_MEMORY);
