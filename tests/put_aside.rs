@@ -1,6 +1,8 @@
 //! Plain rounds beside a drafter put its look at their rows off: what it drafts afterwards must be what it drafts after
 //! having seen every row at once.
 
+#![allow(clippy::needless_range_loop)] // A slot is a number of its own, not only a place.
+
 mod end_to_end_support;
 mod fakes;
 mod model_support;
@@ -63,9 +65,12 @@ fn model_step(ops: &mut Reference, drafter: &'static str) -> DecodeStep<Referenc
     DecodeStep::new(Box::new(pair.target), pair.drafter, scheduler, draft_len).unwrap()
 }
 
+/// Of each request the drafts and the bits of their confidences.
+type Drafts = Vec<(Vec<u32>, Vec<u32>)>;
+
 /// Drafts, with bits of the confidences, after `plain` rounds that drafted nothing, and what was put aside at most; then
 /// those of sequences that were prefilled up to there.
-fn drafts_after(drafter: &'static str, plain: usize) -> ([Vec<(Vec<u32>, Vec<u32>)>; 2], usize) {
+fn drafts_after(drafter: &'static str, plain: usize) -> ([Drafts; 2], usize) {
     let prompts: [&[u32]; 3] = [&[3, 1, 4, 1, 5], &[9, 2], &[6, 5, 3, 5, 8, 9, 7, 9, 3, 2]];
     let mut ops = reference();
     let mut step = model_step(&mut ops, drafter);
