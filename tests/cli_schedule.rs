@@ -197,6 +197,25 @@ fn simulations_are_printed_and_bad_ones_refused() {
     assert_eq!(json.as_array().unwrap().len(), 11);
     let bursts = ["--loads", "4", "--arrivals", "bursts:5:50:1"];
     assert_eq!(run(&bursts).lines().count(), 12);
+    // The sweep of the paper's Figure 5: a higher threshold verifies fewer drafts and has more of them accepted.
+    let thresholds = "threshold:0.2,threshold:0.4,threshold:0.6,threshold:0.8";
+    let sweep = ["--loads", "64", "--adapt", "false", "--rules", thresholds];
+    let sweep = run(&[&sweep[..], &["--json"]].concat());
+    let sweep: Vec<serde_json::Value> = serde_json::from_str(&sweep).unwrap();
+    let of = |field: &str| -> Vec<f64> {
+        let rows = sweep.iter();
+        let rows = rows.filter(|row| row["rule"].as_str().unwrap().starts_with("threshold"));
+        rows.map(|row| row[field].as_f64().unwrap()).collect()
+    };
+    let (verified, accepted) = (of("verified_per_round"), of("accepted_share"));
+    assert!(
+        verified.len() == 4 && verified.is_sorted_by(|a, b| a > b),
+        "{verified:?}"
+    );
+    assert!(
+        accepted.len() == 4 && accepted.is_sorted_by(|a, b| a < b),
+        "{accepted:?}"
+    );
     for (more, part) in [
         (["--arrivals", "tide"], "poisson:RATE"),
         (["--arrivals", "tides:0:4"], "tides:SECONDS:LOW"),

@@ -48,7 +48,11 @@ fn decisions_are_the_hosts() {
         (300, 13),
         (640, 12),
         (1024, 16),
+        (1021, 16),
         (8192, 2),
+        // Eighths without a request, and one that is too large for its share of a cluster.
+        (9, 200),
+        (9, 1820),
     ] {
         for kind in 0..5 {
             let confidence = confidences(&mut rng, num_reqs * draft_len, kind);

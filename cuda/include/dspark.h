@@ -636,7 +636,8 @@ dspark_status DSPARK_FN(dspark_survival)(const dspark_survival_params* params,
  * Workspace     none.
  * Determinism   bitwise, and that of the host (dspark::schedule::Ranking): calibration is rounded
  *               operation by operation, all sums and comparisons are of integers.
- * Stream/graph  capture-safe. One launch of one CTA.
+ * Stream/graph  capture-safe. One launch: one CTA, or a cluster of eight where sm_90 has
+ *               them and there is much to rank.
  * Errors        null pointers, sizes < 0, num_reqs > 8192, num_reqs * draft_len > 16384, a rule that
  *               is none, CAPACITY without capacity.
  */

@@ -1,6 +1,7 @@
 /* Launchers of the schedule family: survival probabilities and how many drafts are verified. */
 #include "common/host.cuh"
 #include "kernels/schedule/schedule.cuh"
+#include "kernels/schedule/schedule_cluster.cuh"
 #include "kernels/schedule/survival.cuh"
 
 using namespace dspark;
@@ -40,6 +41,36 @@ dspark_status launch_largest(const ScheduleArgs& args, dspark_stream stream) {
   return launch_schedule<1024, 16, false>(args, stream);
 }
 
+template <int kThreads, int kItems>
+dspark_status launch_cluster(const ScheduleArgs& args, dspark_stream stream) {
+  return launch("schedule_cluster_kernel", schedule_cluster_kernel<kThreads, kItems>,
+                dim3(ClusterPolicy::kNumCtas), dim3(kThreads),
+                ClusterShared<kThreads, kItems>::kBytes, stream, args);
+}
+
+/* Whether the loaded code knows clusters. */
+dspark_status has_clusters(bool* has) {
+  constexpr int kFirstPtxWithClusters = 90;
+  cudaFuncAttributes loaded;
+  const auto* kernel = reinterpret_cast<const void*>(schedule_cluster_kernel<512, 4>);
+  DSPARK_TRY(check_cuda("schedule_cluster_kernel", cudaFuncGetAttributes(&loaded, kernel)));
+  *has = loaded.ptxVersion >= kFirstPtxWithClusters;
+  return DSPARK_OK;
+}
+
+dspark_status launch_single(const ScheduleArgs& args, int32_t size, dspark_stream stream) {
+  if (size <= 256) return launch_schedule<256, 1>(args, stream);
+  if (size <= 512) return launch_schedule<512, 1>(args, stream);
+  if (size <= 1024) return launch_schedule<512, 2>(args, stream);
+  if (size <= 2048) return launch_schedule<512, 4>(args, stream);
+  if (size <= 4096) return launch_schedule<512, 8>(args, stream);
+  if (size <= 8192) return launch_schedule<1024, 8>(args, stream);
+  return launch_largest(args, stream);
+}
+
+/* Below this many drafts a single CTA is as fast. */
+constexpr int32_t kLeastOfCluster = 1024;
+
 }  // namespace
 
 extern "C" dspark_status DSPARK_FN(dspark_schedule)(const dspark_schedule_params* params,
@@ -68,11 +99,13 @@ extern "C" dspark_status DSPARK_FN(dspark_schedule)(const dspark_schedule_params
                           p.capacity,    p.best,      p.verify_lens};
   /* Room for all keys and, where there is nothing to sort, for all lengths. */
   const int32_t size = p.num_reqs * (drafts ? p.draft_len : 1);
-  if (size <= 256) return launch_schedule<256, 1>(args, stream);
-  if (size <= 512) return launch_schedule<512, 1>(args, stream);
-  if (size <= 1024) return launch_schedule<512, 2>(args, stream);
-  if (size <= 2048) return launch_schedule<512, 4>(args, stream);
-  if (size <= 4096) return launch_schedule<512, 8>(args, stream);
-  if (size <= 8192) return launch_schedule<1024, 8>(args, stream);
-  return launch_largest(args, stream);
+  /* The drafts of a CTA of a cluster, which has whole requests. */
+  const int64_t share = int64_t{ceil_div(p.num_reqs, ClusterPolicy::kNumCtas)} * p.draft_len;
+  bool clusters = false;
+  if (drafts && size >= kLeastOfCluster && share <= 2048) DSPARK_TRY(has_clusters(&clusters));
+  if (!clusters) return launch_single(args, size, stream);
+  if (share <= 256) return launch_cluster<256, 1>(args, stream);
+  if (share <= 512) return launch_cluster<512, 1>(args, stream);
+  if (share <= 1024) return launch_cluster<512, 2>(args, stream);
+  return launch_cluster<512, 4>(args, stream);
 }

@@ -404,6 +404,7 @@ impl<O: Ops> Engine<O> {
             };
             self.pool.release(&mut active.sequence.pages);
             self.free_slots.push(active.sequence.slot);
+            self.step.forget(active.sequence.slot);
             active.stats.num_generated = active.output.tokens.len();
             active.stats.prefill_seconds = (active.first_token - active.admitted).as_secs_f64();
             active.stats.decode_seconds = active.first_token.elapsed().as_secs_f64();

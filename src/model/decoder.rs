@@ -189,6 +189,7 @@ impl<O: Ops> Target<O> for DecoderTarget<O> {
         Features {
             taps: self.taps.as_ref().map(|taps| &taps.out),
             hidden: &self.stack.normed,
+            places: None,
         }
     }
 }

@@ -217,7 +217,8 @@ impl<O: Ops> Drafter<O> for DSparkDrafter<O> {
             return Ok(());
         }
         let context = &mut self.context;
-        context.encode(ops, taps, &index, self.config.decoder.norm_eps)?;
+        let places = features.places_of(&index);
+        context.encode(ops, taps, &places, self.config.decoder.norm_eps)?;
         self.stack.append_context(
             ops,
             &map,

@@ -45,6 +45,16 @@ pub struct Features<'a, O: Ops> {
     pub taps: Option<&'a O::Mat>,
     /// `[rows, hidden_size]` final-normed hidden states.
     pub hidden: &'a O::Mat,
+    /// Where each row of the pass stands in both; `None`: in order.
+    pub places: Option<&'a [u32]>,
+}
+
+impl<O: Ops> Features<'_, O> {
+    /// Where the flat rows `index` of the pass stand.
+    fn places_of(&self, index: &[u32]) -> Vec<u32> {
+        let place = |&row: &u32| self.places.map_or(row, |places| places[row as usize]);
+        index.iter().map(place).collect()
+    }
 }
 
 /// A target model with its own paged cache.

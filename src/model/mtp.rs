@@ -205,7 +205,8 @@ impl<O: Ops> Drafter<O> for MtpDrafter<O> {
             return Ok(());
         }
         let ids: Vec<u32> = index.iter().map(|&row| next_tokens[row as usize]).collect();
-        ops.gather_rows(features.hidden, &index, &mut self.states)?;
+        let places = features.places_of(&index);
+        ops.gather_rows(features.hidden, &places, &mut self.states)?;
         let (eps, residual) = (self.norm_eps, &mut self.stack.residual);
         self.input
             .join(ops, &self.vocabulary, &self.states, &ids, eps, residual)?;

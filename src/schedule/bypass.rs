@@ -1,11 +1,11 @@
 //! Which requests drafting pays for.
 //!
 //! Drafting costs time before any confidence is known, so that it is decided from the past: every request keeps a
-//! running mean of its survivals (half predicted, half what came true), and the step is planned on these means: with a
-//! draft for all requests, for those alone that are worth their share of the draft, and for none. Where drafting does
-//! not promise 1 % more, the step drafts nothing. From time to time the others draft all the same, to see whether their
-//! text has changed. Probes come so seldom that they cost about half a percent, and ever more seldom while they find
-//! nothing.
+//! running mean of its survivals (half predicted, half what came true; predictions count for less where fewer than half
+//! of them come true), and the step is planned on these means: with a draft for all requests, for those alone that are worth their
+//! share of the draft, and for none. Where drafting does not promise 1 % more, the step drafts nothing. From time to time
+//! the others draft all the same, to see whether their text has changed. Probes come so seldom that they cost about half a
+//! percent, and ever more seldom while they find nothing. As long as nothing at all is known, a few requests try.
 
 use super::cost::{StepCost, StepShape};
 use super::rank::{GUARD, Ranking, Ticks};
@@ -21,6 +21,23 @@ const POOLED_MEMORY: f32 = 256.0;
 
 /// Survival from one position to the next before anything was seen: hopeful, so that drafting is tried.
 const HOPE: f32 = 0.8;
+
+/// Rounds that the trust in a request's predictions reaches back.
+const TRUST_MEMORY: f32 = 64.0;
+
+/// Predicted tokens that are believed to have come true as often as everyone's, before a request's own count; everyone's
+/// first are believed to.
+const TRUST_PRIOR: f32 = 16.0;
+const POOLED_TRUST_PRIOR: f32 = 4.0;
+
+/// Requests that draft in a step while fewer rounds than [`FIRST_ROUNDS`] have been seen of all.
+const SCOUTS: usize = 8;
+const FIRST_ROUNDS: f32 = 16.0;
+
+/// Steps that a plan is kept for while the requests are the same: once the mean of all has its whole memory, and while no
+/// round is drafted, so that only the context grows.
+const PLAN_STEPS: u32 = 4;
+const IDLE_PLAN_STEPS: u32 = 16;
 
 /// The share of time that probing may take.
 const PROBE_SHARE: f64 = 0.005;
@@ -46,11 +63,32 @@ impl Means {
     }
 }
 
+/// How predictions came true, in tokens; the past fades.
+#[derive(Clone, Copy, Debug, Default)]
+struct Trust {
+    predicted: f32,
+    came_true: f32,
+}
+
+impl Trust {
+    fn add(&mut self, predicted: f32, came_true: f32, memory: f32) {
+        let keep = 1.0 - 1.0 / memory;
+        self.predicted = self.predicted * keep + predicted;
+        self.came_true = self.came_true * keep + came_true;
+    }
+
+    /// Tokens that come true for each predicted one, on top of `predicted` ones of which `share` did.
+    fn factor(&self, predicted: f32, share: f32) -> f32 {
+        (self.came_true + predicted * share) / (self.predicted + predicted)
+    }
+}
+
 /// One request.
 #[derive(Clone, Debug, Default)]
 struct Slot {
     /// `None` before its first round.
     means: Option<Means>,
+    trust: Trust,
     probing: Probing,
 }
 
@@ -82,12 +120,24 @@ struct Choice {
     num_drafts: usize,
 }
 
+/// What was planned, before probes.
+#[derive(Clone, Debug)]
+struct Plan {
+    slots: Vec<usize>,
+    drafts: Vec<bool>,
+    age: u32,
+    /// Whether something was learnt since.
+    is_dated: bool,
+}
+
 /// The past of every slot.
 #[derive(Clone, Debug)]
 pub(super) struct Bypass {
     draft_len: usize,
     slots: Vec<Slot>,
     pooled: Means,
+    pooled_trust: Trust,
+    plan: Option<Plan>,
     steps_since_probe: u32,
 }
 
@@ -101,6 +151,8 @@ impl Bypass {
                 survival: hope,
                 rounds: PRIOR_ROUNDS,
             },
+            pooled_trust: Trust::default(),
+            plan: None,
             steps_since_probe: 0,
         }
     }
@@ -114,6 +166,7 @@ impl Bypass {
         if let Some(slot) = self.slots.get_mut(slot) {
             *slot = Slot::default();
         }
+        self.plan = None;
     }
 
     fn means(&self, slot: usize) -> &[f32] {
@@ -139,19 +192,60 @@ impl Bypass {
         context_tokens: usize,
         cost: &StepCost,
     ) -> Vec<bool> {
+        let mut drafts = match self.plan.take() {
+            Some(mut plan) if plan.age < self.plan_steps(&plan) && plan.slots == slots => {
+                plan.age += 1;
+                self.plan.insert(plan).drafts.clone()
+            }
+            _ => {
+                let drafts = self.planned(slots, context_tokens, cost);
+                let plan = Plan {
+                    slots: slots.to_vec(),
+                    drafts: drafts.clone(),
+                    age: 1,
+                    is_dated: false,
+                };
+                self.plan = Some(plan);
+                drafts
+            }
+        };
+        self.probe(slots, &mut drafts, &|num_drafted| {
+            let shape = shape(slots.len(), num_drafted, context_tokens);
+            cost.seconds(shape)
+        });
+        drafts
+    }
+
+    /// How long a plan is kept.
+    fn plan_steps(&self, plan: &Plan) -> u32 {
+        if !plan.is_dated {
+            IDLE_PLAN_STEPS
+        } else if self.pooled.rounds < POOLED_MEMORY {
+            1
+        } else {
+            PLAN_STEPS
+        }
+    }
+
+    /// Which requests the step should draft for, apart from probes.
+    fn planned(&self, slots: &[usize], context_tokens: usize, cost: &StepCost) -> Vec<bool> {
         let num_reqs = slots.len();
         let seconds = |num_drafted: usize, num_drafts: usize| {
-            cost.seconds(StepShape {
-                num_drafted,
-                num_tokens: num_reqs + num_drafts,
-                context_tokens,
-                drafted_context_tokens: context_tokens * num_drafted / num_reqs,
-            })
+            let shape = shape(num_reqs, num_drafted, context_tokens);
+            cost.seconds_by_rows(shape)(num_reqs + num_drafts)
         };
-        let plain = seconds(0, 0);
-        let none = num_reqs as f64 / plain;
-        let all = self.outlook(slots, vec![true; num_reqs], &seconds);
-        let some = self.outlook(slots, self.worthy(slots, &all, &seconds), &seconds);
+        let choice = |drafts: Vec<bool>| {
+            let num_drafted = drafts.iter().filter(|&&d| d).count();
+            let shape = shape(num_reqs, num_drafted, context_tokens);
+            let by_rows = cost.seconds_by_rows(shape);
+            self.outlook(slots, drafts, &|n| by_rows(num_reqs + n))
+        };
+        let none = num_reqs as f64 / seconds(0, 0);
+        if self.pooled.rounds < PRIOR_ROUNDS + FIRST_ROUNDS && num_reqs > SCOUTS {
+            return (0..num_reqs).map(|r| r < SCOUTS).collect();
+        }
+        let all = choice(vec![true; num_reqs]);
+        let some = choice(self.worthy(slots, &all, &seconds));
         // The fewer only where it is surely better: a request that drafts is one that is learnt from.
         let guard = 1.0 + 1.0 / GUARD as f64;
         let best = if some.rate > all.rate * guard {
@@ -159,29 +253,26 @@ impl Bypass {
         } else {
             all
         };
-        let mut drafts = best.drafts;
         if best.rate <= none * guard {
-            drafts = vec![false; num_reqs];
+            return vec![false; num_reqs];
         }
-        self.probe(slots, &mut drafts, &seconds);
-        drafts
+        best.drafts
     }
 
-    /// The best that drafting for these requests promises.
+    /// The best that drafting for these requests promises, where a step with n drafts takes `seconds(n)`.
     fn outlook(
         &self,
         slots: &[usize],
         drafts: Vec<bool>,
-        seconds: &dyn Fn(usize, usize) -> f64,
+        seconds: &dyn Fn(usize) -> f64,
     ) -> Choice {
         let survival: Vec<f32> = slots.iter().flat_map(|&s| self.means(s)).copied().collect();
         let limits = drafts.iter().map(|&d| usize::from(d) * self.draft_len);
         let limits: Vec<usize> = limits.collect();
-        let num_drafted = drafts.iter().filter(|&&d| d).count();
         let ranking = Ranking::new(&survival, self.draft_len, &limits);
-        let ticks = Ticks::new(ranking.len(), |n| seconds(num_drafted, n));
+        let ticks = Ticks::new(ranking.len(), seconds);
         let num_drafts = ranking.best(&ticks);
-        let seconds = seconds(num_drafted, num_drafts);
+        let seconds = seconds(num_drafts);
         Choice {
             drafts,
             rate: ranking.expected_tokens(num_drafts) / seconds,
@@ -214,15 +305,10 @@ impl Bypass {
 
     /// Adds requests to be looked at: those that hardly anything is known about, and those that were not drafted for in
     /// a long time. They wait until a probe of all of them takes its share of the steps since the last.
-    fn probe(
-        &mut self,
-        slots: &[usize],
-        drafts: &mut [bool],
-        seconds: &dyn Fn(usize, usize) -> f64,
-    ) {
+    fn probe(&mut self, slots: &[usize], drafts: &mut [bool], seconds: &dyn Fn(usize) -> f64) {
         let num_drafted = drafts.iter().filter(|&&d| d).count();
         let distance = |num_probed: usize| {
-            let extra = seconds(num_drafted + num_probed, 0) / seconds(num_drafted, 0) - 1.0;
+            let extra = seconds(num_drafted + num_probed) / seconds(num_drafted) - 1.0;
             ((extra / PROBE_SHARE) as u32).clamp(PROBE_STEPS, MOST_PROBE_STEPS)
         };
         let all = distance(slots.len() - num_drafted);
@@ -260,16 +346,30 @@ impl Bypass {
         num_accepted: usize,
     ) {
         // A draft behind the last verified one is only predicted; behind a rejection it is known to be lost.
-        let rejected = num_accepted < verify_len;
+        let num_known = if num_accepted < verify_len {
+            survival.len()
+        } else {
+            verify_len.min(survival.len())
+        };
+        if let Some(plan) = &mut self.plan {
+            plan.is_dated = true;
+        }
+        let predicted = survival[..num_known].iter().sum();
+        let came_true = num_accepted as f32;
+        self.pooled_trust.add(predicted, came_true, POOLED_MEMORY);
+        let pooled_trust = self.pooled_trust.factor(POOLED_TRUST_PRIOR, 1.0);
+        let trust = &mut self.slot_mut(slot).trust;
+        trust.add(predicted, came_true, TRUST_MEMORY);
+        let trust = (2.0 * trust.factor(TRUST_PRIOR, pooled_trust)).min(1.0);
         let sample: Vec<f32> = survival
             .iter()
             .enumerate()
             .map(|(k, &a)| {
-                let came_true = f32::from(u8::from(k < num_accepted));
-                if k < verify_len || rejected {
-                    f32::midpoint(a, came_true)
+                let expected = (a * trust).min(1.0);
+                if k < num_known {
+                    f32::midpoint(expected, f32::from(u8::from(k < num_accepted)))
                 } else {
-                    a
+                    expected
                 }
             })
             .collect();
@@ -280,5 +380,15 @@ impl Bypass {
         let means = self.slot_mut(slot).means.get_or_insert(prior);
         means.add(&sample, MEMORY);
         self.pooled.add(&sample, POOLED_MEMORY);
+    }
+}
+
+/// A step of `num_reqs` requests without verified drafts that drafts for some.
+fn shape(num_reqs: usize, num_drafted: usize, context_tokens: usize) -> StepShape {
+    StepShape {
+        num_drafted,
+        num_tokens: num_reqs,
+        context_tokens,
+        drafted_context_tokens: context_tokens * num_drafted / num_reqs,
     }
 }

@@ -193,8 +193,8 @@ impl<O: Ops> DecodeStep<O> {
         Ok(StepCost::new(CostTable::new(verify)?, draft))
     }
 
-    /// Median seconds of a draft, and of the verify pass and the commit behind it; with a context beyond [`CONTEXT`], to
-    /// which no way leads back, of the pass alone.
+    /// Median seconds of a draft with the commit, and of the verify pass between them; with a context beyond [`CONTEXT`],
+    /// to which no way leads back, of the draft and the pass alone.
     fn time_points(
         &mut self,
         ops: &mut O,
@@ -213,7 +213,8 @@ impl<O: Ops> DecodeStep<O> {
         Ok((median(drafted), median(verified)))
     }
 
-    /// Times of one draft, and of one verify pass and its commit, which are then forgotten.
+    /// Times of one draft with the commit, where the drafter looks at what stayed, and of one verify pass; both are then
+    /// forgotten. In steps that draft nothing the look is put off.
     fn time_step(
         &mut self,
         ops: &mut O,
@@ -226,15 +227,16 @@ impl<O: Ops> DecodeStep<O> {
         let start = Instant::now();
         let proposal = self.draft(ops, seqs, seqs.len())?;
         ops.synchronize()?;
-        let drafted = start.elapsed();
+        let mut drafted = start.elapsed();
         let start = Instant::now();
         let pass = self.verify(ops, seqs, &proposal, verify_lens)?;
-        if commits {
-            self.commit(ops, seqs, &proposal, &pass)?;
-        }
         ops.synchronize()?;
         let verified = start.elapsed();
         if commits {
+            let start = Instant::now();
+            self.commit(ops, seqs, &proposal, &pass)?;
+            ops.synchronize()?;
+            drafted += start.elapsed();
             self.restart(ops, seqs)?;
         }
         for (seq, len) in seqs.iter_mut().zip(lens) {

@@ -7,6 +7,7 @@
 //! entries, the recovered or bonus token as anchor, and the drafter sees the rows that stayed. [`DecodeStep::round`]
 //! is all four. A chain of drafts may have second choices beside it ([`DecodeStep::set_alternates`]). Greedy and sampled sequences mix freely; with nothing to verify a round is plain decoding.
 
+mod backlog;
 mod extras;
 mod measure;
 mod order;
@@ -20,6 +21,8 @@ pub use sequence::{PhaseTimes, Proposal, Round, Sequence};
 pub use verify::{Run, Verified};
 
 use std::time::{Duration, Instant};
+
+use backlog::Backlog;
 
 use crate::error::{Error, Result};
 use crate::model::{Drafter, ProposeBatch, Target};
@@ -39,6 +42,7 @@ pub struct DecodeStep<O: Ops> {
     times: PhaseTimes,
     /// Calibrated confidences of the last schedule, until its round is committed.
     predicted: Option<Vec<f32>>,
+    backlog: Backlog<O>,
 }
 
 impl<O: Ops> DecodeStep<O> {
@@ -79,6 +83,7 @@ impl<O: Ops> DecodeStep<O> {
             alternates: 0,
             times: PhaseTimes::default(),
             predicted: None,
+            backlog: Backlog::default(),
         })
     }
 
@@ -207,6 +212,9 @@ impl<O: Ops> DecodeStep<O> {
         num_drafted: usize,
     ) -> Result<Proposal> {
         let start = Instant::now();
+        if num_drafted > 0 {
+            self.catch_up(ops, seqs)?;
+        }
         let (num_reqs, seqs) = (seqs.len(), &seqs[..num_drafted]);
         let room = |seq: &&mut Sequence| seq.pages.capacity().saturating_sub(seq.seq_len() + 1);
         let draft_len = seqs.iter().map(room).min().unwrap_or(0).min(self.draft_len);
@@ -314,6 +322,17 @@ impl<O: Ops> DecodeStep<O> {
             return Err(Error::argument("schedule", expected, found));
         }
         Ok(())
+    }
+
+    /// A request has ended, and its pages may become another's: nothing of the slot is looked at any more.
+    pub fn forget(&mut self, slot: usize) {
+        self.scheduler.forget(slot);
+        self.backlog.forget(slot);
+    }
+
+    /// Rows of plain steps that the drafter has yet to look at.
+    pub fn num_put_aside(&self) -> usize {
+        self.backlog.len()
     }
 
     /// Forgets the time spent so far.

@@ -42,7 +42,7 @@ impl<O: Ops> DecodeStep<O> {
         let start = Instant::now();
         let lens: Vec<usize> = chunks.iter().map(|c| c.sequence.seq_len()).collect();
         for chunk in chunks.iter().filter(|c| c.sequence.seq_len() == 0) {
-            self.scheduler.forget(chunk.sequence.slot);
+            self.forget(chunk.sequence.slot);
         }
         let firsts = self.prefill_rows(ops, chunks);
         match &firsts {

@@ -285,9 +285,38 @@ impl<O: Ops> DecodeStep<O> {
         });
         self.scheduler.grade(&graded.collect::<Vec<_>>());
         let kept: Vec<usize> = rounds.iter().map(|round| round.committed.len()).collect();
-        self.observe(ops, seqs, &verified.map, &kept, &next_tokens)?;
+        let plain = proposal.num_drafted == 0 && kept.iter().all(|&kept| kept == 1);
+        if !(plain && self.put_aside(ops, seqs, &verified.map, &next_tokens)?) {
+            self.catch_up(ops, seqs)?;
+            self.observe(ops, seqs, &verified.map, &kept, &next_tokens)?;
+        }
         self.times.commit += start.elapsed();
         Ok(rounds)
+    }
+
+    /// Puts the last pass's rows, one of each request, aside for the drafter; whether there was room.
+    fn put_aside(
+        &mut self,
+        ops: &mut O,
+        seqs: &[&mut Sequence],
+        map: &RowMap,
+        next_tokens: &[u32],
+    ) -> Result<bool> {
+        if self.drafter.is_none() {
+            return Ok(false);
+        }
+        let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
+        let features = self.target.features();
+        self.backlog
+            .push(ops, &features, (map, &slots, next_tokens))
+    }
+
+    /// Shows the drafter what was put aside of these sequences.
+    pub(super) fn catch_up(&mut self, ops: &mut O, seqs: &[&mut Sequence]) -> Result<()> {
+        match &mut self.drafter {
+            Some(drafter) => self.backlog.show(ops, &mut **drafter, seqs),
+            None => Ok(()),
+        }
     }
 
     /// Shows the drafter the first `kept[r]` rows of each request of the target's last pass.

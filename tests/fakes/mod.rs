@@ -183,6 +183,7 @@ impl Target<Reference> for FakeTarget {
         Features {
             taps: None,
             hidden: &self.hidden,
+            places: None,
         }
     }
 }
@@ -333,11 +334,11 @@ impl Drafter<Reference> for FakeDrafter {
         kept: &[usize],
         next_tokens: &[u32],
     ) -> Result<()> {
-        let tokens: Vec<u32> = ops
-            .read_mat(features.hidden)?
-            .iter()
-            .map(|&t| t as u32)
-            .collect();
+        let hidden = ops.read_mat(features.hidden)?;
+        let tokens: Vec<u32> = match features.places {
+            None => hidden.iter().map(|&t| t as u32).collect(),
+            Some(places) => places.iter().map(|&p| hidden[p as usize] as u32).collect(),
+        };
         assert_eq!(
             (tokens.len(), next_tokens.len()),
             (map.num_rows(), map.num_rows())

@@ -6,6 +6,7 @@ mod calibrate;
 mod compare;
 mod diagram;
 mod doctor;
+mod examples;
 mod generate;
 mod invariance;
 mod profile;

@@ -18,6 +18,8 @@ struct Row {
     /// The same with the time before the request was let in.
     tokens_per_second_served: f64,
     verified_per_round: f64,
+    /// Of the verified drafts, those accepted; none where nothing was verified.
+    accepted_share: Option<f64>,
     drafted_share: f64,
     /// Against the best of no drafts and every fixed length at this load.
     of_best_fixed: f64,
@@ -99,6 +101,8 @@ fn compare(load: usize, reports: &[(Rule, SimReport)]) -> Vec<Row> {
                 tokens_per_second_per_user: report.tokens_per_second_per_user(),
                 tokens_per_second_served: report.tokens_per_second_served(),
                 verified_per_round: report.num_verified as f64 / rounds,
+                accepted_share: (report.num_verified > 0)
+                    .then(|| report.num_accepted as f64 / report.num_verified as f64),
                 drafted_share: report.num_drafted as f64 / rounds,
                 of_best_fixed: rate / best_fixed,
                 regret: 1.0 - rate / oracle,
@@ -119,11 +123,14 @@ fn name(rule: Rule) -> String {
 
 fn print(rows: &[Row]) {
     println!(
-        "load  rule             tok/s  tok/s/user  with waiting  verified/round  drafted  of best fixed  regret"
+        "load  rule             tok/s  tok/s/user  with waiting  verified/round  accepted  drafted  of best fixed  regret"
     );
     for row in rows {
+        let accepted = row
+            .accepted_share
+            .map_or("-".into(), |share| format!("{:.1}%", 100.0 * share));
         println!(
-            "{:>4}  {:<14} {:>8.0} {:>11.1} {:>13.1} {:>15.2} {:>7.0}% {:>14.3} {:>6.1}%",
+            "{:>4}  {:<14} {:>8.0} {:>11.1} {:>13.1} {:>15.2} {accepted:>9} {:>7.0}% {:>14.3} {:>6.1}%",
             row.load,
             row.rule,
             row.tokens_per_second,
