@@ -219,8 +219,9 @@ __device__ __forceinline__ float dot_ahead(const AheadRow& ahead,
 template <bool kVec, typename T>
 __device__ __forceinline__ float dot_row(const T* row, const float* latent, int32_t rank) {
   constexpr int kChunk = kChunkSize<kVec>;
+  constexpr int kUnroll = kVec ? 4 : 1; /* four single elements spilled predicates on sm_80 */
   float sum = 0.f;
-#pragma unroll 4
+#pragma unroll kUnroll
   for (int32_t column = static_cast<int32_t>(threadIdx.x) % WalkPolicy::kLanesPerRow * kChunk;
        column < rank; column += WalkPolicy::kLanesPerRow * kChunk) {
     float weight[kChunk];
