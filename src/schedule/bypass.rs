@@ -78,7 +78,7 @@ impl Trust {
     }
 
     /// Tokens that come true for each predicted one, on top of `predicted` ones of which `share` did.
-    fn factor(&self, predicted: f32, share: f32) -> f32 {
+    fn factor(self, predicted: f32, share: f32) -> f32 {
         (self.came_true + predicted * share) / (self.predicted + predicted)
     }
 }
