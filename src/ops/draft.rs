@@ -29,7 +29,7 @@ pub enum HeadForm {
 }
 
 impl HeadForm {
-    /// The most candidates of either kind.
+    /// The most candidates of both kinds together, which is what acceptance takes of a draft law.
     pub const MAX_CANDIDATES: usize = 256;
 
     /// Checks the number of candidates.
@@ -46,6 +46,12 @@ impl HeadForm {
             Self::Candidates(_, n) if n > most => {
                 let expected = format!("at most {most} bigrams");
                 Err(Error::argument("head_form", expected, n))
+            }
+            Self::Candidates(num_top, num_bigram)
+                if num_top + num_bigram > Self::MAX_CANDIDATES =>
+            {
+                let expected = format!("at most {} candidates in all", Self::MAX_CANDIDATES);
+                Err(Error::argument("head_form", expected, self))
             }
             _ => Ok(()),
         }
@@ -239,8 +245,9 @@ mod tests {
             assert!(text.parse::<HeadForm>().is_err(), "{text}");
         }
         let check = |num_top, num_bigram| HeadForm::Candidates(num_top, num_bigram).check(300);
-        assert!(check(1, 0).is_ok() && check(256, 256).is_ok());
+        assert!(check(1, 0).is_ok() && check(128, 128).is_ok() && check(256, 0).is_ok());
         assert!(check(0, 1).is_err() && check(257, 0).is_err() && check(1, 257).is_err());
+        assert!(check(256, 1).is_err());
         assert!(HeadForm::Candidates(5, 0).check(4).is_err());
     }
 

@@ -253,8 +253,8 @@ pub struct DraftArgs {
     #[arg(long, default_value = "fixed", value_name = "RULE")]
     pub schedule: Policy,
     /// How a DSpark or DFlash head drafts: full (from the whole vocabulary); full-fp8 (by a copy of W2 in e4m3, made at
-    /// load); candidates:K (from the K likeliest tokens before the head's own bias; at most 256) or candidates:K:M (joined
-    /// with the M tokens that the token before speaks for most, from a table made at load).
+    /// load); candidates:K (from the K likeliest tokens before the head's own bias) or candidates:K:M (joined with the M
+    /// tokens that the token before speaks for most, from a table made at load); at most 256 candidates in all.
     #[arg(long, default_value = "full", value_name = "FORM")]
     pub head_form: HeadForm,
     /// Verify second choices beside the first N drafts, with --head-form candidates:K: where a draft is turned down, its
