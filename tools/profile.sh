@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Looks into one family of kernels with Nsight Compute.
 #
-#   tools/profile.sh FAMILY [CASE]        FAMILY: attention, draft_head, acceptance, layers or linear
+#   tools/profile.sh FAMILY [CASE]        FAMILY: attention, draft_head, candidates, acceptance, layers, linear or schedule
 #                                         CASE: text in the case's name, such as "D=128 reqs=32 context=4096 q=8"
 #
 # Runs `benches/kernels` with --once: every case once, outside of a graph. Nsight Compute replays each kernel from cold
