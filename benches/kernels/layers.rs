@@ -200,6 +200,10 @@ impl Work for RopeAppend {
             stride_cache_page: (PAGE_SIZE * KV_SIZE) as i64,
             stride_cache_slot: KV_SIZE as i64,
             stride_cache_head: HEAD_DIM as i64,
+            kv_dtype: 0,
+            reserved: 0,
+            k_scale: std::ptr::null(),
+            v_scale: std::ptr::null(),
         };
         // SAFETY: every pointer is a window of a live buffer with the shape the params say; a request's rows fit its
         // page, and the page table names pages of the copy's own cache.

@@ -92,6 +92,10 @@ impl Cuda {
             stride_cache_page: 0,
             stride_cache_slot: 0,
             stride_cache_head: 0,
+            kv_dtype: 0,
+            reserved: 0,
+            k_scale: null(),
+            v_scale: null(),
         };
         if let Some(q_out) = q_out {
             expect("q_out.cols", num_q_heads * head_dim, q_out.cols())?;
