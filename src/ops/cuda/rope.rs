@@ -111,9 +111,9 @@ impl Cuda {
                 params.stride_cache_page = page;
                 params.stride_cache_slot = slot;
                 params.stride_cache_head = head;
-                let (k, v) = kv.layer_mut(layer);
-                params.k_cache = k.cast();
-                params.v_cache = v.cast();
+                params.kv_dtype = kv.dtype();
+                (params.k_scale, params.v_scale) = kv.scales(layer);
+                (params.k_cache, params.v_cache) = kv.layer_mut(layer);
             }
             KvSink::Block(block) => {
                 expect("block.cols", 2 * num_kv_heads * head_dim, block.cols())?;
