@@ -112,11 +112,11 @@ fn text_over_fp8_is_that_of_plain_decoding_over_fp8() {
 fn trees_over_fp8_are_committed_as_they_stand() {
     let copy = with_scales("qwen3_bf16", 0.03, 0.7);
     let draft = drafter_dir("qwen3_vanilla");
-    let prompts: String = golden_prompts("qwen3_bf16")
+    let lines: Vec<String> = golden_prompts("qwen3_bf16")
         .iter()
-        .map(|(prompt, _)| format!("{}\n", json!({"prompt_ids": prompt})))
+        .map(|(prompt, _)| json!({"prompt_ids": prompt}).to_string())
         .collect();
-    let prompts = TempFile::new(&prompts);
+    let prompts = TempFile::new(&lines.join("\n"));
     let trace = TempFile::new("");
     let common = [
         "generate",
