@@ -186,21 +186,25 @@ dspark_status DSPARK_FN(dspark_silu_mul)(const dspark_silu_mul_params* params,
  *               positions[row]: angle = positions[row] * inv_freq[i] in f32, pairs (i, i +
  *               head_dim/2), scaled by rope_scale. q goes to q_out; k (rotated) and v (as they
  *               are) go to the paged cache at slot seq_lens[r] + (row - qo_indptr[r]) of request
- *               r, or to k_out/v_out, or both.
+ *               r, or to k_out/v_out, or both. Into an E4M3 cache goes the number nearest to x /
+ *               scale (of two the even one, at most 448 in size), x as k_out/v_out hold it.
  * Shapes        qkv [num_rows, (num_q_heads + 2 * num_kv_heads) * head_dim] = [q | k | v];
  *               q_norm, k_norm [head_dim]; q_out [num_rows, num_q_heads * head_dim]; k_out, v_out
  *               [num_rows, num_kv_heads * head_dim]; k_cache, v_cache [num_pages, page_size,
  *               num_kv_heads, head_dim]; page_table [num_reqs, max_pages_per_req].
- * Dtypes        activations and cache: `dtype` (BF16, F16); inv_freq f32 [head_dim/2]; ints
+ * Dtypes        activations: `dtype` (BF16, F16); the cache the same, or E4M3 (kv_dtype) with a
+ *               factor per KV head: k_scale, v_scale f32 [num_kv_heads], finite and above 0
+ *               (they lie on the device and are not looked at); inv_freq f32 [head_dim/2]; ints
  *               int32.
  * Layout        qkv, q_out, k_out, v_out by row stride; cache by stride_cache_{page,slot,head}.
- * Alignment     pointers 16 bytes, strides multiples of 8; head_dim in {64, 128, 256}.
+ * Alignment     pointers and strides 16 bytes; head_dim in {64, 128, 256}.
  * Aliasing      none allowed between inputs and outputs.
  * Workspace     none.
  * Determinism   bitwise, independent of the batch.
  * Stream/graph  capture-safe. Rows at or beyond qo_indptr[num_reqs] (padding) are skipped. A slot
  *               whose page id is negative, or past max_pages_per_req, is not written.
- * Errors        null or misaligned pointers, unsupported head_dim, page_size = 0, sizes < 0.
+ * Errors        null or misaligned pointers, unsupported head_dim, page_size = 0, sizes < 0, an
+ *               unknown kv_dtype, E4M3 without both scales, scales without E4M3.
  */
 typedef struct dspark_qk_norm_rope_append_params {
   uint32_t struct_size;
@@ -234,6 +238,11 @@ typedef struct dspark_qk_norm_rope_append_params {
   int64_t stride_cache_page;
   int64_t stride_cache_slot;
   int64_t stride_cache_head;
+  /* 0 and NULL in the struct of a caller that ends before them */
+  dspark_dtype kv_dtype; /* of k_cache, v_cache: 0 (as `dtype`), `dtype` or E4M3 */
+  int32_t reserved;      /* 0 */
+  const float* k_scale;  /* [num_kv_heads], E4M3 only: k_cache = K / k_scale */
+  const float* v_scale;
 } dspark_qk_norm_rope_append_params;
 #define DSPARK_QK_NORM_ROPE_APPEND_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_qk_norm_rope_append_params)
 dspark_status DSPARK_FN(dspark_qk_norm_rope_append)(const dspark_qk_norm_rope_append_params* params,

@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::checkpoint::Checkpoint;
 use super::config::DecoderConfig;
+use super::kv_scales;
 use crate::error::Result;
-use crate::ops::{AttentionSpec, KvSink, Matrix, Ops, RowMap};
+use crate::ops::{AttentionSpec, KvDtype, KvSink, Matrix, Ops, RowMap};
 
 /// Sizes of the buffers and caches of a model, fixed when it is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,12 +165,20 @@ impl<O: Ops> DecoderStack<O> {
             .collect::<Result<_>>()?;
         let (d, ffn, rows) = (config.hidden_size, config.intermediate_size, shape.max_rows);
         let (q_size, kv_size) = (config.q_size(), config.kv_size());
+        let geometry = config.kv_geometry(limits.num_pages, limits.page_size);
+        let kv = match shape.kv_dtype {
+            KvDtype::Native => ops.kv_cache(&geometry)?,
+            KvDtype::Fp8 => {
+                let scales = kv_scales::find_or_ones(weights, prefix, &geometry)?;
+                ops.kv_cache_e4m3(&geometry, &scales)?
+            }
+        };
         Ok(Self {
             layers,
             final_norm: weights.norm(ops, &format!("{prefix}norm.weight"), d)?,
             spec: config.attention(),
             rope: ops.rope(&config.rope)?,
-            kv: ops.kv_cache(&config.kv_geometry(limits.num_pages, limits.page_size))?,
+            kv,
             rows: ops.rows()?,
             residual: ops.mat(rows, d)?,
             normed: ops.mat(rows, d)?,
@@ -387,6 +396,8 @@ pub(super) struct StackShape {
     pub visibility: Visibility,
     /// Whether q and k are normed.
     pub qk_norm: QkNorm,
+    /// How its cache holds keys and values; a block stack's is native.
+    pub kv_dtype: KvDtype,
 }
 
 impl QkNorm {

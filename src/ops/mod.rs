@@ -14,6 +14,7 @@ pub mod cuda;
 mod draft;
 pub mod e4m3;
 pub mod grammar;
+mod kv_scales;
 mod mapped_file;
 mod rows;
 mod sampling;
@@ -27,6 +28,7 @@ pub use accept::{
 pub(crate) use draft::check_token_table;
 pub use draft::{ConfidenceHead, DraftBatch, DraftHead, Drafted, HeadForm, HeadKind};
 pub use grammar::{Constraint, Grammar};
+pub use kv_scales::{KvDtype, KvScales};
 pub use mapped_file::MappedFile;
 pub use rows::{MAX_TREE_ROWS, RowMap};
 pub use sampling::{Purpose, Rule, SamplingParams, TokenEdit, TokenEdits};
@@ -170,6 +172,9 @@ pub trait Ops: Sized {
     }
     /// An empty cache.
     fn kv_cache(&mut self, geometry: &KvGeometry) -> Result<Self::KvCache>;
+    /// An empty cache in e4m3. What [`Ops::qk_norm_rope`] appends is rounded to it ([`KvScales`], [`e4m3::encode`]), and
+    /// only [`Ops::verify_attention`] reads it; [`Ops::draft_attention`] takes native caches alone.
+    fn kv_cache_e4m3(&mut self, geometry: &KvGeometry, scales: &KvScales) -> Result<Self::KvCache>;
     /// An empty row map holder, to be filled by [`Ops::set_row_map`].
     fn rows(&mut self) -> Result<Self::Rows>;
     /// Uploads `map`.

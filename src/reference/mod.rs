@@ -44,7 +44,7 @@ use tensor::{expect_cols, expect_shape};
 use crate::error::{Error, Result};
 use crate::ops::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, LowRankLaw, Matrix, Ops, RopeSpec, RowMap, SparseLaw, check_token_table,
+    KvScales, KvSink, LowRankLaw, Matrix, Ops, RopeSpec, RowMap, SparseLaw, check_token_table,
 };
 
 /// The backend. See the module's documentation for what its results depend on.
@@ -127,7 +127,12 @@ impl Ops for Reference {
     }
 
     fn kv_cache(&mut self, geometry: &KvGeometry) -> Result<KvCache> {
-        KvCache::new(geometry)
+        KvCache::new(geometry, None)
+    }
+
+    fn kv_cache_e4m3(&mut self, geometry: &KvGeometry, scales: &KvScales) -> Result<KvCache> {
+        scales.check(geometry)?;
+        KvCache::new(geometry, Some(scales.clone()))
     }
 
     fn rows(&mut self) -> Result<RowMap> {

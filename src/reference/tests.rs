@@ -7,7 +7,7 @@ mod laws;
 
 use super::philox::{philox4x32, uniform};
 use super::*;
-use crate::ops::{ConfidenceHead, DraftLaw, Dtype, HeadKind, SamplingParams};
+use crate::ops::{ConfidenceHead, DraftLaw, Dtype, HeadKind, KvScales, SamplingParams, e4m3};
 
 /// Numbers in (-1, 1), the same for the same `stream`.
 fn noise(stream: u32, len: usize) -> Vec<f32> {

@@ -6,7 +6,7 @@ pub mod raw;
 
 use dspark::ops::cuda::Cuda;
 use dspark::ops::{
-    AttentionSpec, Dtype, HostTensor, KvGeometry, KvSink, Matrix, Ops, RopeSpec, RowMap,
+    AttentionSpec, Dtype, HostTensor, KvGeometry, KvScales, KvSink, Matrix, Ops, RopeSpec, RowMap,
 };
 use dspark::reference::Reference;
 use half::bf16;
@@ -311,7 +311,18 @@ impl PagedRequests {
         spec: &AttentionSpec,
         committed: &[f32],
     ) -> O::KvCache {
-        let mut kv = ops.kv_cache(&self.geometry).expect("a cache");
+        let kv = ops.kv_cache(&self.geometry).expect("a cache");
+        self.filled(ops, spec, committed, kv)
+    }
+
+    /// An empty cache of this geometry as [`PagedRequests::cache`] leaves it.
+    pub fn filled<O: Ops>(
+        &self,
+        ops: &mut O,
+        spec: &AttentionSpec,
+        committed: &[f32],
+        mut kv: O::KvCache,
+    ) -> O::KvCache {
         let all: Vec<i32> = (0..self.geometry.num_pages as i32).collect();
         let slots = all.len() * self.geometry.page_size;
         let mut whole = RowMap::new(all.len());
@@ -332,7 +343,23 @@ impl PagedRequests {
     }
 }
 
-/// Appends `[k | v]` rows exactly as they are.
+/// Factors of every layer and head, no two alike.
+pub fn kv_scales(geometry: &KvGeometry) -> KvScales {
+    let scales = |first: f32| {
+        (0..geometry.num_layers * geometry.num_kv_heads)
+            .map(|head| first * (1.0 + 0.3 * head as f32))
+            .collect()
+    };
+    KvScales::new(geometry, scales(0.011), scales(0.37)).expect("factors")
+}
+
+/// An empty cache of 8 bits with these factors.
+pub fn e4m3_cache<O: Ops>(ops: &mut O, geometry: &KvGeometry) -> O::KvCache {
+    ops.kv_cache_e4m3(geometry, &kv_scales(geometry))
+        .expect("a cache")
+}
+
+/// Appends `[k | v]` rows as they are, or as near as the cache can hold them.
 pub fn append<O: Ops>(
     ops: &mut O,
     spec: &AttentionSpec,

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use clap::builder::TypedValueParser as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use dspark::ops::{HeadForm, Rule};
+use dspark::ops::{HeadForm, KvDtype, Rule};
 use dspark::schedule::Policy;
 use dspark::schedule::simulate::Arrivals;
 
@@ -125,6 +125,11 @@ pub struct RunArgs {
     /// Pages in the KV pool [default: enough for max-num-reqs of the longest request; more are never made].
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub num_pages: Option<usize>,
+    /// How the target's KV cache holds keys and values: native (bf16 on CUDA, f32 on the CPU) or fp8 (e4m3: half of the
+    /// memory and traffic, with the checkpoint's k_scale and v_scale, else as they are, cut at +-448). The output is that of
+    /// plain decoding with the same cache; a drafter's own cache stays native.
+    #[arg(long, default_value = "native", value_name = "TYPE")]
+    pub kv_dtype: KvDtype,
     /// Prompt tokens run through the target in one pass.
     #[arg(
         long,

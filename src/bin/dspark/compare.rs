@@ -113,7 +113,7 @@ impl Job for Compare<'_> {
             Ok(())
         })?;
         let figures = Figures::new(&completions, engine.times());
-        let device = engine.ops().describe();
+        let device = session::device_of(engine.ops(), &args.run);
         Ok(Outcome {
             name: drafting.mode.name(),
             device,

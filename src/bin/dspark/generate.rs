@@ -69,8 +69,8 @@ impl Job for Generate<'_> {
         }
         let mut engine = session::start(ops, &args.run, &self.drafting, requests)?;
         if args.stats {
-            let (device, mode) = (engine.ops().describe(), self.drafting.mode.name());
-            note(format_args!("{device}, mode {mode}"));
+            let device = session::device_of(engine.ops(), &args.run);
+            note(format_args!("{device}, mode {}", self.drafting.mode.name()));
         }
         let completions = self.print(&mut engine)?;
         let figures = Figures::new(&completions, engine.times());

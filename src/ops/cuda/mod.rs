@@ -1,6 +1,7 @@
 //! The CUDA backend: [`Ops`] over the launchers of the C ABI and cuBLASLt.
 //!
-//! Activations, weights and caches are bf16 (f32 and f16 checkpoints are rounded at load), and so are the target's logits;
+//! Activations, weights and caches are bf16 (f32 and f16 checkpoints are rounded at load; a cache may be e4m3), and so are
+//! the target's logits;
 //! a drafter's are f32. Everything goes
 //! to the device's one stream in the order of the calls; only [`Ops::draft_full`],
 //! [`Ops::draft_candidates`], [`Ops::accept`] and the `read_*`
@@ -29,7 +30,8 @@ use half::bf16;
 
 use super::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, LowRankLaw, Ops, PassKey, RopeSpec, RowMap, ScheduleInputs, Scheduled, SparseLaw,
+    KvScales, KvSink, LowRankLaw, Ops, PassKey, RopeSpec, RowMap, ScheduleInputs, Scheduled,
+    SparseLaw,
 };
 use crate::device::{Device, Gemm, Growing};
 use crate::error::{Error, Result};
@@ -218,7 +220,11 @@ impl Ops for Cuda {
     }
 
     fn kv_cache(&mut self, geometry: &KvGeometry) -> Result<Self::KvCache> {
-        KvCache::new(&self.device, geometry)
+        KvCache::new(&self.device, geometry, None)
+    }
+
+    fn kv_cache_e4m3(&mut self, geometry: &KvGeometry, scales: &KvScales) -> Result<Self::KvCache> {
+        KvCache::new(&self.device, geometry, Some(scales))
     }
 
     fn rows(&mut self) -> Result<Self::Rows> {
