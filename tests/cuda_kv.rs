@@ -7,12 +7,12 @@ mod end_to_end_support;
 mod model_support;
 
 use common::{
-    Case, PagedRequests, Rng, SPARE_ROWS, Tolerance, append, check, e4m3_cache, gpu, kv_scales,
-    mat, poisoned, read_all, spec,
+    Case, PagedRequests, Rng, SPARE_ROWS, Tolerance, append, check, e4m3_cache, gpu, grow_tree,
+    kv_scales, mat, poisoned, read_all, spec,
 };
 use dspark::Error;
 use dspark::ops::cuda::Cuda;
-use dspark::ops::{AttentionSpec, KvDtype, KvGeometry, Ops, RowMap};
+use dspark::ops::{AttentionSpec, KvDtype, KvGeometry, Ops};
 use dspark::schedule::Policy;
 use end_to_end_support::*;
 use model_support::{DRAFTERS, target_dir};
@@ -34,22 +34,6 @@ impl AppendThenAttend {
             self.spec, self.page_size, self.is_tree, self.requests
         )
     }
-}
-
-fn grow(map: &mut RowMap) {
-    let mut masks: Vec<u64> = Vec::new();
-    for r in 0..map.num_reqs() {
-        let first = map.rows_of(r).start;
-        for (i, row) in map.rows_of(r).enumerate() {
-            let ancestors = match i {
-                0 => 0,
-                _ => masks[first + (i - 1) / 2] | 1 << ((i - 1) / 2),
-            };
-            map.positions[row] = map.seq_lens[r] + ancestors.count_ones() as i32;
-            masks.push(ancestors);
-        }
-    }
-    map.tree = Some(masks);
 }
 
 impl Case for AppendThenAttend {
@@ -75,7 +59,7 @@ impl Case for AppendThenAttend {
         let mut map = paged.map(false);
         append(ops, spec, &map, &own, &mut kv, 1);
         if self.is_tree {
-            grow(&mut map);
+            grow_tree(&mut map, |i| i.saturating_sub(1) / 2);
         }
         let mut rows = ops.rows().unwrap();
         ops.set_row_map(&mut rows, &map).unwrap();

@@ -244,6 +244,24 @@ pub fn identity_rope(head_dim: usize) -> RopeSpec {
     }
 }
 
+/// Makes the rows of every request a tree: row `i` hangs below row `parent_of(i)`, row 0 below the committed tokens.
+pub fn grow_tree(map: &mut RowMap, mut parent_of: impl FnMut(usize) -> usize) {
+    let mut masks: Vec<u64> = Vec::new();
+    for r in 0..map.num_reqs() {
+        let first = map.rows_of(r).start;
+        for (i, row) in map.rows_of(r).enumerate() {
+            let parent = parent_of(i);
+            let ancestors = match i {
+                0 => 0,
+                _ => masks[first + parent] | 1 << parent,
+            };
+            map.positions[row] = map.seq_lens[r] + ancestors.count_ones() as i32;
+            masks.push(ancestors);
+        }
+    }
+    map.tree = Some(masks);
+}
+
 /// A cache whose every slot is NaN, and requests with shuffled pages, holes in the pool and `-1` past their last page.
 pub struct PagedRequests {
     pub geometry: KvGeometry,

@@ -26,6 +26,8 @@
 
 #include <cuda_fp8.h>
 
+#include <type_traits>
+
 #include "common/paged_kv.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
@@ -117,18 +119,14 @@ __device__ __forceinline__ void rotate_head(float (&x)[8],
 
 /* 8 values of T as they are, or the e4m3 numbers nearest to them over the head's factor. */
 template <typename T>
-__device__ __forceinline__ void store_keys(T* address, const uint4& raw, const float*, int) {
+__device__ __forceinline__ void store_keys(T* address, const uint4& raw, float) {
   store_raw(address, raw);
 }
 
 template <typename T>
-__device__ __forceinline__ void store_keys(__nv_fp8_e4m3* address,
-                                           const uint4& raw,
-                                           const float* scales,
-                                           int kv_head) {
+__device__ __forceinline__ void store_keys(__nv_fp8_e4m3* address, const uint4& raw, float unit) {
   float x[8];
   unpack_vec<T>(raw, x);
-  const float unit = scales[kv_head];
   uint32_t words[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < 8; i += 2) {
@@ -148,15 +146,6 @@ __global__ void __launch_bounds__(RopePolicy<kHeadDim>::kThreads)
   __shared__ float2 cos_sin[kHeadDim / 2];
 
   const int row = blockIdx.x;
-  const int req = find_request(args.qo_indptr, args.num_reqs, row);
-  if (req < 0) return; /* the whole CTA: req depends on the row alone */
-
-  if (threadIdx.x < kHeadDim / 2) {
-    const float2 cs = rope_cos_sin(args.positions[row], args.inv_freq[threadIdx.x]);
-    cos_sin[threadIdx.x] = make_float2(cs.x * args.rope_scale, cs.y * args.rope_scale);
-  }
-  __syncthreads();
-
   const int lane_in_head = threadIdx.x % kLanes;
   const int head = blockIdx.y * Policy::kHeadsPerCta + threadIdx.x / kLanes;
   const int first_k_head = args.num_q_heads;
@@ -164,15 +153,34 @@ __global__ void __launch_bounds__(RopePolicy<kHeadDim>::kThreads)
   const bool active = head < first_v_head + args.num_kv_heads;
   const bool is_q = head < first_k_head;
   const bool is_v = head >= first_v_head;
+  const int kv_head = head - (is_v ? first_v_head : first_k_head);
   const int column = lane_in_head * 8;
 
-  /* Heads of one warp may differ in kind or lie past the end: all lanes take the shuffles below,
-   * and only then part. Lanes past the end carry zeros. */
+  /* All that is read from afar is asked for before any of it is waited for. Heads of one warp may
+   * differ in kind or lie past the end: all lanes take the shuffles below, and only then part. Lanes
+   * past the end carry zeros. */
   uint4 raw = make_uint4(0, 0, 0, 0);
   if (active) {
     raw = *reinterpret_cast<const uint4*>(args.qkv + row * args.stride_qkv_row +
                                           static_cast<int64_t>(head) * kHeadDim + column);
   }
+  const int req = find_request(args.qo_indptr, args.num_reqs, row);
+  if (req < 0) return; /* the whole CTA: req depends on the row alone */
+  Key* cache = is_v ? args.v_cache : args.k_cache;
+  int64_t offset = kUnmappedSlot;
+  float unit = 1.0f;
+  if (active && !is_q && cache != nullptr) {
+    const int slot = args.seq_lens[req] + (row - args.qo_indptr[req]);
+    offset = slot_offset(args.cache, req, slot, kv_head);
+    if constexpr (!std::is_same_v<T, Key>) unit = (is_v ? args.v_scale : args.k_scale)[kv_head];
+  }
+
+  if (threadIdx.x < kHeadDim / 2) {
+    const float2 cs = rope_cos_sin(args.positions[row], args.inv_freq[threadIdx.x]);
+    cos_sin[threadIdx.x] = make_float2(cs.x * args.rope_scale, cs.y * args.rope_scale);
+  }
+  __syncthreads();
+
   float x[8];
   unpack_vec<T>(raw, x);
   norm_head<T, kLanes>(x, is_q ? args.q_norm : (is_v ? nullptr : args.k_norm), args.eps,
@@ -187,20 +195,13 @@ __global__ void __launch_bounds__(RopePolicy<kHeadDim>::kThreads)
         raw);
     return;
   }
-  const int kv_head = head - (is_v ? first_v_head : first_k_head);
   T* out = is_v ? args.v_out : args.k_out;
   if (out != nullptr) {
     store_raw(
         out + row * args.stride_kv_out_row + static_cast<int64_t>(kv_head) * kHeadDim + column,
         raw);
   }
-  Key* cache = is_v ? args.v_cache : args.k_cache;
-  if (cache != nullptr) {
-    const int slot = args.seq_lens[req] + (row - args.qo_indptr[req]);
-    const int64_t offset = slot_offset(args.cache, req, slot, kv_head);
-    if (offset == kUnmappedSlot) return;
-    store_keys<T>(cache + offset + column, raw, is_v ? args.v_scale : args.k_scale, kv_head);
-  }
+  if (offset != kUnmappedSlot) store_keys<T>(cache + offset + column, raw, unit);
 }
 
 }  // namespace dspark
