@@ -92,8 +92,9 @@ impl Figures {
 
 /// One row of figures for each named run; the first is the base of the speed-up.
 pub fn table(rows: &[(String, Figures)]) -> String {
+    let width = rows.iter().map(|(name, _)| name.len()).fold(8, usize::max);
     let mut text = format!(
-        "{:<8} {:>9} {:>9} {:>16} {:>14}  {}\n",
+        "{:<width$} {:>9} {:>9} {:>16} {:>14}  {}\n",
         "mode",
         "tokens/s",
         "speed-up",
@@ -107,7 +108,7 @@ pub fn table(rows: &[(String, Figures)]) -> String {
     for (name, figures) in rows {
         let _ = writeln!(
             text,
-            "{:<8} {:>9.1} {:>8.2}x {:>16.2} {:>14.2}  {}",
+            "{:<width$} {:>9.1} {:>8.2}x {:>16.2} {:>14.2}  {}",
             name,
             figures.tokens_per_second,
             if base > 0.0 {
