@@ -182,7 +182,7 @@ fn check_request(
     draft_len: usize,
     max_new_tokens: usize,
 ) -> usize {
-    assert_eq!(keys(request), ["prompt_ids", "tokens", "rounds"]);
+    assert_eq!(keys(request), ["prompt_ids", "tokens", "rounds", "stats"]);
     let tokens = numbers(&request["tokens"]);
     assert_eq!(tokens.len(), max_new_tokens);
     let mut all = tokens[..1].to_vec();
@@ -236,6 +236,9 @@ fn check_request(
         all.extend(committed);
     }
     assert_eq!(all[..max_new_tokens], tokens);
+    let stats = &request["stats"];
+    assert_eq!(stats["num_generated"], max_new_tokens);
+    assert_eq!(stats["rounds"]["num_committed"], all.len() - 1);
     all.len() - 1
 }
 
@@ -348,10 +351,55 @@ fn statistics_go_to_standard_error() {
         "9 tokens of 1 requests",
         "tokens/s",
         "accepted length",
+        "drafts proposed by position",
+        "drafts verified by position",
+        "drafts accepted by position",
         "acceptance by position",
         "confidence",
+        "predicted",
     ] {
         assert!(run.stderr.contains(part), "no {part} in {}", run.stderr);
+    }
+    assert!(!run.stderr.contains("request "), "{}", run.stderr);
+}
+
+/// Of several requests each has a line, up to a number, and they add up.
+#[test]
+fn statistics_have_a_line_for_each_request() {
+    let (target, draft) = (target("qwen3_bf16"), drafter("qwen3_vanilla"));
+    let lines = (0..34).map(|i| format!("{{\"prompt_ids\": [{i}]}}\n"));
+    let prompts = TempFile::new(&lines.collect::<String>());
+    let args = [
+        "generate",
+        "--target",
+        &target,
+        "--draft",
+        &draft,
+        "--prompts",
+    ];
+    let rest = ["--stats", "--max-new-tokens", "9", "--draft-len", "3"];
+    let run = dspark(&[&args[..], &[prompts.path()], &rest].concat());
+    assert_eq!(run.status, Some(0), "{run:?}");
+    let rows = run
+        .stderr
+        .lines()
+        .skip_while(|line| !line.starts_with("request "));
+    let rows: Vec<Vec<&str>> = rows
+        .skip(1)
+        .map(|row| row.split_whitespace().collect())
+        .collect();
+    assert_eq!(rows.len(), 33, "{}", run.stderr);
+    assert_eq!(rows[32][..3], ["and", "2", "more,"]);
+    for (i, row) in rows[..32].iter().enumerate() {
+        let number = |column: usize| row[column].parse::<f64>().unwrap();
+        assert_eq!((number(0), number(1)), (i as f64 + 1.0, 9.0));
+        let [rounds, proposed, verified, accepted] = [2, 3, 4, 5].map(number);
+        assert_eq!((proposed, verified), (3.0 * rounds, proposed));
+        let committed = number(7) * rounds;
+        assert!(
+            (committed - rounds - accepted).abs() < 0.05 * rounds,
+            "{row:?}"
+        );
     }
 }
 

@@ -146,6 +146,11 @@ pub trait Ops: Sized {
     fn describe(&self) -> String;
     /// Waits until everything enqueued has run.
     fn synchronize(&mut self) -> Result<()>;
+    /// Whether operations of a size take longer the first time (kernels are loaded, algorithms chosen), so that it is worth
+    /// running them once before anyone waits for them.
+    fn is_slow_at_first(&self) -> bool {
+        false
+    }
 
     // Loading and buffers.
 

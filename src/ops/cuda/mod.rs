@@ -182,6 +182,10 @@ impl Ops for Cuda {
         self.device.synchronize()
     }
 
+    fn is_slow_at_first(&self) -> bool {
+        true
+    }
+
     fn weight(&mut self, parts: &[HostTensor<'_>]) -> Result<Self::Weight> {
         DeviceMatrix::from_parts(&self.device, parts)
     }
