@@ -189,13 +189,16 @@ impl<O: Ops> Engine<O> {
         Ok(())
     }
 
-    /// Runs steps of every size once, where the first of a size takes longer than the later ones: nothing of that is left
-    /// for the first requests to wait for.
+    /// Runs steps of every size once, where the first of a size takes longer than the later ones
+    /// ([`Ops::is_slow_at_first`]): nothing of that is left for the first requests to wait for.
     ///
     /// # Errors
     /// Requests wait or run; a failure of the backend.
     pub fn warm_up(&mut self) -> Result<()> {
         self.check_idle("warm_up")?;
+        if !self.ops.is_slow_at_first() {
+            return Ok(());
+        }
         let max_num_reqs = self.free_slots.len();
         self.step
             .warm_up(&mut self.ops, &mut self.pool, max_num_reqs)

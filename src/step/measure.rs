@@ -53,14 +53,11 @@ impl<O: Ops> DecodeStep<O> {
     }
 
     /// Runs steps of 1 to `max_num_reqs * (1 + draft_len)` rows once, with drafts and without, on scratch sequences like those
-    /// of [`DecodeStep::measure_cost`], where a first step takes longer than the later ones ([`Ops::is_slow_at_first`]).
+    /// of [`DecodeStep::measure_cost`], and prompts of as many tokens as a pass may have rows. No trace is left.
     ///
     /// # Errors
     /// Those of the phases; not even one scratch sequence fits.
     pub fn warm_up(&mut self, ops: &mut O, pool: &mut PagePool, max_num_reqs: usize) -> Result<()> {
-        if !ops.is_slow_at_first() {
-            return Ok(());
-        }
         let mut scratch = Vec::new();
         let room = CONTEXT + 1 + self.draft_len();
         let warmed = self
