@@ -221,7 +221,8 @@ pub trait Ops: Sized {
         eps: f32,
         out: &mut Self::Mat,
     ) -> Result<()>;
-    /// `residual += delta; out = rms_norm(residual)`.
+    /// `residual += delta; out = rms_norm(residual)`; with a tap, the residual is also written to that matrix, from its first
+    /// row and the given column on.
     fn add_rms_norm(
         &mut self,
         delta: &Self::Mat,
@@ -229,6 +230,7 @@ pub trait Ops: Sized {
         weight: &Self::Norm,
         eps: f32,
         out: &mut Self::Mat,
+        tap: Option<(&mut Self::Mat, usize)>,
     ) -> Result<()>;
     /// `out = x W^T`.
     fn linear(&mut self, x: &Self::Mat, weight: &Self::Weight, out: &mut Self::Mat) -> Result<()>;

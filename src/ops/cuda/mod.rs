@@ -295,8 +295,9 @@ impl Ops for Cuda {
         weight: &Self::Norm,
         eps: f32,
         out: &mut Self::Mat,
+        tap: Option<(&mut Self::Mat, usize)>,
     ) -> Result<()> {
-        self.add_norm_rows(delta, residual, weight, eps, out)
+        self.add_norm_rows(delta, residual, weight, eps, out, tap)
     }
 
     fn linear(&mut self, x: &Self::Mat, weight: &Self::Weight, out: &mut Self::Mat) -> Result<()> {
