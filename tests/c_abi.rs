@@ -39,7 +39,7 @@ macro_rules! layouts {
 }
 
 layouts! {
-    dspark_rms_norm_params { struct_size, dtype, num_rows, hidden_size, eps, x, delta, weight, out, stride_x_row, stride_delta_row, stride_out_row }
+    dspark_rms_norm_params { struct_size, dtype, num_rows, hidden_size, eps, x, delta, weight, out, stride_x_row, stride_delta_row, stride_out_row, tap, stride_tap_row }
     dspark_gather_rows_params { struct_size, dtype, num_rows, num_cols, num_src_rows, src, index, out, stride_src_row, stride_out_row }
     dspark_silu_mul_params { struct_size, dtype, num_rows, ffn_size, gate_up, out, stride_gate_up_row, stride_out_row }
     dspark_qk_norm_rope_append_params { struct_size, dtype, num_rows, num_reqs, num_q_heads, num_kv_heads, head_dim, page_size, max_pages_per_req, eps, rope_scale, qkv, q_norm, k_norm, inv_freq, positions, qo_indptr, seq_lens, page_table, q_out, k_cache, v_cache, k_out, v_out, stride_qkv_row, stride_q_out_row, stride_kv_out_row, stride_cache_page, stride_cache_slot, stride_cache_head, kv_dtype, reserved, k_scale, v_scale }

@@ -117,6 +117,8 @@ impl Work for RmsNorm {
             stride_x_row: stride,
             stride_delta_row: stride,
             stride_out_row: stride,
+            tap: std::ptr::null_mut(),
+            stride_tap_row: 0,
         };
         // SAFETY: every pointer is a window of a live buffer with the shape the params say, each its own.
         check(unsafe { sys::launch::dspark_rms_norm_cu(&raw const params, self.stream) })

@@ -87,18 +87,19 @@ const char* DSPARK_FN(dspark_last_error)(void);
  * --------------------------------------------------------------------------------------------- */
 
 /*
- * Computes      residual += delta (if delta is given); out = residual * rsqrt(mean(residual^2) +
- *               eps) * weight.
- * Shapes        x, delta, out [num_rows, hidden_size]; weight [hidden_size].
- * Dtypes        x, delta, weight, out: `dtype` (BF16, F16). Sums in f32. The rounded sum is what
- *               is normed.
+ * Computes      residual += delta (if delta is given); tap = residual (if tap is given); out =
+ *               residual * rsqrt(mean(residual^2) + eps) * weight.
+ * Shapes        x, delta, tap, out [num_rows, hidden_size]; weight [hidden_size].
+ * Dtypes        x, delta, tap, weight, out: `dtype` (BF16, F16). Sums in f32. The rounded sum is
+ *               what is normed and tapped.
  * Layout        rows contiguous, row strides given.
  * Alignment     pointers 16 bytes, strides and hidden_size multiples of 8.
- * Aliasing      out may be x only when delta is NULL; else x, delta and out are distinct.
+ * Aliasing      out may be x only when delta is NULL; else x, delta, tap and out are distinct.
  * Workspace     none.
  * Determinism   bitwise, independent of num_rows.
  * Stream/graph  capture-safe; nothing is read on the host.
- * Errors        null or misaligned pointers, sizes < 0, hidden_size = 0 or not a multiple of 8.
+ * Errors        null or misaligned pointers, sizes < 0, hidden_size = 0 or not a multiple of 8, a
+ *               tap without delta.
  */
 typedef struct dspark_rms_norm_params {
   uint32_t struct_size;
@@ -113,6 +114,8 @@ typedef struct dspark_rms_norm_params {
   int64_t stride_x_row;
   int64_t stride_delta_row;
   int64_t stride_out_row;
+  void* tap; /* [num_rows, hidden_size]; may be NULL; the updated residual once more */
+  int64_t stride_tap_row;
 } dspark_rms_norm_params;
 #define DSPARK_RMS_NORM_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_rms_norm_params)
 dspark_status DSPARK_FN(dspark_rms_norm)(const dspark_rms_norm_params* params,

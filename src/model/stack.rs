@@ -242,10 +242,7 @@ impl<O: Ops> DecoderStack<O> {
             taps.out.set_rows(rows)?;
         }
         for layer in 0..self.layers.len() {
-            self.enter(ops, layer)?;
-            if let Some(taps) = &mut taps {
-                self.tap(ops, layer as i32 - 1, taps)?;
-            }
+            self.enter(ops, layer, taps.as_deref_mut())?;
             self.attend(ops, layer)?;
             self.feed_forward(ops, layer)?;
         }
@@ -256,29 +253,27 @@ impl<O: Ops> DecoderStack<O> {
             &self.final_norm,
             eps,
             &mut self.normed,
+            None,
         )
     }
 
-    /// Adds what the layer before left and norms the stream for `layer`.
-    fn enter(&mut self, ops: &mut O, layer: usize) -> Result<()> {
+    /// Adds what the layer before left, which may be tapped, and norms the stream for `layer`.
+    fn enter(&mut self, ops: &mut O, layer: usize, taps: Option<&mut Taps<O>>) -> Result<()> {
         let norm = &self.layers[layer].input_norm;
         let eps = self.spec.norm_eps;
-        if layer == 0 {
-            ops.rms_norm(&self.residual, norm, eps, &mut self.normed)
-        } else {
-            ops.add_rms_norm(&self.delta, &mut self.residual, norm, eps, &mut self.normed)
+        let tap = taps.and_then(|taps| {
+            let before = layer as i32 - 1;
+            let place = taps.ids.iter().position(|&id| id == before)?;
+            Some((&mut taps.out, place * self.residual.cols()))
+        });
+        let (residual, normed) = (&mut self.residual, &mut self.normed);
+        if layer > 0 {
+            return ops.add_rms_norm(&self.delta, residual, norm, eps, normed, tap);
         }
-    }
-
-    /// Copies the stream after layer `id` to its columns, if it is tapped.
-    fn tap(&self, ops: &mut O, id: i32, taps: &mut Taps<O>) -> Result<()> {
-        match taps.ids.iter().position(|&tap| tap == id) {
-            Some(i) => {
-                let column = i * self.residual.cols();
-                ops.copy_into(&self.residual, &mut taps.out, 0, column)
-            }
-            None => Ok(()),
+        if let Some((out, column)) = tap {
+            ops.copy_into(residual, out, 0, column)?;
         }
+        ops.rms_norm(residual, norm, eps, normed)
     }
 
     /// `delta = o_proj(attention(normed))`.
@@ -308,7 +303,8 @@ impl<O: Ops> DecoderStack<O> {
     fn feed_forward(&mut self, ops: &mut O, layer: usize) -> Result<()> {
         let weights = &self.layers[layer];
         let (norm, eps) = (&weights.post_attention_norm, self.spec.norm_eps);
-        ops.add_rms_norm(&self.delta, &mut self.residual, norm, eps, &mut self.normed)?;
+        let (residual, normed) = (&mut self.residual, &mut self.normed);
+        ops.add_rms_norm(&self.delta, residual, norm, eps, normed, None)?;
         ops.linear(&self.normed, &weights.gate_up, &mut self.gate_up)?;
         ops.silu_mul(&self.gate_up, &mut self.activated)?;
         ops.linear(&self.activated, &weights.down, &mut self.delta)

@@ -148,6 +148,11 @@ pub trait Ops: Sized {
     fn describe(&self) -> String;
     /// Waits until everything enqueued has run.
     fn synchronize(&mut self) -> Result<()>;
+    /// Whether operations of a size take longer the first time (kernels are loaded, algorithms chosen), so that it is worth
+    /// running them once before anyone waits for them.
+    fn is_slow_at_first(&self) -> bool {
+        false
+    }
 
     // Loading and buffers.
 
@@ -221,7 +226,8 @@ pub trait Ops: Sized {
         eps: f32,
         out: &mut Self::Mat,
     ) -> Result<()>;
-    /// `residual += delta; out = rms_norm(residual)`.
+    /// `residual += delta; out = rms_norm(residual)`; with a tap, the residual is also written to that matrix, from its first
+    /// row and the given column on.
     fn add_rms_norm(
         &mut self,
         delta: &Self::Mat,
@@ -229,6 +235,7 @@ pub trait Ops: Sized {
         weight: &Self::Norm,
         eps: f32,
         out: &mut Self::Mat,
+        tap: Option<(&mut Self::Mat, usize)>,
     ) -> Result<()>;
     /// `out = x W^T`.
     fn linear(&mut self, x: &Self::Mat, weight: &Self::Weight, out: &mut Self::Mat) -> Result<()>;

@@ -240,9 +240,13 @@ impl Ops for Reference {
         weight: &Vec<f32>,
         eps: f32,
         out: &mut F32Matrix,
+        tap: Option<(&mut F32Matrix, usize)>,
     ) -> Result<()> {
         expect_shape("delta", delta, residual.rows(), residual.cols())?;
         norm::add(residual.values_mut(), delta.values());
+        if let Some((tap, col)) = tap {
+            self.copy_into(residual, tap, 0, col)?;
+        }
         self.rms_norm(residual, weight, eps, out)
     }
 

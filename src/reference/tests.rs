@@ -235,7 +235,7 @@ fn norms_and_silu() {
             .collect();
         let want: Vec<f64> = sum.chunks(d).flat_map(norm).collect();
         let delta = mat(&mut ops, d, &delta);
-        ops.add_rms_norm(&delta, &mut residual, &w, eps, &mut out)
+        ops.add_rms_norm(&delta, &mut residual, &w, eps, &mut out, None)
             .unwrap();
         assert_close(residual.values(), &sum, 0.0);
         assert_close(out.values(), &want, 1e-6);

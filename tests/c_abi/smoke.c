@@ -127,6 +127,9 @@ static void check_layers(void) {
   CHECK_REFUSED(dspark_rms_norm(&norm, NULL), DSPARK_ERROR_INVALID_ARGUMENT, "hidden_size");
   norm.hidden_size = 16;
   CHECK_REFUSED(dspark_rms_norm(&norm, NULL), DSPARK_ERROR_NULL_POINTER, "x");
+  norm.tap = memory;
+  CHECK_REFUSED(dspark_rms_norm(&norm, NULL), DSPARK_ERROR_INVALID_ARGUMENT, "tap");
+  norm.tap = NULL;
   norm.x = (char*)memory + 2;
   norm.weight = memory;
   norm.out = memory;

@@ -357,6 +357,7 @@ pub fn build<O: Ops + 'static>(
     let mut engine = Engine::new(ops, Box::new(pair.target), pair.drafter, config)?;
     engine.set_alternates(drafting.alternates)?;
     engine.set_adapt(Adapt::ON);
+    engine.warm_up()?;
     if let (Some((file, identity)), Some(cost), true) =
         (costs, engine.step().scheduler().cost(), measured)
     {

@@ -184,6 +184,10 @@ impl Ops for Cuda {
         self.device.synchronize()
     }
 
+    fn is_slow_at_first(&self) -> bool {
+        true
+    }
+
     fn weight(&mut self, parts: &[HostTensor<'_>]) -> Result<Self::Weight> {
         DeviceMatrix::from_parts(&self.device, parts)
     }
@@ -297,8 +301,9 @@ impl Ops for Cuda {
         weight: &Self::Norm,
         eps: f32,
         out: &mut Self::Mat,
+        tap: Option<(&mut Self::Mat, usize)>,
     ) -> Result<()> {
-        self.add_norm_rows(delta, residual, weight, eps, out)
+        self.add_norm_rows(delta, residual, weight, eps, out, tap)
     }
 
     fn linear(&mut self, x: &Self::Mat, weight: &Self::Weight, out: &mut Self::Mat) -> Result<()> {
