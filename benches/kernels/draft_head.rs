@@ -176,6 +176,9 @@ impl DraftHead {
             workspace: self.workspace.mut_ptr(0).cast(),
             workspace_bytes: self.workspace.len(),
             stride_logits_row: self.vocab_size as i64,
+            w2_bounds: std::ptr::null(),
+            w2_basis: std::ptr::null(),
+            rows_read: std::ptr::null_mut(),
         }
     }
 }
