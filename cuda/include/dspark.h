@@ -445,7 +445,7 @@ typedef int32_t dspark_head_kind;
  *               token 0. rows_read[r]: how many rows of W2 were read for r in all steps, the one
  *               figure that may differ from run to run.
  * Layout        logits row stride given; everything else contiguous. Columns from draft_lens[r] on
- *               are not written, but for latents of gated and rnn.
+ *               are not written.
  * Alignment     markov_w1, markov_w2, latents, w2_bounds, w2_basis 16 bytes; markov_rank a multiple of
  *               16, at most 256 (fill up with zeros). logits at 16 bytes with rows of a multiple of 16 bytes are read fastest.
  * Aliasing      none allowed.
@@ -456,7 +456,8 @@ typedef int32_t dspark_head_kind;
  *               E(W(j, 2).x) / w_j; in the one that arrives first the token is the first whose
  *               running sum of weights exceeds u w_j, u from W(j, 2).y. COUPLED: the race over
  *               tokens above with purpose BONUS. Position anchor_positions[r] + k.
- * Stream/graph  capture-safe; one cooperative launch for vanilla. A row of NaN or all -inf (also: all
+ * Stream/graph  capture-safe; a cooperative launch for each 128 requests, one more before it for
+ *               gated and rnn and one for skipping. A row of NaN or all -inf (also: all
  *               forbidden) yields token 0; its normaliser is NaN or -inf.
  * Errors        null pointers, unknown head, sizes < 0, draft_len > 16, markov_rank out of range or
  *               not a multiple of 16, workspace too small; UNSUPPORTED_DEVICE where a CTA of the

@@ -46,7 +46,9 @@ fn second_moments(rows: &[f32], cols: usize) -> Vec<f64> {
         }
     }
     let num_rows = (rows.len() / cols.max(1)).max(1) as f64;
-    moments.iter_mut().for_each(|moment| *moment /= num_rows);
+    for moment in &mut moments {
+        *moment /= num_rows;
+    }
     moments
 }
 
@@ -58,9 +60,9 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 fn remove_parts(x: &mut [f64], directions: &[Vec<f64>]) {
     for direction in directions.iter().chain(directions) {
         let part = dot(x, direction);
-        x.iter_mut()
-            .zip(direction)
-            .for_each(|(x, e)| *x -= part * e);
+        for (value, e) in x.iter_mut().zip(direction) {
+            *value -= part * e;
+        }
     }
 }
 
@@ -70,7 +72,9 @@ fn normalize(x: &mut [f64]) -> bool {
     if !(length > 1e-30 && length.is_finite()) {
         return false;
     }
-    x.iter_mut().for_each(|x| *x /= length);
+    for value in x {
+        *value /= length;
+    }
     true
 }
 

@@ -24,7 +24,7 @@ struct ProjectPolicy {
   static constexpr int kOutputs = 16; /* of a CTA */
   static constexpr int kTiles = 4;
   static constexpr int kRows = kTiles * 8;
-  static constexpr int kColumns = 16; /* of a product */
+  static constexpr int kColumns = 32; /* of two products: a lane's 8 are neighbours */
 };
 
 template <typename T>
@@ -37,21 +37,25 @@ struct ProjectArgs {
   int32_t num_outputs;
   int32_t hidden_size;
   int32_t num_columns;
-  bool paired; /* all rows start at multiples of two elements */
+  bool vec; /* all rows start at multiples of 16 bytes */
 };
 
-/* Elements `column` and the next of a row, zeros past its end or without one. */
+/* Eight elements of a row from `column` on, zeros past its end or without one. */
 template <typename T>
-__device__ __forceinline__ uint32_t row_pair(const T* row, int32_t column, int32_t size, bool paired) {
-  if (row == nullptr || column >= size) return 0;
-  if (paired && column + 1 < size) return *reinterpret_cast<const uint32_t*>(row + column);
-  const float next = column + 1 < size ? Element<T>::to_float(row[column + 1]) : 0.f;
-  return Element<T>::pack(Element<T>::to_float(row[column]), next);
+__device__ __forceinline__ uint4 row_piece(const T* row, int32_t column, int32_t size, bool vec) {
+  if (row == nullptr || column >= size) return make_uint4(0, 0, 0, 0);
+  if (vec) return *reinterpret_cast<const uint4*>(row + column);
+  float values[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    values[i] = column + i < size ? Element<T>::to_float(row[column + i]) : 0.f;
+  }
+  return pack_vec<T>(values);
 }
 
 /* Grid: (outputs, rows), kOutputs x kRows a CTA. */
 template <typename T>
-__global__ void __launch_bounds__(ProjectPolicy::kNumThreads)
+__global__ void __launch_bounds__(ProjectPolicy::kNumThreads, 1)
     project_kernel(const __grid_constant__ ProjectArgs<T> args) {
   using Policy = ProjectPolicy;
   __shared__ float sums[Policy::kWarps][Policy::kOutputs][Policy::kRows];
@@ -73,18 +77,18 @@ __global__ void __launch_bounds__(ProjectPolicy::kNumThreads)
                                   : nullptr;
   }
   float dots[Policy::kTiles][4] = {};
-#pragma unroll 1
+#pragma unroll 2
   for (int32_t first = warp * Policy::kColumns; first < args.hidden_size;
        first += Policy::kWarps * Policy::kColumns) {
-    const int32_t column = first + lane % 4 * 2;
-    const auto pair = [&](const T* row, int32_t at) {
-      return row_pair(row, at, args.hidden_size, args.paired);
-    };
-    const uint32_t a[4] = {pair(weights[0], column), pair(weights[1], column),
-                           pair(weights[0], column + 8), pair(weights[1], column + 8)};
+    const int32_t column = first + lane % 4 * 8;
+    const uint4 low = row_piece(weights[0], column, args.hidden_size, args.vec);
+    const uint4 high = row_piece(weights[1], column, args.hidden_size, args.vec);
+    const uint32_t a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
 #pragma unroll
     for (int t = 0; t < Policy::kTiles; ++t) {
-      mma_m16n8k16<T>(dots[t], a, pair(rows[t], column), pair(rows[t], column + 8));
+      const uint4 b = row_piece(rows[t], column, args.hidden_size, args.vec);
+      mma_m16n8k16<T>(dots[t], a[0], b.x, b.y);
+      mma_m16n8k16<T>(dots[t], a[1], b.z, b.w);
     }
   }
 #pragma unroll
@@ -137,75 +141,102 @@ __device__ __forceinline__ void stage_markov_rows(const FullArgs<T, W>& args,
   }
 }
 
-/* Eight columns of P from `from` on as f32. */
-template <typename T>
-__device__ __forceinline__ void load_projection(const T* from, bool vec, float (&out)[8]) {
-  if (vec) {
-    load_vec(from, out);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) out[i] = Element<T>::to_float(from[i]);
-}
-
 __device__ __forceinline__ float dot_8(const float (&a)[8], const float (&b)[8], float sum) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) sum = fmaf(a[i], b[i], sum);
   return sum;
 }
 
-/* Element j of the latent of local request q, by a warp; `markov`: its row of W1. */
-template <bool kRnn, typename T, typename W>
-__device__ __forceinline__ void make_latent(
-    const FullArgs<T, W>& args, const T* markov, int32_t q, int32_t j, int32_t step) {
+/* Element j of the latents of requests first_q, + stride, ..., kReqs of them, by a warp; `rows`: W1's of
+ * all requests. Lane i finishes the i-th. */
+template <bool kRnn, int kReqs, typename T, typename W>
+__device__ __forceinline__ void make_elements(const FullArgs<T, W>& args,
+                                              const SpanRunner* runners,
+                                              const T* rows,
+                                              int32_t first_q,
+                                              int32_t stride,
+                                              int32_t j,
+                                              int32_t step) {
   using Latent = typename LowRank<W>::Latent;
   constexpr int kParts = kRnn ? 3 : 1;
   const int lane = threadIdx.x % kWarpSize;
   const int32_t rank = args.in.markov_rank;
-  const int64_t req = args.first_req + q;
   const bool has_state = kRnn && step > 0;
-  float w1[8] = {};
-  float state[8] = {};
-  if (lane < rank / 8) {
-    load_vec(markov + lane * 8, w1);
+  const bool has_columns = lane < rank / 8;
+  const float* before = kRnn ? args.states[(step + 1) % 2] : nullptr;
+  const auto takes_part = [&](int32_t q) {
+    return q < args.shape.num_reqs && step < runners[q].draft_len;
+  };
+  /* What the lane's own request starts from, on its way with all else. */
+  const int32_t own_q = first_q + lane * stride;
+  const bool owns = lane < kReqs && takes_part(own_q);
+  const int64_t own_req = args.first_req + own_q;
+  const int64_t own_row = own_req * args.in.draft_len + step;
+  float z[kParts] = {};
+  float own_state = 0.f;
+  if (owns) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      z[i] = __ldg(args.projected + own_row * kParts * rank + i * rank + j);
+    }
+    if (has_state) own_state = __ldcg(before + own_req * rank + j);
+  }
+
+  uint4 weights[kParts][kRnn ? 2 : 1] = {};
+  if (has_columns) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const T* from =
+          args.proj_weight + static_cast<int64_t>(i * rank + j) * args.proj_columns + lane * 8;
+      weights[i][0] = row_piece(from, args.proj_markov, args.proj_markov + 8, args.proj_vec);
+      if constexpr (kRnn) weights[i][1] = row_piece(from, 0, 8, args.proj_vec);
+    }
+  }
+  float sums[kReqs][kParts] = {};
+#pragma unroll
+  for (int n = 0; n < kReqs; ++n) {
+    const int32_t q = first_q + n * stride;
+    if (!takes_part(q) || !has_columns) continue;
+    float state[8] = {};
     if (has_state) {
-      const auto* from = reinterpret_cast<const float4*>(args.states[(step + 1) % 2] + req * rank) +
-                         lane * 2;
+      const auto* from =
+          reinterpret_cast<const float4*>(before + (args.first_req + q) * rank) + lane * 2;
       const float4 low = __ldcg(from);
       const float4 high = __ldcg(from + 1);
       state[0] = low.x, state[1] = low.y, state[2] = low.z, state[3] = low.w;
       state[4] = high.x, state[5] = high.y, state[6] = high.z, state[7] = high.w;
     }
-  }
-  const int64_t row = req * args.in.draft_len + step;
-  float z[kParts];
+    float w1[8];
+    load_vec(rows + q * rank + lane * 8, w1);
 #pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    float sum = 0.f;
-    if (lane < rank / 8) {
-      const T* from = args.proj_weight +
-                      static_cast<int64_t>(i * rank + j) * args.proj_columns + lane * 8;
+    for (int i = 0; i < kParts; ++i) {
       float weight[8];
-      load_projection(from + args.proj_markov, args.proj_vec, weight);
-      sum = dot_8(weight, w1, 0.f);
-      if (has_state) {
-        load_projection(from, args.proj_vec, weight);
-        sum = dot_8(weight, state, sum);
+      unpack_vec<T>(weights[i][0], weight);
+      sums[n][i] = dot_8(weight, w1, 0.f);
+      if constexpr (kRnn) {
+        unpack_vec<T>(weights[i][1], weight);
+        sums[n][i] = dot_8(weight, state, sums[n][i]);
       }
     }
-    z[i] = warp_reduce(sum, SumOp{}) + args.projected[row * kParts * rank + i * rank + j];
   }
-  if (lane != 0) return;
+#pragma unroll
+  for (int n = 0; n < kReqs; ++n) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const float sum = warp_reduce(sums[n][i], SumOp{});
+      if (lane == n) z[i] += sum;
+    }
+  }
+  if (!owns) return;
   float latent;
   if constexpr (kRnn) {
     const float keep = sigmoid(z[0]);
-    const float before = has_state ? __ldcg(args.states[(step + 1) % 2] + req * rank + j) : 0.f;
-    args.states[step % 2][req * rank + j] = keep * before + (1.f - keep) * tanhf(z[1]);
+    args.states[step % 2][own_req * rank + j] = keep * own_state + (1.f - keep) * tanhf(z[1]);
     latent = tanhf(z[2]);
   } else {
-    latent = sigmoid(z[0]) * Element<T>::to_float(markov[j]);
+    latent = sigmoid(z[0]) * Element<T>::to_float(rows[own_q * rank + j]);
   }
-  args.latents[row * rank + j] = Element<Latent>::from_float(latent);
+  args.latents[own_row * rank + j] = Element<Latent>::from_float(latent);
 }
 
 /* The step's latents of a gated or rnn head into args.latents, by all CTAs; `sync`: a barrier of warps
@@ -225,13 +256,15 @@ __device__ __forceinline__ void make_latents(const FullArgs<T, W>& args,
   const int32_t share = (rank + num_ctas - 1) / num_ctas;
   const int32_t first = static_cast<int32_t>(blockIdx.x) * share;
   const int32_t count = min(share, rank - first);
-  for (int32_t i = threadIdx.x / kWarpSize; i < count * args.shape.num_reqs; i += num_warps) {
-    const int32_t q = i / count;
-    if (step >= runners[q].draft_len) continue; /* whole warps */
+  constexpr int kReqs = 4; /* at once */
+  const int32_t num_groups = (args.shape.num_reqs + kReqs - 1) / kReqs;
+  for (int32_t i = threadIdx.x / kWarpSize; i < count * num_groups; i += num_warps) {
+    const int32_t group = i / count; /* requests group, + num_groups, ... */
+    const int32_t j = first + i % count;
     if (args.rnn) {
-      make_latent<true>(args, rows + q * rank, q, first + i % count, step);
+      make_elements<true, kReqs>(args, runners, rows, group, num_groups, j, step);
     } else {
-      make_latent<false>(args, rows + q * rank, q, first + i % count, step);
+      make_elements<false, kReqs>(args, runners, rows, group, num_groups, j, step);
     }
   }
   sync();

@@ -148,7 +148,7 @@ class FullCall {
     args.num_outputs = num_projected(p_);
     args.hidden_size = p_.hidden_size;
     args.num_columns = proj_columns();
-    args.paired = p_.hidden_size % 2 == 0 && aligned_to(4, {p_.hidden, p_.proj_weight});
+    args.vec = p_.hidden_size % 8 == 0 && aligned_16({p_.hidden, p_.proj_weight});
     const dim3 grid(ceil_div(args.num_outputs, ProjectPolicy::kOutputs),
                     ceil_div(args.num_rows, ProjectPolicy::kRows));
     return launch("project_kernel", project_kernel<T>, grid, dim3(ProjectPolicy::kNumThreads), 0,
