@@ -451,10 +451,15 @@ typedef int32_t dspark_head_kind;
  *               markov_w2 `w2_dtype`: `dtype`, or E4M3 with f32 w2_scales. latents `dtype`, with
  *               fp8 F16: vanilla W1[x_{k-1}] (fp8: as F16, limited to its range), gated and rnn
  *               their latent rounded once. Products exact, sums f32; normalisers to 1e-6.
+ * Skipping      with w2_bounds (dspark_draft_bounds; not for HEAD_NONE) every request must be greedy
+ *               or coupled: its drafts are the same, bit for bit, and rows of W2 that cannot win are
+ *               not read. No law is handed on (log_normalizers NaN); a request that is neither gets
+ *               token 0. rows_read[r]: how many rows of W2 were read for r in all steps, the one
+ *               figure that may differ from run to run.
  * Layout        logits row stride given; everything else contiguous. Columns from draft_lens[r] on
- *               are not written, but for latents of gated and rnn.
- * Alignment     markov_w1, markov_w2, latents 16 bytes; markov_rank a multiple of 16, at most 256
- *               (fill up with zeros). logits at 16 bytes with rows of a multiple of 16 bytes are read fastest.
+ *               are not written.
+ * Alignment     markov_w1, markov_w2, latents, w2_bounds, w2_basis 16 bytes; markov_rank a multiple of
+ *               16, at most 256 (fill up with zeros). logits at 16 bytes with rows of a multiple of 16 bytes are read fastest.
  * Aliasing      none allowed.
  * Workspace     dspark_draft_full_workspace_size bytes, 256-byte aligned; contents do not matter.
  * Determinism   bitwise per device, independent of the batch. Draws of a row with temperature > 0
@@ -463,7 +468,8 @@ typedef int32_t dspark_head_kind;
  *               E(W(j, 2).x) / w_j; in the one that arrives first the token is the first whose
  *               running sum of weights exceeds u w_j, u from W(j, 2).y. COUPLED: the race over
  *               tokens above with purpose BONUS. Position anchor_positions[r] + k.
- * Stream/graph  capture-safe; one cooperative launch for vanilla. A row of NaN or all -inf (also: all
+ * Stream/graph  capture-safe; a cooperative launch for each 128 requests, one more before it for
+ *               gated and rnn and one for skipping. A row of NaN or all -inf (also: all
  *               forbidden) yields token 0; its normaliser is NaN or -inf.
  * Errors        null pointers, unknown head, sizes < 0, draft_len > 16, markov_rank out of range or
  *               not a multiple of 16, workspace too small; UNSUPPORTED_DEVICE where a CTA of the
@@ -505,6 +511,9 @@ typedef struct dspark_draft_full_params {
   void* workspace;
   size_t workspace_bytes;
   int64_t stride_logits_row;
+  const float* w2_bounds; /* [vocab_size, 4]: rows that cannot win are not read; NULL: all are */
+  const float* w2_basis;  /* [3, markov_rank], with w2_bounds */
+  uint64_t* rows_read;    /* [num_reqs], with w2_bounds; may be NULL */
 } dspark_draft_full_params;
 #define DSPARK_DRAFT_FULL_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_full_params)
 /* Host. Reads only sizes (of the current device, too). */
@@ -512,6 +521,37 @@ dspark_status DSPARK_FN(dspark_draft_full_workspace_size)(const dspark_draft_ful
                                                           size_t* bytes);
 dspark_status DSPARK_FN(dspark_draft_full)(const dspark_draft_full_params* params,
                                            dspark_stream stream);
+
+/*
+ * Computes      bounds[v] of each row w of W2 (fp8: its scale included): w . e_i for the directions
+ *               e_0 .. e_2 of basis, and the length of the rest, rounded up generously. For any
+ *               latent x the bias of token v is at most the sum over i of (w . e_i)(e_i . x) plus
+ *               the lengths of both rests (kernels/draft/skip_bound.cuh). Once, when weights are loaded.
+ * Shapes        markov_w2 [vocab_size, markov_rank]; w2_scales [vocab_size]; basis [3,
+ *               markov_rank], orthonormal to 1e-5 (zeros for directions that are not there): the
+ *               closer the rows are to their span, the more is skipped; bounds [vocab_size, 4].
+ * Dtypes        markov_w2 `w2_dtype` (BF16, F16, E4M3 with f32 w2_scales); basis, bounds f32.
+ * Layout        contiguous.
+ * Alignment     16 bytes; markov_rank a multiple of 16, at most 256.
+ * Aliasing      none allowed.
+ * Workspace     none.
+ * Determinism   bitwise per device.
+ * Stream/graph  capture-safe.
+ * Errors        null or misaligned pointers, sizes < 1, markov_rank out of range, unknown dtype.
+ */
+typedef struct dspark_draft_bounds_params {
+  uint32_t struct_size;
+  dspark_dtype w2_dtype;
+  int32_t vocab_size;
+  int32_t markov_rank;
+  const void* markov_w2;
+  const float* w2_scales; /* fp8 */
+  const float* basis;
+  float* bounds;
+} dspark_draft_bounds_params;
+#define DSPARK_DRAFT_BOUNDS_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_bounds_params)
+dspark_status DSPARK_FN(dspark_draft_bounds)(const dspark_draft_bounds_params* params,
+                                             dspark_stream stream);
 
 /*
  * Computes      the head over a candidate set, with q truncated to it (lossless: the pairs are the

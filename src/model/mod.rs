@@ -145,7 +145,7 @@ pub trait Drafter<O: Ops> {
     fn set_head_form(&mut self, _ops: &mut O, form: HeadForm) -> Result<()> {
         match form {
             HeadForm::Full => Ok(()),
-            HeadForm::FullFp8 | HeadForm::Candidates(..) => {
+            HeadForm::FullSkip | HeadForm::FullFp8 | HeadForm::Candidates(..) => {
                 Err(Error::argument("head_form", "full for this drafter", form))
             }
         }

@@ -11,6 +11,8 @@
 mod accept;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(feature = "cuda")]
+mod directions;
 mod draft;
 pub mod e4m3;
 pub mod grammar;
@@ -133,6 +135,8 @@ pub trait Ops: Sized {
     type Weight: Matrix;
     /// A weight in e4m3, with a factor for each row.
     type Quantized;
+    /// What the bias of each token is bounded by.
+    type RowBounds;
     /// A few tokens for each token of the vocabulary.
     type TokenTable;
     /// A vector: norm weight or bias.
@@ -160,6 +164,8 @@ pub trait Ops: Sized {
     fn weight(&mut self, parts: &[HostTensor<'_>]) -> Result<Self::Weight>;
     /// A copy of `weight` in e4m3 ([`e4m3::quantize_row`]).
     fn quantize(&mut self, weight: &Self::Weight) -> Result<Self::Quantized>;
+    /// What rows of `w2`, `[vocab, rank]`, add to a logit at most, for [`DraftHead::row_bounds`].
+    fn row_bounds(&mut self, w2: &Self::Weight) -> Result<Self::RowBounds>;
     /// `[vocab, cols]` tokens, [`SparseLaw::NO_PAIR`] for none; none twice in a row.
     fn token_table(&mut self, tokens: &[u32], cols: usize) -> Result<Self::TokenTable>;
     /// A vector `[n]`.
@@ -321,6 +327,8 @@ pub trait Ops: Sized {
     /// (lowest index wins) at temperature 0; a row that is no law yields token 0. With [`DraftHead::w2_fp8`] the bias is
     /// that of the copy. The law is handed on as a latent and a normaliser for each draft ([`DraftLaw::LowRank`]). Draws
     /// of the coupled rule have the noise of its target ([`Rule::draft_purpose`]); the others' noise is the backend's own.
+    /// With [`DraftHead::row_bounds`] and requests that are all greedy or coupled, whose drafts nobody asks a law for, the
+    /// backend may pass over what cannot win: the same drafts, and normalisers of NaN.
     fn draft_full(
         &mut self,
         head: &DraftHead<Self>,

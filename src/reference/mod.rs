@@ -78,6 +78,8 @@ impl Ops for Reference {
     type Logits = F32Matrix;
     type Weight = Weight;
     type Quantized = Quantized;
+    /// Every row is read.
+    type RowBounds = ();
     type TokenTable = TokenTable;
     type Norm = Vec<f32>;
     type KvCache = KvCache;
@@ -104,6 +106,10 @@ impl Ops for Reference {
 
     fn quantize(&mut self, weight: &Weight) -> Result<Quantized> {
         Quantized::new(weight)
+    }
+
+    fn row_bounds(&mut self, _w2: &Weight) -> Result<()> {
+        Ok(())
     }
 
     fn token_table(&mut self, tokens: &[u32], cols: usize) -> Result<TokenTable> {

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // every test binary uses its own part
 
+pub mod full;
 pub mod raw;
 
 use dspark::ops::cuda::Cuda;

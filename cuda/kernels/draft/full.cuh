@@ -28,8 +28,8 @@
  */
 #pragma once
 
-#include "common/grid_sync.cuh"
-#include "kernels/draft/full_products.cuh"
+#include "kernels/draft/full_latents.cuh"
+#include "kernels/draft/full_rows.cuh"
 
 namespace dspark {
 
@@ -267,61 +267,16 @@ __device__ __forceinline__ float log_normalizer(const SpanWeight* shares, int32_
   return static_cast<float>((top + log2(sum)) * 0.6931471805599453);
 }
 
-/* Tokens, normalisers and confidences of the launch's rows, a warp each, after the last race. */
 template <typename T, typename W>
 __device__ __forceinline__ void finish_rows(const FullCta<T, W>& cta, int32_t num_warps) {
-  const FullArgs<T, W>& args = cta.args;
-  const int lane = threadIdx.x % kWarpSize;
-  const int32_t num_rows = args.shape.num_reqs * args.num_steps;
-  for (int32_t i = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x; i < num_rows;
-       i += num_warps * gridDim.x) {
-    const int32_t q = i / args.num_steps;
-    const int32_t step = args.first_step + i % args.num_steps;
-    if (!cta.takes_part(q, step)) continue; /* whole warps */
-    const int64_t req = args.first_req + q;
-    const int64_t row = req * args.in.draft_len + step;
-    const int64_t race = static_cast<int64_t>(step) * args.in.num_reqs + req;
-    const float normalizer = log_normalizer(args.shares + race * gridDim.x, gridDim.x);
-    if (lane == 0) {
-      args.draft_tokens[row] = race_token(__ldcg(args.keys + race));
-      args.log_normalizers[row] = normalizer;
-    }
-    if (args.confidence_weight == nullptr) continue;
-    const T* markov = args.confidence_with_markov ? led_markov_row(args, q, step) : nullptr;
-    const T* hidden = hidden_row(args.in, static_cast<int32_t>(req), step);
-    const float z = args.confidence_bias +
-                    (args.confidence_vec
-                         ? confidence_dot<true>(args.confidence_weight, hidden, args.in.hidden_size,
-                                                markov, args.in.markov_rank)
-                         : confidence_dot<false>(args.confidence_weight, hidden,
-                                                 args.in.hidden_size, markov, args.in.markov_rank));
-    if (lane != 0) continue;
-    args.confidence[row] = sigmoid(z);
-    if (args.confidence_logits != nullptr) args.confidence_logits[row] = z;
-  }
+  finish_rows(cta.args, cta.state.runners, num_warps, [&](int64_t race) {
+    return log_normalizer(cta.args.shares + race * gridDim.x, gridDim.x);
+  });
 }
 
-/* How the launch's requests draw; a barrier of the CTA follows. */
 template <typename T, typename W>
 __device__ __forceinline__ void set_up_runners(FullCta<T, W>& cta) {
-  const FullArgs<T, W>& args = cta.args;
-  for (int q = threadIdx.x; q < FullPolicy::kMaxReqs; q += blockDim.x) {
-    SpanRunner runner = {};
-    if (q < args.shape.num_reqs) {
-      const int32_t req = args.first_req + q;
-      const float temperature = args.temperature[req];
-      const uint32_t purpose = draft_purpose(args.rules, req);
-      const bool hot = temperature > 0.f;
-      runner.runner = {args.seeds[req], temperature, hot ? kLog2e / temperature : kLog2e,
-                       args.anchor_positions[req] + 1, purpose};
-      runner.mode = !hot                              ? DrawMode::kGreedy
-                    : purpose == DSPARK_PURPOSE_BONUS ? DrawMode::kCoupled
-                                                      : DrawMode::kSampled;
-      runner.draft_len = args.draft_lens == nullptr ? args.in.draft_len
-                                                    : min(args.draft_lens[req], args.in.draft_len);
-    }
-    cta.state.runners[q] = runner;
-  }
+  set_up_runners(cta.args, cta.state.runners, FullPolicy::kMaxReqs);
 }
 
 template <typename T, typename W>
@@ -368,6 +323,10 @@ __global__ void __launch_bounds__(full_warps(kNTiles) * kWarpSize, 1)
   const int32_t first_q = warp % args.shape.num_sets * kNTiles * kGroupReqs;
   for (int32_t step = args.first_step; step < args.first_step + args.num_steps; ++step) {
     if (args.markov_w2 != nullptr) {
+      if (!args.vanilla) {
+        make_latents(args, state.runners, cta.shared.latents, step, full_warps(kNTiles),
+                     [] { __syncthreads(); });
+      }
       stage_latents<4>(
           cta, step, full_warps(kNTiles), [&](int32_t q, int piece, const uint4& words) {
             store_latents<W>(cta.shared.latents + q * cta.latent_row_bytes(), piece, words);

@@ -12,6 +12,7 @@
 
 mod arguments;
 mod attention;
+mod bounds;
 mod cache;
 mod candidates;
 mod draft;
@@ -40,6 +41,7 @@ use crate::sys;
 use draft::Walk;
 use passes::Passes;
 
+pub use bounds::RowBounds;
 pub use cache::KvCache;
 pub use logits::Logits;
 pub use matrix::{DeviceMatrix, Norm, Quantized};
@@ -169,6 +171,7 @@ impl Ops for Cuda {
     type Logits = Logits;
     type Weight = DeviceMatrix<bf16>;
     type Quantized = Quantized;
+    type RowBounds = RowBounds;
     type TokenTable = DeviceMatrix<u32>;
     type Norm = Norm;
     type KvCache = KvCache;
@@ -194,6 +197,10 @@ impl Ops for Cuda {
 
     fn quantize(&mut self, weight: &DeviceMatrix<bf16>) -> Result<Quantized> {
         Quantized::new(&self.device, weight)
+    }
+
+    fn row_bounds(&mut self, w2: &DeviceMatrix<bf16>) -> Result<RowBounds> {
+        self.find_row_bounds(w2)
     }
 
     fn token_table(&mut self, tokens: &[u32], cols: usize) -> Result<DeviceMatrix<u32>> {
