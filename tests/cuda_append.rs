@@ -120,7 +120,7 @@ impl Pass {
             _ => rng.normal() * 2_f32.powi(rng.below(24) as i32 - 14),
         };
         (0..self.num_rows() * cols)
-            .map(|i| self.number(number(i / cols % 3 == 0)))
+            .map(|i| self.number(number((i / cols).is_multiple_of(3))))
             .collect()
     }
 

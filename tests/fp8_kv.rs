@@ -335,6 +335,24 @@ fn the_program_says_which_cache_it_has() {
     let doctor = |target: &str| stdout(&["doctor", "--device", "cpu", "--target", target]);
     assert!(doctor(copy.path()).contains("with the checkpoint's factors"));
     assert!(doctor(bare).contains("with factors of 1"));
+    // Factors that cannot be used are said, and keep nobody from a native cache.
+    let broken = with_scales("qwen3_bf16", 0.0, 0.7);
+    let said = doctor(broken.path());
+    assert!(
+        said.contains("which is refused") && said.contains("k_scale"),
+        "{said}"
+    );
+    let args = [
+        "generate",
+        "--target",
+        broken.path(),
+        "--prompt-ids",
+        "1",
+        "--max-new-tokens",
+        "2",
+    ];
+    stdout(&args);
+    assert_refused(&[&args[..], &["--kv-dtype", "fp8"]].concat(), &["k_scale"]);
 }
 
 /// A cost belongs to the cache it was measured with.

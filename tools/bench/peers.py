@@ -129,7 +129,7 @@ def tree_mask(contexts, rows):
     return torch.cat(masks).to(DEVICE)
 
 
-def flashinfer_attention(wrapper, contexts, rows, head_dim, form):
+def flashinfer_attention(make_wrapper, contexts, rows, head_dim, form):
     """What prepares FlashInfer's attention of requests with `contexts` keys and `rows` rows: form "", "tree", "e4m3" or,
     with queries of 8 bits too, "e4m3 queries"."""
     def prepare(copies):
@@ -141,6 +141,7 @@ def flashinfer_attention(wrapper, contexts, rows, head_dim, form):
         q = (e4m3 if form == "e4m3 queries" else normal)(copies, sum(rows), NUM_Q_HEADS, head_dim)
         out = torch.empty(q.shape, device=DEVICE, dtype=BF16)
         seen = dict(custom_mask=tree_mask(contexts, rows)) if form == "tree" else dict(causal=True)
+        wrapper = make_wrapper()
         wrapper.plan(sums(rows), sums(pages), torch.randperm(sum(pages), device=DEVICE, dtype=torch.int32),
                      ints([PAGE_SIZE] * len(contexts)), NUM_Q_HEADS, NUM_KV_HEADS, head_dim, PAGE_SIZE,
                      q_data_type=q.dtype, kv_data_type=cache.dtype, o_data_type=BF16, **seen)
@@ -162,7 +163,7 @@ def attention(lab):
         key_bytes = 1 if form.startswith("e4m3") else 2
         footprint = (key_bytes * sum(contexts) * 2 * NUM_KV_HEADS + 4 * sum(rows) * NUM_Q_HEADS) * head_dim
         peer = f"FlashInfer {backend}" + (", e4m3 queries" if form == "e4m3 queries" else "")
-        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(scratch, "NHD", backend=backend)
+        wrapper = lambda: flashinfer.BatchPrefillWithPagedKVCacheWrapper(scratch, "NHD", backend=backend)
         lab.case("attention", name, peer, footprint, flashinfer_attention(wrapper, contexts, rows, head_dim, form))
 
     for head_dim in (128, 64, 256):

@@ -12,11 +12,15 @@
  * Mapping   D/8 lanes own one head of one row, 8 elements (16 bytes) each, so the norm is a shuffle
  *           over the lanes and the rotation partner of a lane is the one D/16 lanes away. A CTA
  *           takes one row and kThreads / (D/8) of its heads: they share the sines and cosines,
- *           which are computed once per CTA.
+ *           which are computed once per CTA. Several heads per lane with their loads in flight
+ *           together were slower (one row 2.7 to 3.2 us instead of 2.4, 512 rows 5 % faster at
+ *           best), CTAs of 256 threads by up to 6 %, of 512 by 40 % and more from 512 rows on.
  * Traffic   2 * rows * (Hq + 2 Hkv) * D * 2 bytes, once in and once out (e4m3 keys and values go out
  *           in half of that); about 10 flops a value.
- * Limit     launch latency for a decode step (512 rows of Qwen3-4B move 12 MB), memory bandwidth
- *           for prefill.
+ * Limit     one row takes 2.3 us, most of it launch and the chain from qo_indptr over seq_lens to
+ *           the page table. 512 rows (32/8 heads x 128, 12.6 MB) take 7.8 us, .54 of a copy's speed,
+ *           2048 24.9 us, .67: what shuffles and shared memory cost beside the bytes. Sines that lay
+ *           side by side for their writer met four-way bank conflicts: 9.4 and 30.4 us.
  * Angles    sincosf keeps a slow path with a local array for angles above 1e5, which position 1M
  *           reaches. Reducing angle / pi modulo 2 in f64 and taking sincospif needs none and is
  *           within 2 ulp of 1 at any position below 2^24.
@@ -36,7 +40,7 @@ namespace dspark {
 
 template <int kHeadDim>
 struct RopePolicy {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 128;
   static constexpr int kLanesPerHead = kHeadDim / 8;
   static constexpr int kHeadsPerCta = kThreads / kLanesPerHead;
   static_assert(kLanesPerHead >= 2 && kLanesPerHead <= kWarpSize);
@@ -101,18 +105,25 @@ __device__ __forceinline__ void norm_head(float (&x)[8],
   for (int i = 0; i < 8; ++i) x[i] = x[i] * inverse_rms * w[i];
 }
 
+/* Where pair i of a head stands in shared memory: what a group of lanes reads at once lies side by
+ * side, free of bank conflicts. */
+template <int kLanes>
+__device__ __forceinline__ int cos_sin_place(int pair) {
+  return pair % 8 * (kLanes / 2) + pair / 8;
+}
+
 /* Rotates the head held by kLanes lanes. Lanes of the lower half hold x[i], those of the upper half
- * x[i + D/2]. cos_sin has D/2 entries. All 32 lanes call. */
+ * x[i + D/2]. cos_sin has D/2 entries, by cos_sin_place. All 32 lanes call. */
 template <int kLanes>
 __device__ __forceinline__ void rotate_head(float (&x)[8],
                                             const float2* cos_sin,
                                             int lane_in_head) {
   const bool lower = lane_in_head < kLanes / 2;
-  const float2* own = cos_sin + (lane_in_head % (kLanes / 2)) * 8;
+  const int first_pair = lane_in_head % (kLanes / 2) * 8;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const float partner = shuffle_xor(x[i], kLanes / 2);
-    const float2 cs = own[i];
+    const float2 cs = cos_sin[cos_sin_place<kLanes>(first_pair + i)];
     x[i] = x[i] * cs.x + (lower ? -partner : partner) * cs.y;
   }
 }
@@ -152,13 +163,12 @@ __global__ void __launch_bounds__(RopePolicy<kHeadDim>::kThreads)
   const int first_v_head = first_k_head + args.num_kv_heads;
   const bool active = head < first_v_head + args.num_kv_heads;
   const bool is_q = head < first_k_head;
-  const bool is_v = head >= first_v_head;
+  const bool is_v = head >= first_v_head; /* or past the end */
   const int kv_head = head - (is_v ? first_v_head : first_k_head);
   const int column = lane_in_head * 8;
 
-  /* All that is read from afar is asked for before any of it is waited for. Heads of one warp may
-   * differ in kind or lie past the end: all lanes take the shuffles below, and only then part. Lanes
-   * past the end carry zeros. */
+  /* What is read from afar is asked for before any of it is waited for. Lanes past the last head
+   * carry zeros. */
   uint4 raw = make_uint4(0, 0, 0, 0);
   if (active) {
     raw = *reinterpret_cast<const uint4*>(args.qkv + row * args.stride_qkv_row +
@@ -177,15 +187,19 @@ __global__ void __launch_bounds__(RopePolicy<kHeadDim>::kThreads)
 
   if (threadIdx.x < kHeadDim / 2) {
     const float2 cs = rope_cos_sin(args.positions[row], args.inv_freq[threadIdx.x]);
-    cos_sin[threadIdx.x] = make_float2(cs.x * args.rope_scale, cs.y * args.rope_scale);
+    cos_sin[cos_sin_place<kLanes>(threadIdx.x)] =
+        make_float2(cs.x * args.rope_scale, cs.y * args.rope_scale);
   }
   __syncthreads();
 
   float x[8];
   unpack_vec<T>(raw, x);
-  norm_head<T, kLanes>(x, is_q ? args.q_norm : (is_v ? nullptr : args.k_norm), args.eps,
-                       lane_in_head);
-  rotate_head<kLanes>(x, cos_sin, lane_in_head);
+  /* Heads of one warp may differ in kind: all lanes take the shuffles, and only then part. */
+  if (!__all_sync(0xffffffffu, is_v)) {
+    norm_head<T, kLanes>(x, is_q ? args.q_norm : (is_v ? nullptr : args.k_norm), args.eps,
+                         lane_in_head);
+    rotate_head<kLanes>(x, cos_sin, lane_in_head);
+  }
   if (!active) return;
   if (!is_v) raw = pack_vec<T>(x);
 

@@ -45,11 +45,12 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
         decoder.vocab_size,
         decoder.max_position
     );
-    let scales = match kv_scales(target)? {
-        Some(_) => "with the checkpoint's factors",
-        None => "with factors of 1: the checkpoint brings none",
+    let fp8 = match kv_scales(target) {
+        Ok(Some(_)) => "with the checkpoint's factors".into(),
+        Ok(None) => "with factors of 1: the checkpoint brings none".into(),
+        Err(error) => format!("which is refused: {error}"),
     };
-    say!("KV cache native; fp8 where asked for (--kv-dtype fp8), {scales}");
+    say!("KV cache native; fp8 where asked for (--kv-dtype fp8), {fp8}");
     session::on_device(
         args.device,
         None,
