@@ -8,6 +8,7 @@
  *           what there is by themselves, from the lists, while the attention kernel still runs beside
  *           them; after that they wait for memory once or twice.
  * Traffic   partials * rows of the M tile * (head_dim + 2) * 4 bytes in, from L2.
+ *           Nothing where the first kernel's CTAs formed clusters.
  * Limit     launch latency, hidden behind the attention kernel by programmatic dependent launch.
  * Source    flash-decoding (Dao et al. 2023).
  */
@@ -149,20 +150,26 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs<T>& args,
 
 /* Grid (items, num_kv_heads); tile_m is that of the attention kernel. */
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(MergePolicy<kHeadDim>::kThreads)
+__global__ void __launch_bounds__(MergePolicy<kHeadDim>::kThreads,
+                                  MergePolicy<kHeadDim>::kMinCtasPerSm)
     merge_splits_kernel(const AttentionArgs<T> args, int tile_m) {
   __shared__ FinderScratch scratch;
+  release_dependents(); /* what follows waits for the end of this grid */
   const int item = blockIdx.x;
   const int kv_head = blockIdx.y;
   MergeWork works[2] = {}; /* of the M tiles that the item begins and ends in */
-  if (args.plan.is_balanced()) {
+  if (forms_clusters(args, tile_m)) {
+    /* nothing was left */
+  } else if (args.plan.is_balanced()) {
     const ChunkFinder<T, MergePolicy<kHeadDim>::kThreads> finder{args, scratch, tile_m};
-    const Chunks chunks = finder.find(item);
-    if (item < chunks.count) {
+    const FoundChunk found = finder.find(item);
+    const Chunks& chunks = found.chunks;
+    const int begin = chunks.begin(item);
+    if (begin < chunks.num_tiles) {
       const int end = chunks.begin(item + 1);
-      works[0] = find_chunk_merge(args, chunks, scratch.found[0], chunks.begin(item), item, tile_m);
+      works[0] = find_chunk_merge(args, chunks, found.begin, begin, item, tile_m);
       if (end < chunks.num_tiles) {
-        works[1] = find_chunk_merge(args, chunks, scratch.found[1], end, item, tile_m);
+        works[1] = find_chunk_merge(args, chunks, found.end, end, item, tile_m);
         const bool same = works[0].row_begin == works[1].row_begin &&
                           works[0].m_begin == works[1].m_begin && works[0].num_partials > 1;
         if (same) works[1].num_partials = 0;
