@@ -175,9 +175,10 @@ impl Pass {
         let mut table = Vec::new();
         let mut num_pages = 0;
         for (req, &(rows, slots)) in self.requests.iter().enumerate() {
-            let own = match self.unmapped.contains(&req) {
-                true => 0,
-                false => slots.div_ceil(self.page_size),
+            let own = if self.unmapped.contains(&req) {
+                0
+            } else {
+                slots.div_ceil(self.page_size)
             };
             let hidden = match self.window {
                 0 => 0,
@@ -485,6 +486,27 @@ fn rows_and_keys_in_f16_are_attended_to() {
     let dtype = sys::DSPARK_DTYPE_F16;
     for form in [Form::Chain, Form::Tree, Form::Block] {
         run_all(&device, form, dtype, dtype);
+    }
+}
+
+/// As the test above, so little that compute-sanitizer's racecheck ends.
+#[test]
+fn a_small_pass_in_f16_is_attended_to() {
+    let Some(device) = device() else { return };
+    for (head_dim, requests) in [(128, vec![(3, 70), (8, 135)]), (256, vec![(2, 90)])] {
+        let pass = Pass {
+            head_dim,
+            group_size: 4,
+            page_size: 16,
+            requests,
+            softcap: 0.0,
+            window: 0,
+            unmapped: Vec::new(),
+            form: Form::Chain,
+            rows: Numbers(sys::DSPARK_DTYPE_F16),
+            keys: Numbers(sys::DSPARK_DTYPE_F16),
+        };
+        pass.run(&device);
     }
 }
 

@@ -106,45 +106,78 @@ __device__ __forceinline__ MergeWork find_split_merge(const AttentionArgs<T>& ar
   return work;
 }
 
+/* Four values of a partial result of a row. */
+template <typename T, int kHeadDim>
+__device__ __forceinline__ RowSum read_partial(const AttentionArgs<T>& args,
+                                               int64_t slot,
+                                               int kv_head,
+                                               int tile_m,
+                                               int m_in_tile,
+                                               int column) {
+  const int64_t entry = (slot * args.num_kv_heads + kv_head) * tile_m + m_in_tile;
+  return {*reinterpret_cast<const float4*>(args.partials.out + entry * kHeadDim + column),
+          args.partials.max_sum[entry]};
+}
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void write_row(const AttentionArgs<T>& args,
+                                          int row_begin,
+                                          int m,
+                                          int kv_head,
+                                          int column,
+                                          const RowSum& sum) {
+  float o[4] = {sum.out.x, sum.out.y, sum.out.z, sum.out.w};
+  normalise(o, sum.max_sum.y);
+  const int row_in_req = args.by_group_size.quotient(m);
+  const int64_t row = row_begin + row_in_req;
+  const int head = kv_head * args.group_size + m - row_in_req * args.group_size;
+  const uint2 packed = make_uint2(Element<T>::pack(o[0], o[1]), Element<T>::pack(o[2], o[3]));
+  *reinterpret_cast<uint2*>(args.out + row * args.stride_out_row +
+                            static_cast<int64_t>(head) * kHeadDim + column) = packed;
+}
+
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void merge_rows(const AttentionArgs<T>& args,
                                            const MergeWork& work,
                                            int kv_head,
                                            int tile_m) {
   using Policy = MergePolicy<kHeadDim>;
+  constexpr int kRows = Policy::kRowsAtOnce;
   if (work.num_partials < 2) return;
   const int column = threadIdx.x % Policy::kLanesPerRow * 4;
-  for (int i = threadIdx.x / Policy::kLanesPerRow;; i += Policy::kRowsPerCta) {
-    const int m_in_tile = work.first_row + i * work.row_step;
-    const int m = work.m_begin + m_in_tile;
-    if (m >= work.m_end) return;
-    /* The reads of a batch go out together. */
-    RowSum total = RowSum::empty();
+  const int step = Policy::kRowsPerCta * work.row_step;
+  for (int m_in_tile = work.first_row + threadIdx.x / Policy::kLanesPerRow * work.row_step;
+       work.m_begin + m_in_tile < work.m_end; m_in_tile += kRows * step) {
+    RowSum totals[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) totals[r] = RowSum::empty();
     for (int first = 0; first < work.num_partials; first += Policy::kBatch) {
-      RowSum parts[Policy::kBatch];
+      /* The reads go out together. */
+      RowSum parts[kRows][Policy::kBatch];
 #pragma unroll
       for (int p = 0; p < Policy::kBatch; ++p) {
-        parts[p] = RowSum::empty();
-        if (first + p >= work.num_partials) continue;
-        const int64_t slot = work.slot(first + p);
-        const int64_t entry = (slot * args.num_kv_heads + kv_head) * tile_m + m_in_tile;
-        parts[p].max_sum = args.partials.max_sum[entry];
-        parts[p].out =
-            *reinterpret_cast<const float4*>(args.partials.out + entry * kHeadDim + column);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          parts[r][p] = RowSum::empty();
+          const int m = m_in_tile + r * step;
+          if (first + p >= work.num_partials || work.m_begin + m >= work.m_end) continue;
+          parts[r][p] =
+              read_partial<T, kHeadDim>(args, work.slot(first + p), kv_head, tile_m, m, column);
+        }
       }
 #pragma unroll
       for (int p = 0; p < Policy::kBatch; ++p) {
-        if (first + p < work.num_partials) total.add(parts[p]);
+        if (first + p >= work.num_partials) continue;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) totals[r].add(parts[r][p]);
       }
     }
-    float o[4] = {total.out.x, total.out.y, total.out.z, total.out.w};
-    normalise(o, total.max_sum.y);
-    const int row_in_req = args.by_group_size.quotient(m);
-    const int64_t row = work.row_begin + row_in_req;
-    const int head = kv_head * args.group_size + m - row_in_req * args.group_size;
-    const uint2 packed = make_uint2(Element<T>::pack(o[0], o[1]), Element<T>::pack(o[2], o[3]));
-    *reinterpret_cast<uint2*>(args.out + row * args.stride_out_row +
-                              static_cast<int64_t>(head) * kHeadDim + column) = packed;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int m = work.m_begin + m_in_tile + r * step;
+      if (m < work.m_end)
+        write_row<T, kHeadDim>(args, work.row_begin, m, kv_head, column, totals[r]);
+    }
   }
 }
 

@@ -5,9 +5,9 @@
  *
  * Mapping   One CTA for each SM and chunk of the line of tiles (plan.h), or, for a few requests of about
  *           one length, a cluster of CTAs for each of them and KV head. The kBoxes warps that bring keys
- *           look for the chunk (chunk_finder.cuh), ask for its first tile as soon as they know where it
- *           lies, and for a box of 16 keys of K and of V each from then on, as soon as a stage of shared
- *           memory is free, across the borders of segments. The others compute, kWarpsM x kWarpsN of
+ *           look for the chunk (chunk_finder.cuh) and then ask for a box of 16 keys of K and of V each, as
+ *           soon as a stage of shared memory is free, across the borders of segments; in a cluster for
+ *           the first tile before they know more than where it lies. The others compute, kWarpsM x kWarpsN of
  *           them over 16 kWarpsM rows and the keys of a tile, by mma.sync. Stages pass between the two
  *           kinds by barriers in shared memory; no barrier of the CTA stands in the loop. kGroups groups
  *           of the computing warps take turns with the tiles: a warp then has 32 keys in hand and twice
@@ -23,19 +23,25 @@
  *           before the one ahead of it has ended; it reads nothing until then.
  * Traffic   as paged_attention.cuh; up to 200 KB are on their way to each SM.
  * Limit     memory bandwidth: 128 x 4096 (8 KV heads x 128, 8 rows) reads 3.0 TB/s on an H100, .98 of
- *           the copy's rate. Below 32 requests of 4096 the start and the end: 1.8 us until a CTA knows
- *           its work (launch, lists, search), 2.3 us for the first tile, 1.3 us for the last one's
- *           products, 1.6 us for the exchange, 2 to 4 us for the merge, by stamps of the SM's clock. By
- *           ncu: 32 x 1024 takes 56 us, its DRAM is busy for 74 % of them, the issue slots for 22 %; 1 x
- *           1024 takes 10 us, 13 % and 23 %. e4m3 at 128 x 4096: 80 % and 51 %, of 64 dimensions 63 %
- *           and 55 %: there the chain of conversions, not the memory.
+ *           the copy's rate. 1 x 1024 takes 8.0 us, by the clock from the end of the kernel before: .6
+ *           until a CTA knows its keys, 1.2 until its first copy is asked for, 2.6 until that tile is
+ *           there, 4.1 until it is multiplied, 6.5 until the warps and 6.9 until the cluster have
+ *           exchanged, 7.5 until all is written, .6 to the next kernel. All of that is code that runs
+ *           once and waits for itself; where keys of all CTAs are on their way, code that is not in
+ *           the SM's cache yet takes 2 to 3 us more. From 32 requests on the chunks, equal as they are,
+ *           end 20 % apart at worst (171 to 197 us at 128 x 1024): SMs do not get equal shares of the
+ *           bandwidth, and the last ones cannot use all of it. ncu: 128 x 1024 reads the 552 MB that
+ *           there are, its DRAM is busy for 82 % of 203 us; e4m3 at 128 x 4096 for 80 %, the issue
+ *           slots for 51 %, of 64 dimensions 63 % and 55 %: there the chain of conversions limits.
  * Dropped   One warp for all boxes: to name a box takes a hundred cycles, 1900 a tile. Clusters of 16: an
  *           H100 holds seven such at once, not eight. All warps searching, each for itself: 6 us at 256
  *           requests. A fifth stage in the place of half the exchange, and whole tiles for two warps at
- *           128 dimensions of 16 bits: no faster. Products of e4m3: mma.sync turns both factors into f16
- *           by the same conversions. A rehearsal of the products and of the end on nobody's keys while
- *           the first ones come, so that the code is in the SM's cache: 1.5 us slower at 1 x 1024. All
- *           stages filled before the segment is described: the rows of q come later than the keys.
+ *           128 dimensions of 16 bits: no faster. Three stages there: 1 x 32768 slower, the rest alike.
+ *           The dimensions of O, not the keys, divided among warps at 128 dimensions: 2 to 5 % slower.
+ *           The first copies before all else in passes of many requests: what is left to do for the
+ *           start then waits for them. A rehearsal of products and end on nobody's keys, to have their
+ *           code at hand: 5 to 10 % slower below 32 requests. Products of e4m3: mma.sync turns both factors into f16 by the same
+ *           conversions.
  * Source    the producer and consumer warps of CUTLASS and FlashAttention-3; see paged_attention.cuh.
  *
  * Invariants that the code below leans on:
