@@ -35,6 +35,14 @@ AttentionDesc decode(int num_reqs, int context) {
   return desc;
 }
 
+WorkPlan plan_of(int max_chunks, int min_tiles) {
+  WorkPlan plan = {};
+  plan.num_chunks = max_chunks;
+  plan.by_num_chunks = Divider::by(max_chunks);
+  plan.min_tiles_per_chunk = min_tiles;
+  return plan;
+}
+
 void check_stream() {
   const AttentionConfig pass = configure_attention(decode(128, 4096), kH100);
   CHECK(pass.streams && pass.tile_m == 32);
@@ -45,9 +53,9 @@ void check_stream() {
   const AttentionConfig longer = configure_attention(decode(128, 1 << 20), kH100);
   CHECK(longer.workspace_bytes(decode(128, 1 << 20)) == pass.workspace_bytes(decode(128, 4096)));
   CHECK(longer.plan.num_chunks == pass.plan.num_chunks);
-  CHECK(configure_attention(decode(1, 1), kH100).plan.num_chunks == pass.plan.num_chunks);
+  CHECK(configure_attention(decode(128, 1), kH100).plan.num_chunks == pass.plan.num_chunks);
 
-  AttentionDesc desc = decode(1, 4096);
+  AttentionDesc desc = decode(16, 4096);
   desc.max_rows_per_req = 4;
   CHECK(configure_attention(desc, kH100).tile_m == 16);
   desc.max_rows_per_req = 64;
@@ -67,6 +75,57 @@ void check_stream() {
     AttentionDesc boxes = decode(1, 4096);
     boxes.page_size = page_size;
     CHECK(configure_attention(boxes, kH100).streams);
+  }
+}
+
+/* Few requests: a cluster for each of them and each KV head, as large as all at once may be. */
+void check_clusters() {
+  const AttentionConfig one = configure_attention(decode(1, 4096), kH100);
+  CHECK(one.streams && one.plan.cluster_ctas == 8 && one.num_items == 8);
+  CHECK(one.num_slots == 0 && one.workspace_bytes(decode(1, 4096)) == 0);
+  /* More than one may be too uneven for clusters, which only the device sees. */
+  const AttentionConfig eight = configure_attention(decode(8, 4096), kH100);
+  CHECK(eight.plan.cluster_ctas == 2 && eight.num_items == 16 && eight.num_slots == 32);
+  for (int reqs : {1, 2, 3, 5, 8, 9, 40}) {
+    for (int heads = 1; heads <= 200; ++heads) {
+      AttentionDesc desc = decode(reqs, 4096);
+      desc.num_kv_heads = heads;
+      const AttentionConfig config = configure_attention(desc, kH100);
+      const WorkPlan& plan = config.plan;
+      CHECK(plan.cluster_ctas == 1 << plan.cluster_shift());
+      CHECK(plan.num_chunks >= 1 && config.num_items == plan.num_chunks);
+      CHECK(plan.by_num_chunks.quotient(plan.num_chunks) == 1);
+      if (plan.cluster_ctas == 1) continue;
+      const int ctas = plan.cluster_ctas * heads * reqs;
+      CHECK(ctas <= kH100.num_sms && ctas >= kH100.num_sms / 3 && reqs <= kMaxClusterReqs);
+      CHECK(plan.num_chunks == plan.cluster_ctas * reqs);
+    }
+  }
+  AttentionDesc many = decode(1, 4096);
+  many.max_rows_per_req = 9; /* more rows than a cluster merges */
+  CHECK(configure_attention(many, kH100).plan.cluster_ctas == 1);
+  AttentionDesc invariant = decode(1, 4096);
+  invariant.batch_invariant = true;
+  CHECK(configure_attention(invariant, kH100).plan.cluster_ctas == 1);
+  CHECK(configure_attention(decode(9, 4096), kH100).plan.cluster_ctas == 1);
+  CHECK(configure_attention(decode(1, 4096), kPlain).plan.cluster_ctas <= 1);
+}
+
+/* Clusters suit requests of about one length, and short ones. */
+void check_suitable() {
+  WorkPlan plan = plan_of(16, 2);
+  plan.cluster_ctas = 2;
+  CHECK(plan.suits_clusters(8, 16, 8 * 16));
+  CHECK(plan.suits_clusters(8, 20, 8 * 16));
+  CHECK(!plan.suits_clusters(8, 21, 8 * 16));
+  CHECK(!plan.suits_clusters(8, 1024, 1024 + 7 * 8));
+  CHECK(plan.suits_clusters(8, 4, 4));
+  CHECK(plan.suits_clusters(8, INT32_MAX / 8, INT32_MAX / 8 * 8));
+  CHECK(!plan.suits_clusters(8, INT32_MAX, INT32_MAX));
+  /* All of a request's tiles, in order. */
+  for (int tiles : {1, 2, 3, 5, 16, 17, 1000003}) {
+    const Chunks chunks = plan.cut_into(tiles, ((tiles - 1) >> plan.cluster_shift()) + 1);
+    CHECK(chunks.count() >= 1 && chunks.count() <= 2 && chunks.begin(2) == tiles);
   }
 }
 
@@ -136,34 +195,26 @@ void check_invariant() {
   }
 }
 
-WorkPlan plan_of(int max_chunks, int min_tiles) {
-  WorkPlan plan = {};
-  plan.num_chunks = max_chunks;
-  plan.by_num_chunks = Divider::by(max_chunks);
-  plan.min_tiles_per_chunk = min_tiles;
-  return plan;
-}
-
 void check_chunks() {
   for (int min_tiles : {1, 4}) {
     for (int tiles : {1, 2, 16, 17, 49, 50, 97, 98, 8192, 123457, 2147483647}) {
       for (int max_chunks : {1, 2, 16, 49, 66}) {
         const Chunks chunks = plan_of(max_chunks, min_tiles).cut(tiles);
-        CHECK(chunks.count >= 1 && chunks.count <= max_chunks);
-        CHECK(chunks.begin(0) == 0 && chunks.begin(chunks.count) == tiles);
+        CHECK(chunks.count() >= 1 && chunks.count() <= max_chunks);
+        CHECK(chunks.begin(0) == 0 && chunks.begin(chunks.count()) == tiles);
         const int even = (tiles - 1) / max_chunks + 1;
         const int longest = std::max(even, min_tiles);
-        for (int c = 0; c < chunks.count; ++c) {
+        for (int c = 0; c < chunks.count(); ++c) {
           const int length = chunks.begin(c + 1) - chunks.begin(c);
           CHECK(length >= 1 && length <= longest);
           CHECK(chunks.chunk_of(chunks.begin(c)) == c);
           CHECK(chunks.chunk_of(chunks.begin(c + 1) - 1) == c);
         }
-        CHECK(chunks.begin(chunks.count + 1) == tiles);
+        CHECK(chunks.begin(chunks.count() + 1) == tiles);
       }
     }
   }
-  CHECK(plan_of(49, 1).cut(0).count == 0);
+  CHECK(plan_of(49, 1).cut(0).count() == 0);
 }
 
 void check_parts() {
@@ -194,6 +245,8 @@ void check_divisions() {
 
 int main() {
   check_stream();
+  check_clusters();
+  check_suitable();
   check_balanced();
   check_prefill();
   check_invariant();

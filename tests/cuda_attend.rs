@@ -146,8 +146,8 @@ fn attention_cases(block: bool) -> Vec<Attention> {
             q_scale: 2.0,
         })
         .collect();
-    let alone = |requests| Attention {
-        spec: spec(8, 2, 128),
+    let alone_of = |spec, requests| Attention {
+        spec,
         page_size: 16,
         requests,
         block,
@@ -155,12 +155,29 @@ fn attention_cases(block: bool) -> Vec<Attention> {
         tree: None,
         q_scale: 2.0,
     };
+    let alone = |requests| alone_of(spec(8, 2, 128), requests);
     cases.push(alone(vec![(1, 0)]));
     cases.push(alone(vec![(7, 2053)]));
     cases.push(alone(vec![(131, 301), (1, 5)]));
     // One long among many short, requests without rows, more requests than a warp looks at at once.
     let skewed = (0..70).map(|r| (r % 4, if r == 41 { 9001 } else { r * 13 % 130 }));
     cases.push(alone(skewed.collect()));
+    // One request of so many KV heads that each has a cluster of CTAs: with keys for one of them, for some and for all,
+    // and rows for some or all to write; without rows.
+    for spec in [
+        spec(32, 8, 128),
+        spec(16, 8, 64),
+        spec(20, 20, 128),
+        spec(32, 8, 256),
+    ] {
+        for request in [(1, 0), (3, 120), (8, 300), (2, 1031), (8, 4093), (0, 70)] {
+            cases.push(alone_of(spec, vec![request]));
+        }
+        // A few: of about one length, with one that has no rows, and too uneven for clusters.
+        cases.push(alone_of(spec, vec![(8, 300), (3, 280)]));
+        cases.push(alone_of(spec, vec![(8, 600), (0, 40), (7, 690)]));
+        cases.push(alone_of(spec, vec![(8, 300), (1, 0), (4, 3000), (8, 20)]));
+    }
     cases
 }
 
@@ -209,15 +226,18 @@ fn attention_within_a_window_and_under_a_cap() {
 #[test]
 fn trees_see_their_ancestors() {
     let Some(mut cuda) = gpu() else { return };
-    let requests = vec![(64, 0), (1, 63), (0, 9), (7, 127), (33, 1000), (64, 65)];
+    let many = vec![(64, 0), (1, 63), (0, 9), (7, 127), (33, 1000), (64, 65)];
+    let one = vec![(8, 700)];
     for tree in TREES {
-        for (spec, window, page_size) in [
-            (spec(9, 3, 64), 0, 16),
-            (spec(8, 2, 128), 0, 1),
-            (spec(8, 2, 128), 0, 64),
-            (spec(4, 4, 64), 64, 16),
-            (spec(4, 2, 256), 0, 32),
-            (spec(16, 1, 128), 0, 7),
+        for (spec, window, page_size, requests) in [
+            (spec(9, 3, 64), 0, 16, &many),
+            (spec(8, 2, 128), 0, 1, &many),
+            (spec(8, 2, 128), 0, 64, &many),
+            (spec(4, 4, 64), 64, 16, &many),
+            (spec(4, 2, 256), 0, 32, &many),
+            (spec(16, 1, 128), 0, 7, &many),
+            (spec(32, 8, 128), 0, 16, &one),
+            (spec(32, 8, 256), 300, 16, &one),
         ] {
             let case = Attention {
                 spec: AttentionSpec { window, ..spec },

@@ -184,6 +184,7 @@ struct LaunchShape {
   /* Overlaps the end of the kernel before it: says wait_for_prerequisites() (dependent_launch.cuh)
    * first of all. Where the loaded code has no such instruction the launch is a plain one. */
   bool dependent = false;
+  int cluster_ctas = 1; /* that run together (sm_90); divides the grid */
 };
 
 /* Enqueues `kernel` on `stream`. */
@@ -194,7 +195,7 @@ dspark_status launch(const char* name,
                      dspark_stream stream,
                      Args&&... args) {
   DSPARK_TRY(opt_in_shared(name, kernel, shape.shared_bytes));
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.cta;
@@ -205,6 +206,11 @@ dspark_status launch(const char* name,
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
+  }
+  if (shape.cluster_ctas > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster_ctas), 1, 1};
   }
   if (shape.dependent) {
     constexpr int kFirstPtxWithDependents = 90;

@@ -180,6 +180,7 @@ AttentionArgs<T> typed_args(const AttentionParams* p,
   args.group_size = group_size(p);
   args.by_group_size = Divider::by(args.group_size);
   args.by_page_size = Divider::by(p->page_size);
+  args.by_num_kv_heads = Divider::by(p->num_kv_heads);
   args.window = p->window;
   args.scale_log2 = p->scale * kLog2E;
   if (p->softcap > 0.0f) {

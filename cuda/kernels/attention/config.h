@@ -10,6 +10,7 @@
 
 #include "kernels/attention/plan.h"
 #include "kernels/attention/policy.h"
+#include "kernels/attention/stream_policy.h"
 
 namespace dspark {
 
@@ -93,6 +94,32 @@ inline int warps_m_of(const AttentionDesc& desc) {
   return desc.max_rows_per_req * desc.group_size <= 32 ? 2 : 4;
 }
 
+/* CTAs of a cluster that the device surely runs at once, one on each SM: clusters do not straddle the
+ * parts that an SM count is made of, and parts differ. */
+inline int cluster_room(const AttentionDevice& device, int cluster_ctas) {
+  switch (cluster_ctas) {
+    case 8:
+      return device.num_sms * 7 / 8;
+    case 4:
+      return device.num_sms * 9 / 10;
+    default:
+      return device.num_sms;
+  }
+}
+
+/* CTAs of the cluster that a request gets for each KV head, where their number is small and each is one
+ * M tile; they merge by themselves. All clusters run at once. Where that would leave most of the
+ * device idle, chunks are no clusters. */
+inline int cluster_ctas_of(const AttentionDesc& desc, const AttentionDevice& device, int tile_m) {
+  const int64_t max_m = int64_t{desc.max_rows_per_req} * desc.group_size;
+  if (max_m > tile_m || tile_m > kMaxClusterTileM || desc.batch_invariant) return 1;
+  if (desc.num_reqs > kMaxClusterReqs) return 1;
+  const int64_t clusters = int64_t{desc.num_reqs} * desc.num_kv_heads;
+  int ctas = kMaxClusterCtas;
+  while (ctas > 1 && ctas * clusters > cluster_room(device, ctas)) ctas /= 2;
+  return ctas * clusters < device.num_sms * 3 / 8 ? 1 : ctas;
+}
+
 /* The streaming kernel: one CTA for each SM. Where results must not depend on the batch, nothing that
  * decides the order of sums may depend on its bounds: neither the kernel nor the M tile. */
 inline bool configure_stream(const AttentionDesc& desc,
@@ -107,11 +134,14 @@ inline bool configure_stream(const AttentionDesc& desc,
   if (desc.batch_invariant) config->tile_m = 32;
   WorkPlan& plan = config->plan;
   plan.num_chunks = std::max(device.num_sms / desc.num_kv_heads, 1);
+  plan.cluster_ctas = cluster_ctas_of(desc, device, config->tile_m);
+  if (plan.cluster_ctas > 1) plan.num_chunks = plan.cluster_ctas * desc.num_reqs;
   plan.by_num_chunks = Divider::by(plan.num_chunks);
   plan.min_tiles_per_chunk = kMinTilesPerStreamChunk;
   plan.has_parts = desc.batch_invariant;
   config->num_items = plan.num_chunks;
-  config->num_slots = config->num_items * plan.slots_per_chunk();
+  const bool is_cluster = plan.cluster_ctas > 1 && desc.num_reqs == 1; /* however long */
+  config->num_slots = is_cluster ? 0 : config->num_items * plan.slots_per_chunk();
   return true;
 }
 

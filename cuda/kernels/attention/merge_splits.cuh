@@ -8,6 +8,7 @@
  *           what there is by themselves, from the lists, while the attention kernel still runs beside
  *           them; after that they wait for memory once or twice.
  * Traffic   partials * rows of the M tile * (head_dim + 2) * 4 bytes in, from L2.
+ *           Nothing where the first kernel's CTAs formed clusters.
  * Limit     launch latency, hidden behind the attention kernel by programmatic dependent launch.
  * Source    flash-decoding (Dao et al. 2023).
  */
@@ -105,64 +106,103 @@ __device__ __forceinline__ MergeWork find_split_merge(const AttentionArgs<T>& ar
   return work;
 }
 
+/* Four values of a partial result of a row. */
+template <typename T, int kHeadDim>
+__device__ __forceinline__ RowSum read_partial(const AttentionArgs<T>& args,
+                                               int64_t slot,
+                                               int kv_head,
+                                               int tile_m,
+                                               int m_in_tile,
+                                               int column) {
+  const int64_t entry = (slot * args.num_kv_heads + kv_head) * tile_m + m_in_tile;
+  return {*reinterpret_cast<const float4*>(args.partials.out + entry * kHeadDim + column),
+          args.partials.max_sum[entry]};
+}
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void write_row(const AttentionArgs<T>& args,
+                                          int row_begin,
+                                          int m,
+                                          int kv_head,
+                                          int column,
+                                          const RowSum& sum) {
+  float o[4] = {sum.out.x, sum.out.y, sum.out.z, sum.out.w};
+  normalise(o, sum.max_sum.y);
+  const int row_in_req = args.by_group_size.quotient(m);
+  const int64_t row = row_begin + row_in_req;
+  const int head = kv_head * args.group_size + m - row_in_req * args.group_size;
+  const uint2 packed = make_uint2(Element<T>::pack(o[0], o[1]), Element<T>::pack(o[2], o[3]));
+  *reinterpret_cast<uint2*>(args.out + row * args.stride_out_row +
+                            static_cast<int64_t>(head) * kHeadDim + column) = packed;
+}
+
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void merge_rows(const AttentionArgs<T>& args,
                                            const MergeWork& work,
                                            int kv_head,
                                            int tile_m) {
   using Policy = MergePolicy<kHeadDim>;
+  constexpr int kRows = Policy::kRowsAtOnce;
   if (work.num_partials < 2) return;
   const int column = threadIdx.x % Policy::kLanesPerRow * 4;
-  for (int i = threadIdx.x / Policy::kLanesPerRow;; i += Policy::kRowsPerCta) {
-    const int m_in_tile = work.first_row + i * work.row_step;
-    const int m = work.m_begin + m_in_tile;
-    if (m >= work.m_end) return;
-    /* The reads of a batch go out together. */
-    RowSum total = RowSum::empty();
+  const int step = Policy::kRowsPerCta * work.row_step;
+  for (int m_in_tile = work.first_row + threadIdx.x / Policy::kLanesPerRow * work.row_step;
+       work.m_begin + m_in_tile < work.m_end; m_in_tile += kRows * step) {
+    RowSum totals[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) totals[r] = RowSum::empty();
     for (int first = 0; first < work.num_partials; first += Policy::kBatch) {
-      RowSum parts[Policy::kBatch];
+      /* The reads go out together. */
+      RowSum parts[kRows][Policy::kBatch];
 #pragma unroll
       for (int p = 0; p < Policy::kBatch; ++p) {
-        parts[p] = RowSum::empty();
-        if (first + p >= work.num_partials) continue;
-        const int64_t slot = work.slot(first + p);
-        const int64_t entry = (slot * args.num_kv_heads + kv_head) * tile_m + m_in_tile;
-        parts[p].max_sum = args.partials.max_sum[entry];
-        parts[p].out =
-            *reinterpret_cast<const float4*>(args.partials.out + entry * kHeadDim + column);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          parts[r][p] = RowSum::empty();
+          const int m = m_in_tile + r * step;
+          if (first + p >= work.num_partials || work.m_begin + m >= work.m_end) continue;
+          parts[r][p] =
+              read_partial<T, kHeadDim>(args, work.slot(first + p), kv_head, tile_m, m, column);
+        }
       }
 #pragma unroll
       for (int p = 0; p < Policy::kBatch; ++p) {
-        if (first + p < work.num_partials) total.add(parts[p]);
+        if (first + p >= work.num_partials) continue;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) totals[r].add(parts[r][p]);
       }
     }
-    float o[4] = {total.out.x, total.out.y, total.out.z, total.out.w};
-    normalise(o, total.max_sum.y);
-    const int row_in_req = args.by_group_size.quotient(m);
-    const int64_t row = work.row_begin + row_in_req;
-    const int head = kv_head * args.group_size + m - row_in_req * args.group_size;
-    const uint2 packed = make_uint2(Element<T>::pack(o[0], o[1]), Element<T>::pack(o[2], o[3]));
-    *reinterpret_cast<uint2*>(args.out + row * args.stride_out_row +
-                              static_cast<int64_t>(head) * kHeadDim + column) = packed;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int m = work.m_begin + m_in_tile + r * step;
+      if (m < work.m_end)
+        write_row<T, kHeadDim>(args, work.row_begin, m, kv_head, column, totals[r]);
+    }
   }
 }
 
 /* Grid (items, num_kv_heads); tile_m is that of the attention kernel. */
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(MergePolicy<kHeadDim>::kThreads)
+__global__ void __launch_bounds__(MergePolicy<kHeadDim>::kThreads,
+                                  MergePolicy<kHeadDim>::kMinCtasPerSm)
     merge_splits_kernel(const AttentionArgs<T> args, int tile_m) {
   __shared__ FinderScratch scratch;
+  release_dependents(); /* what follows waits for the end of this grid */
   const int item = blockIdx.x;
   const int kv_head = blockIdx.y;
   MergeWork works[2] = {}; /* of the M tiles that the item begins and ends in */
-  if (args.plan.is_balanced()) {
+  if (forms_clusters(args, tile_m)) {
+    /* nothing was left */
+  } else if (args.plan.is_balanced()) {
     const ChunkFinder<T, MergePolicy<kHeadDim>::kThreads> finder{args, scratch, tile_m};
-    const Chunks chunks = finder.find(item);
-    if (item < chunks.count) {
+    const FoundChunk found = finder.find(item);
+    const Chunks& chunks = found.chunks;
+    const int begin = chunks.begin(item);
+    if (begin < chunks.num_tiles) {
       const int end = chunks.begin(item + 1);
-      works[0] = find_chunk_merge(args, chunks, scratch.found[0], chunks.begin(item), item, tile_m);
+      works[0] = find_chunk_merge(args, chunks, found.begin, begin, item, tile_m);
       if (end < chunks.num_tiles) {
-        works[1] = find_chunk_merge(args, chunks, scratch.found[1], end, item, tile_m);
+        works[1] = find_chunk_merge(args, chunks, found.end, end, item, tile_m);
         const bool same = works[0].row_begin == works[1].row_begin &&
                           works[0].m_begin == works[1].m_begin && works[0].num_partials > 1;
         if (same) works[1].num_partials = 0;

@@ -67,8 +67,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kMinCtasPerSm)
   WorkCursor<T, Policy> cursor(args, &cursor_states[threadIdx.x / kWarpSize], item);
   if (args.plan.is_balanced()) {
     const ChunkFinder<T, Policy::kThreads> finder{args, scratch, Policy::kTileM};
-    const Chunks chunks = finder.find(item);
-    if (!cursor.start_chunk(chunks, scratch.found)) return;
+    if (!cursor.start_chunk(finder.find(item))) return;
   } else if (!cursor.start_fixed()) {
     return;
   }
@@ -99,7 +98,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kMinCtasPerSm)
     unsigned char* tile = stages + stage * Policy::kStageBytes;
     const SegmentNote& note = notes[stage].segment;
     const TileNote& keys = notes[stage].tile;
-    state.step(args, note, keys, tile, first_row, warp_m, lane);
+    state.step(args, note, keys, tile, first_row, warp_m, 0, lane);
     stage = stage + 1 == Policy::kStages ? 0 : stage + 1;
     if (!keys.ends_segment) continue;
 

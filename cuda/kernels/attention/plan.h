@@ -3,13 +3,17 @@
  * segments that CTAs walk. The attention kernel, the merge kernel and the host's configuration
  * read the same rules here; plain C++.
  *
- * A CTA works for one KV head; all KV heads are cut alike. Two forms of work:
+ * A CTA works for one KV head; all KV heads are cut alike. Three forms of work:
  *
  *   balanced  The key tiles of all (request, M tile) pairs of the pass stand in one line, cut into
  *             chunks of equal length (to one tile), one for each resident CTA. The line is measured
  *             on the device, so any lengths balance, whatever the launch was sized for. A chunk
  *             leaves at most two partial results, where the line is cut: the memory they take
  *             depends on the GPU, not on the context.
+ *   clusters  Where the requests are few, each one M tile, and of about one length, the CTAs of a cluster
+ *             share the keys of one of them and merge by themselves (cluster_merge.cuh). The lengths
+ *             are known on the device only: it forms clusters or, where they are too uneven, takes
+ *             the balanced form.
  *   fixed     The CTAs of a request share its M tiles and splits of their keys, by the request's
  *             own rows and length: its result does not depend on its neighbours.
  *
@@ -46,6 +50,10 @@ constexpr int kMinTilesPerSplit = 4;
 /* Below this a chunk of the paged kernel costs more in merging than its CTA saves. */
 constexpr int kMinTilesPerChunk = 4;
 constexpr int kMinTilesPerStreamChunk = 2; /* and of the streaming one */
+/* Chunks that can be a cluster: what any device with clusters can run. */
+constexpr int kMaxClusterCtas = 8;
+/* Requests of a pass that forms clusters: a lane looks at each. */
+constexpr int kMaxClusterReqs = 32;
 /* Parts of an M tile where the order of sums must not depend on the batch. */
 constexpr int kMaxParts = 16;
 constexpr int kMinTilesPerPart = 2;
@@ -84,11 +92,14 @@ struct Divider {
 struct Chunks {
   int32_t num_tiles;
   int32_t length;
-  int32_t count;
 
+  DSPARK_HOST_DEVICE int32_t count() const {
+    return num_tiles == 0 ? 0 : (num_tiles - 1) / length + 1;
+  }
   /* First tile of a chunk; of those past the last, the end of the line. */
   DSPARK_HOST_DEVICE int32_t begin(int32_t chunk) const {
-    return chunk < count ? chunk * length : num_tiles;
+    const int64_t tile = int64_t{chunk} * length;
+    return tile < num_tiles ? static_cast<int32_t>(tile) : num_tiles;
   }
   /* The chunk that tile `position` lies in. */
   DSPARK_HOST_DEVICE int32_t chunk_of(int32_t position) const { return position / length; }
@@ -101,6 +112,7 @@ struct WorkPlan {
   int32_t ctas_per_req; /* fixed: per KV head; items are req * ctas_per_req + CTA */
   int32_t max_splits;   /* fixed: per M tile */
   int32_t min_tiles_per_chunk;
+  int32_t cluster_ctas; /* balanced: of a request and KV head, where clusters suit; or at most 1 */
   bool has_parts; /* balanced: chunks end where parts end, and parts are summed up one by one */
   Divider by_num_chunks;
 
@@ -108,10 +120,21 @@ struct WorkPlan {
 
   /* As few chunks as the longest of num_chunks equal ones allows: merging costs, idle CTAs do not. */
   DSPARK_HOST_DEVICE Chunks cut(int32_t tiles) const {
-    if (tiles == 0) return {0, 1, 0};
-    const int32_t even = by_num_chunks.quotient(tiles - 1) + 1;
-    const int32_t length = even > min_tiles_per_chunk ? even : min_tiles_per_chunk;
-    return {tiles, length, (tiles - 1) / length + 1};
+    return cut_into(tiles, tiles == 0 ? 1 : by_num_chunks.quotient(tiles - 1) + 1);
+  }
+  /* Base 2 logarithm of the CTAs of a cluster. */
+  DSPARK_HOST_DEVICE int cluster_shift() const {
+    return cluster_ctas >= 8 ? 3 : (cluster_ctas >= 4 ? 2 : (cluster_ctas >= 2 ? 1 : 0));
+  }
+  /* Whether a pass, of whose requests the longest has so many of all tiles, is even enough for the
+   * same share of the GPU to each request, or short enough. */
+  DSPARK_HOST_DEVICE bool suits_clusters(int num_reqs, int32_t longest, int32_t tiles) const {
+    if (longest <= cluster_ctas * min_tiles_per_chunk) return true;
+    return int64_t{4} * num_reqs * longest <= int64_t{5} * tiles;
+  }
+  /* Chunks of length `even`, or of the least that is worth a CTA. */
+  DSPARK_HOST_DEVICE Chunks cut_into(int32_t tiles, int32_t even) const {
+    return {tiles, even > min_tiles_per_chunk ? even : min_tiles_per_chunk};
   }
 
   /* Splits of each M tile of a request in the fixed form. */

@@ -19,6 +19,8 @@ struct AttentionPolicy {
   static constexpr int kWarps = 4;
   static constexpr int kWarpsM = kWarpsM_;
   static constexpr int kWarpsN = kWarps / kWarpsM;
+  static constexpr int kWarpsD =
+      1; /* of a row and its keys, each with a share of the dimensions of O */
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kTileM = 16 * kWarpsM;
   static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
@@ -52,7 +54,11 @@ struct MergePolicy {
   static constexpr int kThreads = 128;
   static constexpr int kLanesPerRow = kHeadDim / 4;
   static constexpr int kRowsPerCta = kThreads / kLanesPerRow;
-  static constexpr int kBatch = 8; /* partial results that a lane reads at once */
+  /* What a lane reads at once: rows, and partial results of each. */
+  static constexpr int kRowsAtOnce = 2;
+  static constexpr int kBatch = 2;
+  /* So few registers that a CTA fits beside one of the streaming kernel's. */
+  static constexpr int kMinCtasPerSm = 6;
 };
 
 }  // namespace dspark

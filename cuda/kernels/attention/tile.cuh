@@ -20,6 +20,7 @@ struct AttentionArgs {
   int32_t group_size;
   Divider by_group_size;
   Divider by_page_size;
+  Divider by_num_kv_heads;
   int32_t window;      /* 0: none */
   float scale_log2;    /* scale * log2(e) */
   float softcap_scale; /* 2 * log2(e) * scale / cap */

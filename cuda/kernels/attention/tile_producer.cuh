@@ -29,7 +29,8 @@ struct TileProducer {
    * it. */
   int2 places;
   int2 next_places;
-  int2 places_ahead; /* of the first batch of the next segment */
+  int2 places_ahead;     /* of the first batch of the next segment */
+  bool is_early = false; /* the copy of the next tile has started */
 
   __device__ __forceinline__ TileProducer(const StreamArgs<T>& stream_args,
                                           Shared& cta_shared,
@@ -44,11 +45,40 @@ struct TileProducer {
         box(own_box),
         lane(threadIdx.x % kWarpSize) {}
 
+  /* Where the first tile of a chunk is soon found, tells the warps that compute of its rows and starts
+   * its copy, before all else that is to know of the segment. All lanes call. */
+  __device__ __forceinline__ void bring_first(const FoundChunk& found) {
+    int tile = 0;
+    is_early = cursor.look_at_first(found, &segment, &tile);
+    if (!is_early) return;
+    places = places_of(segment, tile / kWarpSize);
+    if (box == 0 && lane == 0) {
+      SegmentNote& note = shared.segments[0];
+      note.row_begin = segment.row_begin;
+      note.num_rows = segment.num_rows;
+      note.m_begin = 0;
+      shared.has_keys = true;
+      barrier_arrive(&shared.started);
+    }
+    const Box first = find_box(tile);
+    if (first.keys == 0 || lane != 0) return;
+    barrier_expect(&shared.full[0], 2 * Policy::kBoxBytes);
+    bring(first, 0);
+  }
+
   /* Brings all tiles. All lanes call; the cursor has started. */
   __device__ __forceinline__ void run() {
+    __syncwarp();
     segment = cursor.segment();
-    describe_segment(0);
-    if (lane == 0 && box == 0) barrier_arrive(&shared.started);
+    if (lane == 0 && box == 0) {
+      if (is_early) {
+        cursor.describe_keys(&shared.segments[0]);
+      } else {
+        cursor.describe(&shared.segments[0]);
+        shared.has_keys = true;
+        barrier_arrive(&shared.started);
+      }
+    }
     int stage = 0;
     uint32_t parity = 1; /* the first round finds all stages free */
     int segment_place = 0;
@@ -135,8 +165,16 @@ struct TileProducer {
     if (lane == 0 && box == 0) cursor.describe(&shared.segments[place]);
   }
 
-  /* Notes the tile and starts its copies. */
-  __device__ __forceinline__ void copy(int tile, int stage, uint32_t parity) const {
+  /* The box of a tile: where it lies, and which of its keys there are. */
+  struct Box {
+    int page;
+    int slot;
+    uint32_t keys;
+    bool in_cache;
+  };
+
+  /* `segment` is the tile's, `places` as well. All lanes call. */
+  __device__ __forceinline__ Box find_box(int tile) const {
     const bool in_cache = tile < segment.cache_tiles;
     const int first = (in_cache ? tile : tile - segment.cache_tiles) * kTileKeys + box * kBoxKeys;
     const int page = in_cache ? __shfl_sync(kAllLanes, places.x, tile % kWarpSize) : 0;
@@ -146,24 +184,37 @@ struct TileProducer {
     const int end = in_cache ? segment.last_key : segment.num_rows;
     const uint32_t keys =
         page < 0 ? 0u : box_bits_from(begin - first) & ~box_bits_from(end - first);
+    return {page, slot, keys, in_cache};
+  }
+
+  /* Starts the copies of a box. One lane calls. */
+  __device__ __forceinline__ void bring(const Box& of, int stage) const {
+    unsigned char* target = &shared.stages[stage][box * Policy::kBoxBytes];
+    const int32_t place[5] = {0, kv_head, of.slot, 0, of.page};
+    copy_box(target, of.in_cache ? &maps.k_cache : &maps.k_block, &shared.full[stage], place);
+    copy_box(target + Policy::kTileBytes, of.in_cache ? &maps.v_cache : &maps.v_block,
+             &shared.full[stage], place);
+  }
+
+  /* Notes the tile and starts its copies, if they have not. */
+  __device__ __forceinline__ void copy(int tile, int stage, uint32_t parity) {
+    const Box found = find_box(tile);
+    const bool has_started = is_early;
+    is_early = false;
     barrier_wait(&shared.empty[stage], parity);
     if (lane != 0) return;
     TileNote& note = shared.tiles[stage];
-    reinterpret_cast<uint16_t*>(&note.key_mask)[box] = static_cast<uint16_t>(keys);
+    reinterpret_cast<uint16_t*>(&note.key_mask)[box] = static_cast<uint16_t>(found.keys);
     if (box == 0) {
       note.first_key = tile * kTileKeys;
       note.ends_segment = tile + 1 == segment.last_tile;
     }
-    if (keys == 0) {
+    if (found.keys == 0 || has_started) {
       barrier_arrive(&shared.full[stage]);
       return;
     }
     barrier_arrive_expect(&shared.full[stage], 2 * Policy::kBoxBytes);
-    unsigned char* target = &shared.stages[stage][box * Policy::kBoxBytes];
-    const int32_t place[5] = {0, kv_head, slot, 0, page};
-    copy_box(target, in_cache ? &maps.k_cache : &maps.k_block, &shared.full[stage], place);
-    copy_box(target + Policy::kTileBytes, in_cache ? &maps.v_cache : &maps.v_block,
-             &shared.full[stage], place);
+    bring(found, stage);
   }
 
   /* Bits n .. 15. */

@@ -12,7 +12,7 @@
 
 namespace dspark {
 
-/* The running softmax of one warp: 16 rows (g and g + 8 per lane) by head_dim.
+/* The running softmax of one warp: 16 rows (g and g + 8 per lane) by its share of head_dim.
  *
  * 16-bit keys go to the tensor cores as they are. Keys of 8 bits (e4m3) become f16, which holds them
  * exactly, and so do q and p. Two neighbours of a fragment are then two bytes of a 16-bit unit of
@@ -22,14 +22,17 @@ namespace dspark {
 template <typename T, typename Policy>
 struct WarpSoftmax {
   static constexpr bool kBytes = Policy::kKeyBytes == 1;
+  static constexpr int kOutDims = Policy::kHeadDim / Policy::kWarpsD;
   /* Many dimensions leave registers for the scores of 16 keys at a time. */
-  static constexpr int kKeysPerStep = Policy::kHeadDim == 256 ? 16 : Policy::kKeysPerWarp;
+  static constexpr bool kIsShort = kOutDims == 256; /* of registers, and of code */
+  static constexpr int kKeysPerStep = kIsShort ? 16 : Policy::kKeysPerWarp;
   static constexpr int kKeySteps = kKeysPerStep / 16;
   static constexpr int kDimSteps = Policy::kHeadDim / 16;
+  static constexpr int kOutSteps = kOutDims / 16;
   using Factor = std::conditional_t<kBytes, __half, T>; /* of the products */
 
   uint32_t q[kDimSteps][4];
-  float out[2 * kDimSteps][4];
+  float out[2 * kOutSteps][4];
   float row_max[2];
   float row_sum[2]; /* of this lane's columns; the quad is summed at the end */
   float key_scale;  /* of e4m3 keys */
@@ -65,13 +68,14 @@ struct WarpSoftmax {
       row_sum[half] = 0.0f;
     }
 #pragma unroll
-    for (int n = 0; n < 2 * kDimSteps; ++n) {
+    for (int n = 0; n < 2 * kOutSteps; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[n][i] = 0.0f;
     }
   }
 
-  /* The results of a row stand in pairs: value i of pair n belongs to head dimension column(n) + i. */
+  /* The results of a row stand in pairs: value i of pair n belongs to dimension column(n) + i of
+   * the warp's share. */
   static __device__ __forceinline__ int column(int n, int lane) {
     return kBytes ? n / 2 * 16 + lane % 4 * 4 + n % 2 * 2 : n * 8 + lane % 4 * 2;
   }
@@ -79,13 +83,27 @@ struct WarpSoftmax {
     return kBytes ? out[n - n % 2 + i][2 * half + n % 2] : out[n][2 * half + i];
   }
 
-  /* Takes in keys [first_row, first_row + kKeysPerWarp) of a tile (K, then V). */
+  /* Both pairs of 16 dimensions of a row. */
+  __device__ __forceinline__ float4 values(int step, int half) {
+    return make_float4(value(2 * step, half, 0), value(2 * step, half, 1),
+                       value(2 * step + 1, half, 0), value(2 * step + 1, half, 1));
+  }
+  __device__ __forceinline__ void set_values(int step, int half, const float4& values) {
+    value(2 * step, half, 0) = values.x;
+    value(2 * step, half, 1) = values.y;
+    value(2 * step + 1, half, 0) = values.z;
+    value(2 * step + 1, half, 1) = values.w;
+  }
+
+  /* Takes in keys [first_row, first_row + kKeysPerWarp) of a tile (K, then V); share warp_d of the
+   * dimensions is the warp's. */
   __device__ __forceinline__ void step(const AttentionArgs<T>& args,
                                        const SegmentNote& note,
                                        const TileNote& keys,
                                        const unsigned char* tile,
                                        int first_row,
                                        int warp_m,
+                                       int warp_d,
                                        int lane) {
     if (note.m_begin + warp_m * 16 >= note.m_end(args.group_size)) return;
 #pragma unroll 1
@@ -97,10 +115,10 @@ struct WarpSoftmax {
       scale_scores(scores, args);
       mask_scores(scores, mask, args, note, keys.first_key + first, warp_m, lane);
       rescale(scores);
-      if (Policy::kHeadDim < 256 && mask == kAllKeys) { /* or else code and registers are short */
-        multiply_values<false>(scores, mask, tile + Policy::kTileBytes, first, lane);
+      if (!kIsShort && mask == kAllKeys) {
+        multiply_values<false>(scores, mask, tile + Policy::kTileBytes, first, warp_d, lane);
       } else {
-        multiply_values<true>(scores, mask, tile + Policy::kTileBytes, first, lane);
+        multiply_values<true>(scores, mask, tile + Policy::kTileBytes, first, warp_d, lane);
       }
     }
   }
@@ -112,7 +130,7 @@ struct WarpSoftmax {
     if constexpr (kBytes) {
       const float scale = e4m3_unit() * (args.v_scale == nullptr ? 1.0f : args.v_scale[kv_head]);
 #pragma unroll
-      for (int n = 0; n < 2 * kDimSteps; ++n) {
+      for (int n = 0; n < 2 * kOutSteps; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) out[n][i] *= scale;
       }
@@ -298,7 +316,7 @@ struct WarpSoftmax {
     /* Maxima settle soon: most steps change none, and to multiply by one changes nothing. */
     if (__all_sync(kAllLanes, decay[0] == 1.0f && decay[1] == 1.0f)) return;
 #pragma unroll
-    for (int n = 0; n < 2 * kDimSteps; ++n) {
+    for (int n = 0; n < 2 * kOutSteps; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[n][i] *= decay[i / 2];
     }
@@ -312,9 +330,11 @@ struct WarpSoftmax {
                                                   uint64_t mask,
                                                   const unsigned char* v_stage,
                                                   int first_row,
+                                                  int warp_d,
                                                   int lane) {
     const int row = first_row + lane / 8 % 2 * 8 + lane % 8;
-    const int half = lane / 16;
+    constexpr int kChunks = Policy::kRowBytes / 16 / Policy::kWarpsD; /* of the warp's share */
+    const int first_chunk = (Policy::kWarpsD > 1 ? warp_d * kChunks : 0) + lane / 16;
 #pragma unroll
     for (int j = 0; j < kKeySteps; ++j) {
       const uint32_t a[4] = {Element<Factor>::pack(p[2 * j][0], p[2 * j][1]),
@@ -324,10 +344,11 @@ struct WarpSoftmax {
       const auto present = static_cast<uint32_t>(mask >> (j * 16)) >> (lane % 4 * 2);
       const uint32_t keep[2] = {pair_mask(present), pair_mask(present >> 8)};
 #pragma unroll
-      for (int d = 0; d < Policy::kRowBytes / 32; ++d) {
+      for (int d = 0; d < kChunks / 2; ++d) {
         uint32_t b[4];
-        load_matrix_x4_transposed(b, shared_address(v_stage + tile_offset<Policy::kRowBytes>(
-                                                                  row + j * 16, 2 * d + half)));
+        load_matrix_x4_transposed(
+            b, shared_address(v_stage +
+                              tile_offset<Policy::kRowBytes>(row + j * 16, 2 * d + first_chunk)));
         if constexpr (kSomeAreMissing) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) b[i] &= keep[i % 2];

@@ -97,10 +97,17 @@ struct RequestKeys {
   }
 };
 
-/* o / sum; zeros where no key was seen. */
+/* 1 / sum of a row; 0 where no key was seen, so that its result is zeros. */
+__device__ __forceinline__ float inverse_of(float sum) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(sum));
+  return sum == 0.0f ? 0.0f : inverse;
+}
+
+/* o / sum. */
 template <int kSize>
 __device__ __forceinline__ void normalise(float (&o)[kSize], float sum) {
-  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+  const float inverse = inverse_of(sum);
 #pragma unroll
   for (int i = 0; i < kSize; ++i) o[i] *= inverse;
 }

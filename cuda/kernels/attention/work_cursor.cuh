@@ -70,29 +70,60 @@ struct WorkCursor {
   /* One thread calls. */
   __device__ __forceinline__ void describe(SegmentNote* note) const {
     const Segment& segment = state.segment;
-    note->whole_begin = segment.whole_begin;
-    note->whole_end = segment.whole_end;
-    note->seq_len = segment.seq_len;
     note->row_begin = segment.row_begin;
     note->num_rows = segment.num_rows;
     note->m_begin = segment.m_tile * Policy::kTileM;
+    describe_keys(note);
+  }
+  /* But for the rows. */
+  __device__ __forceinline__ void describe_keys(SegmentNote* note) const {
+    const Segment& segment = state.segment;
+    note->whole_begin = segment.whole_begin;
+    note->whole_end = segment.whole_end;
+    note->seq_len = segment.seq_len;
     note->slot = segment.slot;
     note->sums = segment.sums;
     note->ends_work = segment.remaining == 0;
   }
+  /* The rows of the first M tile of a request alone. */
+  __device__ __forceinline__ void describe_rows(int req, SegmentNote* note) const {
+    const RequestKeys keys = args.keys_of(req);
+    note->row_begin = keys.row_begin;
+    note->num_rows = keys.num_rows;
+    note->m_begin = 0;
+  }
+
+  /* Finds what the copy of the first tile of a chunk needs, for it alone, where that is soon known; else
+   * returns false. */
+  __device__ __forceinline__ bool look_at_first(const FoundChunk& found,
+                                                Segment* segment,
+                                                int* tile) const {
+    if (args.plan.has_parts || found.chunks.begin(item) == found.chunks.num_tiles) return false;
+    const RequestKeys keys = args.keys_of(found.begin.req);
+    if (keys.num_rows * args.group_size > Policy::kTileM) return false;
+    segment->req = keys.req;
+    segment->row_begin = keys.row_begin;
+    segment->num_rows = keys.num_rows;
+    segment->first_key = keys.first_key(0);
+    segment->last_key = keys.cache_keys(keys.num_rows - 1);
+    segment->cache_tiles = keys.cache_tiles();
+    *tile = keys.first_tile(0) + found.begin.offset;
+    return true;
+  }
 
   /* Goes to the first segment of a chunk; false when it has none. */
-  __device__ __forceinline__ bool start_chunk(const Chunks& chunks, const LinePlace (&found)[2]) {
-    if (item >= chunks.count) return false;
+  __device__ __forceinline__ bool start_chunk(const FoundChunk& found) {
+    const Chunks& chunks = found.chunks;
     int begin = chunks.begin(item);
+    if (begin == chunks.num_tiles) return false;
     int end = chunks.begin(item + 1);
-    const RequestKeys keys = args.keys_of(found[0].req);
-    const MTilePlace place(found[0].offset, keys.num_tiles(), args.plan.has_parts);
+    const RequestKeys keys = args.keys_of(found.begin.req);
+    const MTilePlace place(found.begin.offset, keys.num_tiles(), args.plan.has_parts);
     if (args.plan.has_parts) {
-      begin -= found[0].offset - place.offset(keys.num_tiles());
+      begin -= found.begin.offset - place.offset(keys.num_tiles());
       if (end < chunks.num_tiles) {
-        const int tiles = args.keys_of(found[1].req).num_tiles();
-        end -= found[1].offset - MTilePlace(found[1].offset, tiles, true).offset(tiles);
+        const int tiles = args.keys_of(found.end.req).num_tiles();
+        end -= found.end.offset - MTilePlace(found.end.offset, tiles, true).offset(tiles);
       }
       if (begin == end) return false;
     }

@@ -69,8 +69,10 @@ dspark_status launch_stream_tiles(const AttentionConfig& config,
                                   dspark_stream stream) {
   using Policy = StreamPolicy<kHeadDim, kWarpsM, kKeyBytes>;
   const dim3 grid(static_cast<unsigned>(config.num_items * args.attention.num_kv_heads));
-  return launch("stream_attention_kernel", stream_attention_kernel<T, Policy>, grid,
-                dim3(Policy::kThreads), Policy::kSharedBytes, stream, args);
+  LaunchShape shape{grid, dim3(Policy::kThreads), Policy::kSharedBytes};
+  shape.dependent = true;
+  shape.cluster_ctas = config.plan.cluster_ctas;
+  return launch("stream_attention_kernel", stream_attention_kernel<T, Policy>, shape, stream, args);
 }
 
 template <typename T, int kHeadDim, int kKeyBytes>
