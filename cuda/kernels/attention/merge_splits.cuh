@@ -136,14 +136,14 @@ __device__ __forceinline__ void write_row(const AttentionArgs<T>& args,
                             static_cast<int64_t>(head) * kHeadDim + column) = packed;
 }
 
-template <typename T, int kHeadDim>
+/* A lane looks at kRows rows at a time. */
+template <typename T, int kHeadDim, int kRows>
 __device__ __forceinline__ void merge_rows(const AttentionArgs<T>& args,
                                            const MergeWork& work,
                                            int kv_head,
                                            int tile_m) {
   using Policy = MergePolicy<kHeadDim>;
-  constexpr int kRows = Policy::kRowsAtOnce;
-  if (work.num_partials < 2) return;
+  constexpr int kBatch = Policy::kBatch / kRows;
   const int column = threadIdx.x % Policy::kLanesPerRow * 4;
   const int step = Policy::kRowsPerCta * work.row_step;
   for (int m_in_tile = work.first_row + threadIdx.x / Policy::kLanesPerRow * work.row_step;
@@ -151,11 +151,11 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs<T>& args,
     RowSum totals[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) totals[r] = RowSum::empty();
-    for (int first = 0; first < work.num_partials; first += Policy::kBatch) {
+    for (int first = 0; first < work.num_partials; first += kBatch) {
       /* The reads go out together. */
-      RowSum parts[kRows][Policy::kBatch];
+      RowSum parts[kRows][kBatch];
 #pragma unroll
-      for (int p = 0; p < Policy::kBatch; ++p) {
+      for (int p = 0; p < kBatch; ++p) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           parts[r][p] = RowSum::empty();
@@ -166,7 +166,7 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs<T>& args,
         }
       }
 #pragma unroll
-      for (int p = 0; p < Policy::kBatch; ++p) {
+      for (int p = 0; p < kBatch; ++p) {
         if (first + p >= work.num_partials) continue;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) totals[r].add(parts[r][p]);
@@ -179,6 +179,16 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs<T>& args,
         write_row<T, kHeadDim>(args, work.row_begin, m, kv_head, column, totals[r]);
     }
   }
+}
+
+/* Two are what most M tiles have that more than one CTA worked on. */
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void merge_m_tile(const AttentionArgs<T>& args,
+                                             const MergeWork& work,
+                                             int kv_head,
+                                             int tile_m) {
+  if (work.num_partials == 2) merge_rows<T, kHeadDim, 2>(args, work, kv_head, tile_m);
+  if (work.num_partials > 2) merge_rows<T, kHeadDim, 1>(args, work, kv_head, tile_m);
 }
 
 /* Grid (items, num_kv_heads); tile_m is that of the attention kernel. */
@@ -212,8 +222,8 @@ __global__ void __launch_bounds__(MergePolicy<kHeadDim>::kThreads,
     works[0] = find_split_merge(args, item, tile_m);
   }
   wait_for_prerequisites();
-  merge_rows<T, kHeadDim>(args, works[0], kv_head, tile_m);
-  merge_rows<T, kHeadDim>(args, works[1], kv_head, tile_m);
+#pragma unroll
+  for (const MergeWork& work : works) merge_m_tile<T, kHeadDim>(args, work, kv_head, tile_m);
 }
 
 }  // namespace dspark

@@ -54,9 +54,7 @@ struct MergePolicy {
   static constexpr int kThreads = 128;
   static constexpr int kLanesPerRow = kHeadDim / 4;
   static constexpr int kRowsPerCta = kThreads / kLanesPerRow;
-  /* What a lane reads at once: rows, and partial results of each. */
-  static constexpr int kRowsAtOnce = 2;
-  static constexpr int kBatch = 2;
+  static constexpr int kBatch = 4; /* partial results that a lane reads at once */
   /* So few registers that a CTA fits beside one of the streaming kernel's. */
   static constexpr int kMinCtasPerSm = 6;
 };
