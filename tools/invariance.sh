@@ -21,4 +21,4 @@ dspark_say "running"
     --target "$dspark_target/demo/target" --draft dspark=tools/demo/dspark --draft mtp=tools/demo/mtp \
     --prompts "$prompts" --temperature 0.7 --rule coupled --seed 1 --max-new-tokens 64 \
     --max-num-reqs 200 --batches 1 --draft-lens 1,3,5 --schedules threshold:0.5,delayed \
-    --head-forms full-fp8,candidates:64,candidates:64:16,candidates:8 "$@"
+    --head-forms full-skip,full-fp8,candidates:64,candidates:64:16,candidates:8 "$@"

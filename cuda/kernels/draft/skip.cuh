@@ -29,10 +29,11 @@ namespace dspark {
 
 struct SkipPolicy {
   static constexpr int kMaxReqs = 64;
+  static constexpr int kMaxGroups = kMaxReqs / kGroupReqs;
   static constexpr int kNumWarps = 20;
   static constexpr int kNumThreads = kNumWarps * kWarpSize;
-  static constexpr int kPairs = 8;  /* products at once */
-  static constexpr int kQueue = kSpan + kPairs;
+  static constexpr int kRows = 16; /* of W2 in a product, for a group of 8 requests */
+  static constexpr int kPairs = 8; /* of a seed and a latent, in one of seeds */
   static constexpr int kSeedThreads = 256;
 };
 
@@ -117,7 +118,10 @@ __global__ void __launch_bounds__(SkipPolicy::kSeedThreads) seed_kernel(SeedArgs
       args.arrivals[i] = 0;
     }
   }
-  if (args.draft_lens != nullptr && step >= args.draft_lens[req]) return;
+  if (args.draft_lens != nullptr && step >= args.draft_lens[req]) {
+    if (threadIdx.x == 0) args.seeds[static_cast<int64_t>(row) * kSkipSeeds + blockIdx.x] = kEmptyRaceKey;
+    return;
+  }
   const int32_t part =
       (args.vocab_size + kSkipSeeds * 8 - 1) / (kSkipSeeds * 8) * 8;
   const int32_t begin = static_cast<int32_t>(blockIdx.x) * part;
@@ -141,12 +145,10 @@ __global__ void __launch_bounds__(SkipPolicy::kSeedThreads) seed_kernel(SeedArgs
 
 /* ---- the steps ---- */
 
-/* A token whose row of W2 is wanted. */
-struct SkipPair {
-  int32_t q; /* -1: none */
+/* A token whose row of W2 is wanted: bit i, by request i of the group. */
+struct SkipEntry {
   int32_t token;
-  float base;
-  float noise; /* coupled: E */
+  uint32_t requests;
 };
 
 struct SkipState {
@@ -154,8 +156,19 @@ struct SkipState {
   float4 latent_bounds[SkipPolicy::kMaxReqs];
   uint32_t reached[SkipPolicy::kMaxReqs]; /* score_order() */
   uint32_t rows_read[SkipPolicy::kMaxReqs];
-  SkipPair queues[SkipPolicy::kNumWarps][SkipPolicy::kQueue];
+  int32_t counts[SkipPolicy::kMaxGroups]; /* of entries */
 };
+
+/* Room for the entries of a group: every token of a share. */
+__host__ __device__ constexpr int32_t skip_entries(const FullShape& shape) {
+  return shape.spans_per_share * kSpan;
+}
+
+__host__ __device__ constexpr size_t skip_shared_bytes(const FullShape& shape) {
+  const int32_t num_groups = (shape.num_reqs + kGroupReqs - 1) / kGroupReqs;
+  return static_cast<size_t>(shape.num_reqs) * shape.latent_row_bytes +
+         static_cast<size_t>(num_groups) * skip_entries(shape) * sizeof(SkipEntry);
+}
 
 template <typename T, typename W>
 struct SkipCta {
@@ -163,8 +176,12 @@ struct SkipCta {
   const SkipArgs<T, W>& args;
   SkipState& state;
   unsigned char* latents; /* rows of latent_row_bytes */
-  int32_t first_span;
-  int32_t num_spans;
+  SkipEntry* entries;     /* [groups, skip_entries()] */
+  int32_t num_spans;      /* of the share: every gridDim.x-th, for tokens that many want are neighbours */
+
+  __device__ __forceinline__ int32_t span_at(int32_t i) const {
+    return static_cast<int32_t>(blockIdx.x) + i * static_cast<int32_t>(gridDim.x);
+  }
 
   __device__ __forceinline__ bool takes_part(int32_t q, int32_t step) const {
     return q < args.full.shape.num_reqs && step < state.runners[q].draft_len;
@@ -213,50 +230,22 @@ struct SkipCta {
     return word >> token % 32 & 3u;
   }
 
-  /* Scores of up to kPairs pairs, four lanes bring each and get it. */
-  __device__ __forceinline__ float score_pairs(const SkipPair& pair) const {
-    const FullArgs<T, W>& full = args.full;
-    const bool some = pair.q >= 0;
-    const int32_t rank = full.in.markov_rank;
-    const W* row = some ? full.markov_w2 + static_cast<int64_t>(pair.token) * rank : nullptr;
-    const Latent* latent = some ? latent_of(pair.q) : nullptr;
-    const float scale = LowRank<W>::kScaled && some ? full.w2_scales[pair.token] : 1.f;
-    const float dot = rank == FullPolicy::kMaxRank ? pair_dot<true>(row, latent, rank)
-                                                   : pair_dot<false>(row, latent, rank);
-    const float logit = low_rank_logit<W>(pair.base, dot, scale);
-    const Runner& runner = state.runners[some ? pair.q : 0].runner;
-    return runner.temperature > 0.f ? race_score_logit(logit, runner.temperature, pair.noise)
-                                    : logit;
+  /* Base logit of one token; the token is allowed. */
+  __device__ __forceinline__ float base_of(int32_t q, int32_t step, int32_t token) const {
+    const int64_t at = row_of(q, step) * args.full.stride_logits_row + token;
+    return args.full.f32_logits ? static_cast<const float*>(args.full.logits)[at]
+                                : Element<__nv_bfloat16>::to_float(
+                                      static_cast<const __nv_bfloat16*>(args.full.logits)[at]);
   }
 
-  /* low_rank_pair_dot() with all of a row on its way at once. */
-  template <bool kWhole>
-  __device__ __forceinline__ float pair_dot(const W* row, const Latent* latent, int32_t rank) const {
-    const int lane = threadIdx.x % kWarpSize;
-    constexpr int kAtOnce = FullPolicy::kMaxSteps / 2;
-    const bool none = row == nullptr;
-    float dots[4] = {};
-#pragma unroll 1
-    for (int first = 0; first < FullPolicy::kMaxSteps; first += kAtOnce) {
-      if (!kWhole && first * kLowRankStep >= rank) break;
-      uint2 words[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const bool there = !none && (kWhole || (first + i) * kLowRankStep < rank);
-        words[i] = there ? LowRank<W>::weight_words(row, first + i, lane) : make_uint2(0u, 0u);
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (!kWhole && (first + i) * kLowRankStep >= rank) break;
-        const uint2 b = none ? make_uint2(0u, 0u) : latent_words<W>(latent, first + i, lane);
-        const uint32_t a[4] = {words[i].x, 0u, words[i].y, 0u};
-        mma_m16n8k16<Latent>(dots, a, b.x, b.y);
-      }
-    }
-    const int pair = lane / 4;
-    const float even = __shfl_sync(kAllLanes, dots[0], pair * 4 + pair / 2);
-    const float odd = __shfl_sync(kAllLanes, dots[1], pair * 4 + pair / 2);
-    return pair % 2 == 0 ? even : odd;
+  /* The score of a token, given the product of its row; the request takes part. */
+  __device__ __forceinline__ float score_of(
+      int32_t q, int32_t step, int32_t token, float base, float dot) const {
+    const float scale = LowRank<W>::kScaled ? args.full.w2_scales[token] : 1.f;
+    const float logit = low_rank_logit<W>(base, dot, scale);
+    const float temperature = state.runners[q].runner.temperature;
+    if (!(temperature > 0.f)) return logit;
+    return race_score_logit(logit, temperature, noise_of(q, step, token));
   }
 
   /* The exact E of a token of a coupled row. */
@@ -269,6 +258,35 @@ struct SkipCta {
   }
 };
 
+/* low_rank_dots() with half a row of kMaxRank on its way at once. */
+template <typename W, typename Latent>
+__device__ __forceinline__ void row_dots(
+    const W* row, const W* row_8, const Latent* latent, int32_t rank, float (&dots)[4]) {
+  constexpr int kAtOnce = FullPolicy::kMaxSteps / 2;
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) dots[i] = 0.f;
+#pragma unroll 1
+  for (int first = 0; first * kLowRankStep < rank; first += kAtOnce) {
+    uint2 low[kAtOnce];
+    uint2 high[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const bool there = (first + i) * kLowRankStep < rank;
+      const uint2 zeros = make_uint2(0u, 0u);
+      low[i] = there && row != nullptr ? LowRank<W>::weight_words(row, first + i, lane) : zeros;
+      high[i] = there && row_8 != nullptr ? LowRank<W>::weight_words(row_8, first + i, lane) : zeros;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if ((first + i) * kLowRankStep >= rank) break;
+      const uint2 b = latent == nullptr ? make_uint2(0u, 0u) : latent_words<W>(latent, first + i, lane);
+      const uint32_t a[4] = {low[i].x, high[i].x, low[i].y, high[i].y};
+      mma_m16n8k16<Latent>(dots, a, b.x, b.y);
+    }
+  }
+}
+
 /* The step's latents into shared memory, with what bounds their products. */
 template <typename T, typename W>
 __device__ __forceinline__ void set_up_step(const SkipCta<T, W>& cta, int32_t step) {
@@ -276,6 +294,7 @@ __device__ __forceinline__ void set_up_step(const SkipCta<T, W>& cta, int32_t st
   const FullArgs<T, W>& full = cta.args.full;
   const int lane = threadIdx.x % kWarpSize;
   const int32_t rank = full.in.markov_rank;
+  if (threadIdx.x < SkipPolicy::kMaxGroups) cta.state.counts[threadIdx.x] = 0;
   for (int32_t q = threadIdx.x / kWarpSize; q < full.shape.num_reqs; q += SkipPolicy::kNumWarps) {
     if (!cta.takes_part(q, step)) continue; /* whole warps */
     uint4 words = {};
@@ -303,131 +322,215 @@ __device__ __forceinline__ void set_up_step(const SkipCta<T, W>& cta, int32_t st
   }
 }
 
-/* Logits of the seeds: what is reached at least. */
+/* Asks L2 for the rows of W2 that the seeds of all steps will want. */
 template <typename T, typename W>
-__device__ __forceinline__ void run_seeds(const SkipCta<T, W>& cta, int32_t step) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int32_t num_seeds = cta.args.num_seeds;
-  const int32_t count = cta.args.full.shape.num_reqs * num_seeds;
-  for (int32_t i = threadIdx.x / kWarpSize * SkipPolicy::kPairs; i < count;
-       i += SkipPolicy::kNumWarps * SkipPolicy::kPairs) {
-    const int32_t q = (i + lane / 4) / num_seeds;
-    SkipPair pair = {-1, 0, 0.f, 1.f};
-    if (q < cta.args.full.shape.num_reqs && cta.takes_part(q, step)) {
-      const RaceKey* seeds = cta.args.seeds + cta.row_of(q, step) * kSkipSeeds;
-      RaceKey seed = kEmptyRaceKey;
-      for (int j = (i + lane / 4) % num_seeds; j < kSkipSeeds; j += num_seeds) {
-        seed = max(seed, __ldg(seeds + j));
-      }
-      if (seed != kEmptyRaceKey) {
-        pair = {q, race_token(seed), race_score(seed), 1.f};
-        if (cta.state.runners[q].runner.temperature > 0.f) {
-          pair.noise = cta.noise_of(q, step, pair.token);
-        }
-      }
-    }
-    const float score = cta.score_pairs(pair);
-    if (pair.q >= 0 && lane % 4 == 0 && score > -INFINITY) {
-      atomicMax_block(&cta.state.reached[pair.q], score_order(score));
-    }
+__device__ __forceinline__ void ask_for_seeds(const SkipArgs<T, W>& args) {
+  constexpr int32_t kLine = 128;
+  const FullArgs<T, W>& full = args.full;
+  const int32_t row_bytes = full.in.markov_rank * static_cast<int32_t>(sizeof(W));
+  const int32_t lines = (row_bytes + kLine - 1) / kLine;
+  const int32_t count = full.shape.num_reqs * full.in.draft_len * kSkipSeeds;
+  const RaceKey* seeds =
+      args.seeds + static_cast<int64_t>(full.first_req) * full.in.draft_len * kSkipSeeds;
+  for (int32_t i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x); i < count * lines;
+       i += static_cast<int32_t>(gridDim.x * blockDim.x)) {
+    const auto* row = reinterpret_cast<const unsigned char*>(
+        full.markov_w2 + static_cast<int64_t>(race_token(seeds[i / lines])) * full.in.markov_rank);
+    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(row + i % lines * kLine));
   }
 }
 
-/* Rows of up to eight of the warp's queue; out of line: needs registers. */
+/* Logits of the seeds: what is reached at least. */
 template <typename T, typename W>
-__device__ __forceinline__ void read_rows(const SkipCta<T, W>& cta,
-                                       const SkipPair* queue,
-                                       int32_t count,
-                                       int32_t step) {
+__device__ __forceinline__ void run_seeds(const SkipCta<T, W>& cta, int32_t step) {
+  const FullArgs<T, W>& full = cta.args.full;
   const int lane = threadIdx.x % kWarpSize;
-  SkipPair pair = {-1, 0, 0.f, 1.f};
-  if (lane / 4 < count) pair = queue[lane / 4];
-  const float score = cta.score_pairs(pair);
-  if (pair.q < 0 || lane % 4 != 0) return;
-  atomicAdd_block(&cta.state.rows_read[pair.q], 1u);
-  Indexed best = empty_race();
-  race_step(best, score, pair.token);
-  if (best.index == kNoRunner || best.value < cta.reached(pair.q)) return;
-  atomicMax_block(&cta.state.reached[pair.q], score_order(best.value));
-  atomicMax(cta.key_of(pair.q, step), race_key(best));
+  const int32_t num_seeds = cta.args.num_seeds;
+  const int32_t count = full.shape.num_reqs * num_seeds;
+  for (int32_t i = threadIdx.x / kWarpSize * SkipPolicy::kPairs; i < count;
+       i += SkipPolicy::kNumWarps * SkipPolicy::kPairs) {
+    const int32_t q = (i + lane / 4) / num_seeds;
+    RaceKey seed = kEmptyRaceKey;
+    if (q < full.shape.num_reqs && cta.takes_part(q, step)) {
+      const RaceKey* seeds = cta.args.seeds + cta.row_of(q, step) * kSkipSeeds;
+      for (int j = (i + lane / 4) % num_seeds; j < kSkipSeeds; j += num_seeds) {
+        seed = max(seed, __ldg(seeds + j));
+      }
+    }
+    const bool some = seed != kEmptyRaceKey;
+    const int32_t token = race_token(seed);
+    const W* row = some ? full.markov_w2 + static_cast<int64_t>(token) * full.in.markov_rank
+                        : nullptr;
+    const typename SkipCta<T, W>::Latent* latent = some ? cta.latent_of(q) : nullptr;
+    float dots[4];
+    row_dots<W>(row, static_cast<const W*>(nullptr), latent, full.in.markov_rank, dots);
+    const float even = __shfl_sync(kAllLanes, dots[0], lane / 4 * 4 + lane / 8);
+    const float odd = __shfl_sync(kAllLanes, dots[1], lane / 4 * 4 + lane / 8);
+    const float dot = lane / 4 % 2 == 0 ? even : odd;
+    if (!some || lane % 4 != 0) continue;
+    const float score = cta.score_of(q, step, token, race_score(seed), dot);
+    if (score > -INFINITY) atomicMax_block(&cta.state.reached[q], score_order(score));
+  }
 }
 
-/* A warp's requests of one span. */
+/* Which of `token` and the next (bits 0, 1) may win for request q; `base`: their base logits, `least`: of
+ * a coupled request's noise in their zone. */
 template <typename T, typename W>
-__device__ __forceinline__ void run_span(
-    const SkipCta<T, W>& cta, int32_t step, int32_t span, int32_t begin_q, int32_t end_q) {
+__device__ __forceinline__ uint32_t may_win(const SkipCta<T, W>& cta,
+                                            int32_t q,
+                                            int32_t step,
+                                            int32_t token,
+                                            float2 base,
+                                            float least,
+                                            const float4 (&rows)[2]) {
+  const SpanRunner& runner = cta.state.runners[q];
+  if (runner.mode == DrawMode::kSampled) return 0;
+  const float4 latent = cta.state.latent_bounds[q];
+  const float bound = cta.reached(q);
+  const float bases[2] = {base.x, base.y};
+  const uint32_t allowed = cta.allowed_pair(q, step, token);
+  float tops[2];
+  bool wanted[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    tops[i] = __fadd_rn(bases[i], largest_bias(rows[i], latent));
+    wanted[i] = (allowed >> i & 1u) != 0 && !(bases[i] == -INFINITY);
+  }
+  if (runner.mode == DrawMode::kGreedy) {
+    return (wanted[0] && !(tops[0] < bound) ? 1u : 0u) |
+           (wanted[1] && !(tops[1] < bound) ? 2u : 0u);
+  }
+  Runner at = runner.runner;
+  at.position += step;
+  const int32_t zone = token / kNoiseZone;
+  const float screen = screen_bound(bound, at.temperature);
+  uint32_t winners = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (wanted[i] && !(least > largest_exponential(tops[i], screen, at))) winners |= 1u << i;
+  }
+  if (winners == 0) return 0;
+  const ZoneNoise noise = {least, zone_least_at(at.seed, zone, at.position, at.purpose)};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float exponential = token_exponential(at, noise, token + i);
+    if (race_score_logit(tops[i], at.temperature, exponential) < bound) winners &= ~(1u << i);
+  }
+  return winners;
+}
+
+/* Tokens of a span that may win for some request of a group, into the group's entries. */
+template <typename T, typename W>
+__device__ __forceinline__ void screen_span(const SkipCta<T, W>& cta,
+                                            int32_t step,
+                                            int32_t span,
+                                            int32_t group) {
   const int lane = threadIdx.x % kWarpSize;
-  SkipPair* queue = cta.state.queues[threadIdx.x / kWarpSize];
-  const int32_t token = (cta.first_span + span) * kSpan + 2 * lane;
+  const int32_t token = span * kSpan + 2 * lane;
   const int32_t vocab = cta.args.full.in.vocab_size;
   const float4 none = make_float4(0.f, 0.f, 0.f, 0.f);
   const float4 rows[2] = {token < vocab ? __ldg(cta.args.bounds + token) : none,
                           token + 1 < vocab ? __ldg(cta.args.bounds + token + 1) : none};
-  int32_t count = 0;
-  const auto base_of = [&](int32_t q) {
-    return q < end_q && cta.takes_part(q, step) ? cta.base_pair(q, step, token)
-                                                : make_float2(-INFINITY, -INFINITY);
-  };
-  float2 base = base_of(begin_q);
-  for (int32_t q = begin_q; q < end_q; ++q) {
-    const float2 now = base;
-    base = base_of(q + 1);
-    const SpanRunner& runner = cta.state.runners[q];
-    const float4 latent = cta.state.latent_bounds[q];
-    const float bound = cta.reached(q);
-    const float bases[2] = {now.x, now.y};
-    const uint32_t allowed = cta.allowed_pair(q, step, token);
-    float tops[2];
-    bool wanted[2];
+  float2 bases[kGroupReqs];
+#pragma unroll
+  for (int i = 0; i < kGroupReqs; ++i) {
+    const int32_t q = group * kGroupReqs + i;
+    bases[i] = cta.takes_part(q, step) ? cta.base_pair(q, step, token)
+                                       : make_float2(-INFINITY, -INFINITY);
+  }
+  /* Lane i: of request i of the group. */
+  const int32_t own_q = group * kGroupReqs + lane % kGroupReqs;
+  float own_least = 0.f;
+  if (cta.takes_part(own_q, step) && cta.state.runners[own_q].mode == DrawMode::kCoupled) {
+    const Runner& runner = cta.state.runners[own_q].runner;
+    own_least = zone_least(runner.seed, span, runner.position + step, runner.purpose);
+  }
+  uint32_t wanted[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < kGroupReqs; ++i) {
+    const int32_t q = group * kGroupReqs + i;
+    if (!cta.takes_part(q, step)) continue; /* whole warps */
+    const float least = __shfl_sync(kAllLanes, own_least, i);
+    const uint32_t winners = may_win(cta, q, step, token, bases[i], least, rows);
+    wanted[0] |= (winners & 1u) << i;
+    wanted[1] |= (winners >> 1) << i;
+  }
+  const uint32_t votes[2] = {__ballot_sync(kAllLanes, wanted[0] != 0),
+                             __ballot_sync(kAllLanes, wanted[1] != 0)};
+  const int32_t counts[2] = {__popc(votes[0]), __popc(votes[1])};
+  if (counts[0] + counts[1] == 0) return;
+  int32_t first = 0;
+  if (lane == 0) first = atomicAdd_block(&cta.state.counts[group], counts[0] + counts[1]);
+  first = __shfl_sync(kAllLanes, first, 0);
+  SkipEntry* entries = cta.entries + group * skip_entries(cta.args.full.shape) + first;
+  const uint32_t below = (1u << lane) - 1u;
+  if (wanted[0] != 0) entries[__popc(votes[0] & below)] = {token, wanted[0]};
+  if (wanted[1] != 0) entries[counts[0] + __popc(votes[1] & below)] = {token + 1, wanted[1]};
+}
+
+/* Scores of up to kRows entries of a group for all its requests. */
+template <typename T, typename W>
+__device__ __forceinline__ void read_rows(
+    const SkipCta<T, W>& cta, int32_t step, int32_t group, const SkipEntry* entries, int32_t count) {
+  using Latent = typename LowRank<W>::Latent;
+  const FullArgs<T, W>& full = cta.args.full;
+  const int lane = threadIdx.x % kWarpSize;
+  const int32_t rank = full.in.markov_rank;
+  const SkipEntry none = {0, 0};
+  const SkipEntry own[2] = {lane / 4 < count ? entries[lane / 4] : none,
+                            lane / 4 + 8 < count ? entries[lane / 4 + 8] : none};
+  const W* rows[2];
+  float bases[2][2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    rows[half] = own[half].requests == 0
+                     ? nullptr
+                     : full.markov_w2 + static_cast<int64_t>(own[half].token) * rank;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      tops[i] = __fadd_rn(bases[i], largest_bias(rows[i], latent));
-      wanted[i] = (allowed >> i & 1u) != 0 && !(bases[i] == -INFINITY);
+      const int32_t of_group = lane % 4 * 2 + i;
+      const bool wanted = (own[half].requests >> of_group & 1u) != 0;
+      bases[half][i] =
+          wanted ? cta.base_of(group * kGroupReqs + of_group, step, own[half].token) : 0.f;
     }
-    float noise[2] = {1.f, 1.f};
-    if (runner.mode == DrawMode::kCoupled) {
-      const int32_t position = runner.runner.position + step;
-      const float least = zone_least(runner.runner.seed, cta.first_span + span, position,
-                                     runner.runner.purpose);
-      const float screen = screen_bound(bound, runner.runner.temperature);
+  }
+  const int32_t latent_q = group * kGroupReqs + lane / 4;
+  const Latent* latent = cta.takes_part(latent_q, step) ? cta.latent_of(latent_q) : nullptr;
+  float dots[4];
+  row_dots<W>(rows[0], rows[1], latent, rank, dots);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        wanted[i] = wanted[i] && !(least > largest_exponential(tops[i], screen, runner.runner));
-      }
-      if (__any_sync(kAllLanes, wanted[0] || wanted[1])) {
-        const ZoneNoise zone = {least,
-                                zone_least_at(runner.runner.seed, cta.first_span + span, position,
-                                              runner.runner.purpose)};
-        Runner at = runner.runner;
-        at.position = position;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (!wanted[i]) continue;
-          noise[i] = token_exponential(at, zone, token + i);
-          wanted[i] = !(race_score_logit(tops[i], at.temperature, noise[i]) < bound);
-        }
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) wanted[i] = wanted[i] && !(tops[i] < bound);
-      if (runner.mode == DrawMode::kSampled) wanted[0] = wanted[1] = false;
-    }
+  for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t votes = __ballot_sync(kAllLanes, wanted[i]);
-      if (wanted[i]) {
-        queue[count + __popc(votes & ((1u << lane) - 1u))] = {q, token + i, bases[i], noise[i]};
-      }
-      count += __popc(votes);
+      const int32_t of_group = lane % 4 * 2 + i;
+      if ((own[half].requests >> of_group & 1u) == 0) continue;
+      const int32_t q = group * kGroupReqs + of_group;
+      const int32_t token = own[half].token;
+      atomicAdd_block(&cta.state.rows_read[q], 1u);
+      Indexed best = empty_race();
+      race_step(best, cta.score_of(q, step, token, bases[half][i], dots[half * 2 + i]), token);
+      if (best.index == kNoRunner || best.value < cta.reached(q)) continue;
+      atomicMax_block(&cta.state.reached[q], score_order(best.value));
+      atomicMax(cta.key_of(q, step), race_key(best));
     }
-    __syncwarp();
-    const bool is_last = q + 1 == end_q;
-    while (count >= (is_last ? 1 : SkipPolicy::kPairs)) {
-      const int32_t taken = min(count, SkipPolicy::kPairs);
-      count -= taken;
-      read_rows(cta, queue + count, taken, step);
-      __syncwarp();
+  }
+}
+
+/* All entries, kRows at a time. */
+template <typename T, typename W>
+__device__ __forceinline__ void read_entries(const SkipCta<T, W>& cta,
+                                             int32_t step,
+                                             int32_t num_groups) {
+  int32_t turn = threadIdx.x / kWarpSize;
+  for (int32_t group = 0; group < num_groups; ++group) {
+    const int32_t count = cta.state.counts[group];
+    const SkipEntry* entries = cta.entries + group * skip_entries(cta.args.full.shape);
+    const int32_t turns = (count + SkipPolicy::kRows - 1) / SkipPolicy::kRows;
+    for (; turn < turns; turn += SkipPolicy::kNumWarps) {
+      const int32_t first = turn * SkipPolicy::kRows;
+      read_rows(cta, step, group, entries + first, min(count - first, SkipPolicy::kRows));
     }
+    turn -= turns;
   }
 }
 
@@ -438,16 +541,20 @@ __global__ void __launch_bounds__(SkipPolicy::kNumThreads, 1)
   extern __shared__ float4 shared_skip[];
   __shared__ SkipState state;
   const FullArgs<T, W>& full = args.full;
-  SkipCta<T, W> cta = {args, state, reinterpret_cast<unsigned char*>(shared_skip)};
-  cta.first_span = static_cast<int32_t>(blockIdx.x) * full.shape.spans_per_share;
-  cta.num_spans = min(full.shape.spans_per_share, full.shape.num_spans - cta.first_span);
+  auto* latents = reinterpret_cast<unsigned char*>(shared_skip);
+  SkipCta<T, W> cta = {args, state, latents,
+                       reinterpret_cast<SkipEntry*>(
+                           latents + full.shape.num_reqs * full.shape.latent_row_bytes)};
+  cta.num_spans = (full.shape.num_spans - static_cast<int32_t>(blockIdx.x) +
+                   static_cast<int32_t>(gridDim.x) - 1) /
+                  static_cast<int32_t>(gridDim.x);
   set_up_runners(full, state.runners, SkipPolicy::kMaxReqs);
   for (int q = threadIdx.x; q < SkipPolicy::kMaxReqs; q += blockDim.x) state.rows_read[q] = 0;
+  ask_for_seeds(args);
   __syncthreads();
 
   const int32_t warp = threadIdx.x / kWarpSize;
-  const int32_t num_parts = max(1, min(SkipPolicy::kNumWarps / cta.num_spans, full.shape.num_reqs));
-  const int32_t part = (full.shape.num_reqs + num_parts - 1) / num_parts;
+  const int32_t num_groups = (full.shape.num_reqs + kGroupReqs - 1) / kGroupReqs;
   for (int32_t step = full.first_step; step < full.first_step + full.num_steps; ++step) {
     if (!full.vanilla) {
       make_latents(full, state.runners, cta.latents, step, SkipPolicy::kNumWarps,
@@ -457,10 +564,11 @@ __global__ void __launch_bounds__(SkipPolicy::kNumThreads, 1)
     __syncthreads();
     run_seeds(cta, step);
     __syncthreads();
-    for (int32_t i = warp; i < cta.num_spans * num_parts; i += SkipPolicy::kNumWarps) {
-      const int32_t begin = i / cta.num_spans * part;
-      run_span(cta, step, i % cta.num_spans, begin, min(begin + part, full.shape.num_reqs));
+    for (int32_t i = warp; i < cta.num_spans * num_groups; i += SkipPolicy::kNumWarps) {
+      screen_span(cta, step, cta.span_at(i % cta.num_spans), i / cta.num_spans);
     }
+    __syncthreads();
+    read_entries(cta, step, num_groups);
     __syncthreads(); /* all leaders are pushed */
     if (threadIdx.x == 0) {
       signal_arrival(full.arrivals + step);

@@ -43,9 +43,8 @@ class DraftSkip : FullCall<T, W> {
       shape.spans_per_share = ceil_div(shape.num_spans, std::min(num_sms, kMaxShares));
       shape.latent_row_bytes = p_.markov_rank * 2 + FullPolicy::kPadBytes;
       args.num_seeds = seeds_of(shape.num_reqs);
-      const size_t shared_bytes = static_cast<size_t>(shape.num_reqs) * shape.latent_row_bytes;
       DSPARK_TRY(this->run_cooperative("skip_kernel", skip_kernel<T, W>, SkipPolicy::kNumThreads,
-                                       shared_bytes, shape, args));
+                                       skip_shared_bytes(shape), shape, args));
     }
     return DSPARK_OK;
   }

@@ -259,8 +259,9 @@ pub struct DraftArgs {
     /// best number by the confidences of two steps before), global (the best number; greedy requests only).
     #[arg(long, default_value = "fixed", value_name = "RULE")]
     pub schedule: Policy,
-    /// How a DSpark or DFlash head drafts: full (from the whole vocabulary); full-fp8 (by a copy of W2 in e4m3, made at
-    /// load); candidates:K (from the K likeliest tokens before the head's own bias) or candidates:K:M (joined with the M
+    /// How a DSpark or DFlash head drafts: full (from the whole vocabulary); full-skip (the same drafts, on CUDA
+    /// without reading rows of W2 that cannot win while all requests are greedy or coupled); full-fp8 (by a copy of W2 in
+    /// e4m3, made at load); candidates:K (from the K likeliest tokens before the head's own bias) or candidates:K:M (joined with the M
     /// tokens that the token before speaks for most, from a table made at load); at most 256 candidates in all.
     #[arg(long, default_value = "full", value_name = "FORM")]
     pub head_form: HeadForm,
