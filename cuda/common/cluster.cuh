@@ -33,6 +33,18 @@ __device__ __forceinline__ void store_remote(uint32_t shared, uint32_t cta, uint
   asm volatile("st.shared::cluster.u32 [%0], %1;\n" ::"r"(remote), "r"(value) : "memory");
 }
 
+/* Four words that the CTA `cta` of the cluster has at this CTA's shared address, a multiple of 16. */
+__device__ __forceinline__ uint4 load_remote(uint32_t shared, uint32_t cta) {
+  uint32_t remote;
+  uint4 words;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(remote) : "r"(shared), "r"(cta));
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(remote)
+               : "memory");
+  return words;
+}
+
 #endif
 
 }  // namespace dspark

@@ -184,7 +184,20 @@ struct LaunchShape {
   /* Overlaps the end of the kernel before it: says wait_for_prerequisites() (dependent_launch.cuh)
    * first of all. Where the loaded code has no such instruction the launch is a plain one. */
   bool dependent = false;
+  /* CTAs of a cluster, along x; above 1 only where the loaded code knows_sm_90(). */
+  uint32_t cluster = 1;
 };
+
+/* Whether the code of `kernel` that was loaded has what sm_90 brought: clusters, dependent launches. */
+template <typename... Params>
+dspark_status knows_sm_90(const char* name, void (*kernel)(Params...), bool* knows) {
+  constexpr int kFirstPtx = 90;
+  cudaFuncAttributes loaded;
+  DSPARK_TRY(
+      check_cuda(name, cudaFuncGetAttributes(&loaded, reinterpret_cast<const void*>(kernel))));
+  *knows = loaded.ptxVersion >= kFirstPtx;
+  return DSPARK_OK;
+}
 
 /* Enqueues `kernel` on `stream`. */
 template <typename... Params, typename... Args>
@@ -194,7 +207,7 @@ dspark_status launch(const char* name,
                      dspark_stream stream,
                      Args&&... args) {
   DSPARK_TRY(opt_in_shared(name, kernel, shape.shared_bytes));
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.cta;
@@ -207,15 +220,18 @@ dspark_status launch(const char* name,
     attribute.val.cooperative = 1;
   }
   if (shape.dependent) {
-    constexpr int kFirstPtxWithDependents = 90;
-    cudaFuncAttributes loaded;
-    DSPARK_TRY(
-        check_cuda(name, cudaFuncGetAttributes(&loaded, reinterpret_cast<const void*>(kernel))));
-    if (loaded.ptxVersion >= kFirstPtxWithDependents) {
+    bool knows = false;
+    DSPARK_TRY(knows_sm_90(name, kernel, &knows));
+    if (knows) {
       cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attribute.val.programmaticStreamSerializationAllowed = 1;
     }
+  }
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {shape.cluster, 1, 1};
   }
   return check_cuda(name, cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
 }
