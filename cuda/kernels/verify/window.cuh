@@ -17,7 +17,8 @@ struct AcceptPolicy {
   static constexpr int kNumThreads = DrawPolicy::kNumThreads;
   static constexpr int kNumWarps = DrawPolicy::kNumWarps;
   static constexpr int kMaxCtasPerReq = 8; /* when a rule may need them ... */
-  static constexpr int kTargetCtas = 264; /* ... and while those of all requests are about so many */
+  static constexpr int kTargetCtas =
+      264; /* ... and while those of all requests are about so many */
 };
 
 /* A committed token and the row whose law decided it; row -1: none. */
