@@ -60,6 +60,17 @@ __device__ __forceinline__ void store_remote(uint32_t remote, float2 value, uint
       : "memory");
 }
 
+/* Four words that the CTA `cta` of the cluster has at this CTA's shared address, a multiple of 16. */
+__device__ __forceinline__ uint4 load_remote(uint32_t shared, uint32_t cta) {
+  const uint32_t remote = remote_address(shared, cta);
+  uint4 words;
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(remote)
+               : "memory");
+  return words;
+}
+
 #endif
 
 }  // namespace dspark

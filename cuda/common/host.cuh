@@ -184,8 +184,21 @@ struct LaunchShape {
   /* Overlaps the end of the kernel before it: says wait_for_prerequisites() (dependent_launch.cuh)
    * first of all. Where the loaded code has no such instruction the launch is a plain one. */
   bool dependent = false;
-  int cluster_ctas = 1; /* that run together (sm_90); divides the grid */
+  /* CTAs of a cluster, along x; divides the grid; above 1 only where the loaded code knows_sm_90().
+   * A kernel compiled for clusters of one size keeps them. */
+  uint32_t cluster_ctas = 1;
 };
+
+/* Whether the code of `kernel` that was loaded has what sm_90 brought: clusters, dependent launches. */
+template <typename... Params>
+dspark_status knows_sm_90(const char* name, void (*kernel)(Params...), bool* knows) {
+  constexpr int kFirstPtx = 90;
+  cudaFuncAttributes loaded;
+  DSPARK_TRY(
+      check_cuda(name, cudaFuncGetAttributes(&loaded, reinterpret_cast<const void*>(kernel))));
+  *knows = loaded.ptxVersion >= kFirstPtx;
+  return DSPARK_OK;
+}
 
 /* Enqueues `kernel` on `stream`. */
 template <typename... Params, typename... Args>
@@ -210,14 +223,12 @@ dspark_status launch(const char* name,
   if (shape.cluster_ctas > 1) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster_ctas), 1, 1};
+    attribute.val.clusterDim = {shape.cluster_ctas, 1, 1};
   }
   if (shape.dependent) {
-    constexpr int kFirstPtxWithDependents = 90;
-    cudaFuncAttributes loaded;
-    DSPARK_TRY(
-        check_cuda(name, cudaFuncGetAttributes(&loaded, reinterpret_cast<const void*>(kernel))));
-    if (loaded.ptxVersion >= kFirstPtxWithDependents) {
+    bool knows = false;
+    DSPARK_TRY(knows_sm_90(name, kernel, &knows));
+    if (knows) {
       cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -297,6 +297,25 @@ AcceptWork accept_work(const dspark_accept_params& p,
   return work;
 }
 
+/* A CTA for each row, or a few where the device holds more than that. */
+dspark_status launch_filters(const VerifyInputs& in,
+                             const AcceptParts& parts,
+                             dspark_stream stream) {
+  constexpr const char* kName = "filter_kernel";
+  LaunchShape shape{dim3(in.num_rows), dim3(FilterPolicy::kNumThreads)};
+  shape.dependent = true;
+  bool has_clusters = false;
+  DSPARK_TRY(knows_sm_90(kName, filter_kernel, &has_clusters));
+  int resident = 0;
+  DSPARK_TRY(resident_ctas(kName, filter_kernel, FilterPolicy::kNumThreads, 0, &resident));
+  while (has_clusters && shape.cluster_ctas < FilterPolicy::kMaxTeam &&
+         2 * shape.grid.x <= static_cast<uint32_t>(resident)) {
+    shape.cluster_ctas *= 2;
+    shape.grid.x *= 2;
+  }
+  return launch(kName, filter_kernel, shape, stream, in, parts.maxima, parts.sums, parts.laws);
+}
+
 /* The kernels of one call, in order. */
 dspark_status launch_accept(const dspark_accept_params& p, dspark_stream stream) {
   const AcceptLayout layout = accept_layout(p);
@@ -312,9 +331,7 @@ dspark_status launch_accept(const dspark_accept_params& p, dspark_stream stream)
   } else {
     DSPARK_TRY(launch_all_zones(p, in, parts, stream));
     if (in.has_filters) {
-      DSPARK_TRY(launch_dependent("filter_kernel", filter_kernel, dim3(p.num_rows),
-                                  dim3(FilterPolicy::kNumThreads), stream, in, parts.maxima,
-                                  parts.sums, parts.laws));
+      DSPARK_TRY(launch_filters(in, parts, stream));
     }
     DSPARK_TRY(launch_dependent("accept_kernel", accept_kernel, accept_ctas, accept_threads, stream,
                                 in, work, out));

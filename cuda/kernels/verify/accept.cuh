@@ -44,12 +44,19 @@ struct Stop {
   uint64_t kept; /* bit k: draft k was accepted */
   int32_t row;
   bool bad;
-  int32_t next;  /* -1: to be drawn from Window::source */
-  bool rejected; /* a draft behind `row` was turned down */
+  int32_t next; /* -1: to be drawn */
+  int32_t
+      rejected; /* a draft behind `row` that was turned down; 0: none; kSeveral: Window::source */
+  float share;  /* of p of the row in what is drawn from */
 };
+
+constexpr int32_t kSeveral = -1;
+
+constexpr Stop kNowhere = {0, 0, false, -1, 0, 1.f};
 
 /* Scratch of one step at a time. */
 union AcceptShared {
+  EarlyPairs early;
   DrawShared draw;
   RowRaceShared race;
 };
@@ -59,14 +66,16 @@ __device__ __forceinline__ uint64_t low_bits(int32_t count) {
 }
 
 /* Greedy and coupled on a tree. */
-__device__ __forceinline__ Stop follow_tree(const RequestView& view, const Window& window) {
-  Stop stop = {0, 0, false, -1, false};
+__device__ __noinline__ Stop follow_tree(const RequestView& view, const Window& window) {
+  Stop stop = kNowhere;
+#pragma unroll 1
   while (true) {
     stop.bad = window.target_laws[stop.row].bad != 0;
     if (stop.bad) return stop;
     stop.next = window.targets[stop.row];
     int32_t child = next_child(view, window, stop.row, 0);
-    while (child != 0 && (window.passes >> (child - 1) & 1) == 0) {
+#pragma unroll 1
+    while (child != 0 && !row_passes(view, window, child)) {
       child = next_child(view, window, stop.row, child);
     }
     if (child == 0) return stop;
@@ -75,19 +84,17 @@ __device__ __forceinline__ Stop follow_tree(const RequestView& view, const Windo
   }
 }
 
-/* A chain up to its first draft that does not pass: all rules but block. All threads take part. */
-__device__ __forceinline__ Stop follow_chain(const VerifyInputs& in,
-                                             const AcceptWork& work,
-                                             const RequestView& view,
-                                             Window& window) {
-  Stop stop = {0, 0, false, -1, false};
-  const int first_refused = __ffsll(static_cast<long long>(~window.passes)) - 1;
+/* A chain up to its first draft that does not pass: all rules but block. By every warp for itself. */
+__device__ __forceinline__ Stop follow_chain(const RequestView& view, const Window& window) {
+  Stop stop = kNowhere;
+  const uint64_t passes =
+      ballot_rows(view.num_drafts, [&](int32_t row) { return row_passes(view, window, row); });
+  const int first_refused = __ffsll(static_cast<long long>(~passes)) - 1;
   stop.row = first_refused < 0 ? view.num_drafts : min(first_refused, view.num_drafts);
   stop.kept = low_bits(stop.row);
   stop.bad = window.target_laws[stop.row].bad != 0;
   if (view.rule == DSPARK_RULE_TOKEN) {
-    stop.rejected = stop.row < view.num_drafts;
-    stand_at(in, work, view, stop.row, 1.f, stop.rejected ? stop.row + 1 : 0, window);
+    stop.rejected = stop.row < view.num_drafts ? stop.row + 1 : 0;
   } else {
     stop.next = window.targets[stop.row];
   }
@@ -100,9 +107,12 @@ __device__ __noinline__ float rest_of_token(const VerifyInputs& in,
                                             int32_t num_rejections,
                                             int32_t token,
                                             float rest) {
+#pragma unroll 1
   for (int32_t i = 0; i < num_rejections && in_vocab(in, token); ++i) {
     const Rejection& rejection = source.rejections[i];
-    const float prob = draft_probability(in, source.row.req, rejection.row, rejection.law, token);
+    const HeldPair held = hold_pair(in, source.row.req, rejection.row);
+    const float prob =
+        draft_probability(in, source.row.req, rejection.row, rejection.law, held, token);
     rest = fmaxf(rest - prob, 0.f) * rejection.inv_mass;
   }
   return rest;
@@ -116,8 +126,13 @@ __device__ __noinline__ void decide_token_tree(const VerifyInputs& in,
                                                DrawShared& shared,
                                                Stop& stop) {
   WeightSource& source = window.source;
+#pragma unroll 1
+  for (int32_t row = 1 + threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
+    window.target_probs[row] = target_prob(window, row);
+  }
   stand_at(in, work, view, 0, 1.f, 0, window);
   int32_t child = 0;
+#pragma unroll 1
   while (true) {
     stop.bad = window.target_laws[stop.row].bad != 0;
     if (stop.bad) return;
@@ -149,21 +164,30 @@ __device__ __noinline__ void decide_token_tree(const VerifyInputs& in,
       source.rejections[num_rejections] = {child, window.draft_laws[child], 1.f};
       source.num_rejections = num_rejections + 1;
     }
-    stop.rejected = child > 0;
+    stop.rejected = child == 0 ? 0 : num_rejections > 0 ? kSeveral : child;
     __syncthreads();
   }
 }
 
-/* window.ratios of the block rule: 1 for row 0. All threads take part. */
+/* window.ratios of the block rule (1 for row 0), by the first warp. All threads take part. */
 __device__ __forceinline__ void load_ratios(const RequestView& view, Window& window) {
-  if (threadIdx.x == 0) {
+  if (threadIdx.x < kWarpSize) {
+    const auto lane = static_cast<int32_t>(threadIdx.x);
     float ratio = 1.f;
-    window.ratios[0] = ratio;
-    for (int32_t i = 1; i <= view.num_drafts; ++i) {
-      const float joint = ratio * window.target_probs[i];
-      const float draft = window.draft_probs[i];
-      ratio = joint >= draft ? (joint > 0.f ? 1.f : 0.f) : joint / draft;
-      window.ratios[i] = ratio;
+    if (lane == 0) window.ratios[0] = ratio;
+#pragma unroll 1
+    for (int32_t first = 1; first <= view.num_drafts; first += kWarpSize) {
+      const int32_t row = first + lane;
+      const bool exists = row <= view.num_drafts;
+      const float prob = exists ? target_prob(window, row) : 0.f;
+      const float draft = exists ? window.draft_probs[row] : 0.f;
+#pragma unroll 1
+      for (int32_t i = 0; i < min(view.num_drafts + 1 - first, kWarpSize); ++i) {
+        const float joint = ratio * __shfl_sync(kAllLanes, prob, i);
+        const float least = __shfl_sync(kAllLanes, draft, i);
+        ratio = joint >= least ? (joint > 0.f ? 1.f : 0.f) : joint / least;
+        if (lane == i) window.ratios[row] = ratio;
+      }
     }
   }
   __syncthreads();
@@ -173,6 +197,7 @@ __device__ __forceinline__ void load_ratios(const RequestView& view, Window& win
 __device__ __forceinline__ float candidate_mass(const VerifyInputs& in,
                                                 const RequestView& view,
                                                 const Window& window,
+                                                const EarlyPairs* early,
                                                 int32_t row,
                                                 float ratio) {
   const RowLaw& target_law = window.target_laws[row];
@@ -180,15 +205,20 @@ __device__ __forceinline__ float candidate_mass(const VerifyInputs& in,
   const int64_t index = static_cast<int64_t>(view.req) * in.draft_len + row;
   const int32_t num_candidates = law.bad != 0 ? 1 : in.num_candidates;
   float outside = 0.f, left = 0.f; /* p of the candidates, what they leave of ratio * p */
+#pragma unroll 1
   for (int32_t i = threadIdx.x % kWarpSize; i < num_candidates; i += kWarpSize) {
-    int32_t token = window.tokens[row + 1];
+    float logit = window.token_logits[row + 1];
     float draft_prob = 1.f;
-    if (law.bad == 0) {
-      token = in.candidate_tokens[index * in.num_candidates + i];
+    if (law.bad == 0 && early != nullptr) {
+      const float2 pair = early->pairs[row * in.num_candidates + i];
+      logit = pair.x;
+      draft_prob = pair.y;
+    } else if (law.bad == 0) {
+      const int32_t token = in.candidate_tokens[index * in.num_candidates + i];
       draft_prob = probability(law, in.candidate_logits[index * in.num_candidates + i]);
+      logit = in_vocab(in, token) ? shaped_logit(in, target_row(view, row), token) : -INFINITY;
     }
-    if (!in_vocab(in, token)) continue;
-    const float prob = probability(target_law, shaped_logit(in, target_row(view, row), token));
+    const float prob = probability(target_law, logit);
     outside += prob;
     left += fmaxf(ratio * prob - draft_prob, 0.f);
   }
@@ -196,41 +226,41 @@ __device__ __forceinline__ float candidate_mass(const VerifyInputs& in,
   return ratio * fmaxf(outside, 0.f) + warp_reduce(left, SumOp{});
 }
 
-/* The block rule on a chain; its ratios, and the masses of a dense law, are there already. All threads
- * take part. */
-__device__ __noinline__ Stop decide_block_rule(const VerifyInputs& in,
-                                               const AcceptWork& work,
-                                               const RequestView& view,
-                                               Window& window) {
-  Stop stop = {0, 0, false, -1, false};
-  for (int32_t row = 0; row <= view.num_drafts; ++row) {
-    stop.bad |= window.target_laws[row].bad != 0;
+/* window.masses of a law that is not dense. All threads take part. */
+__device__ __forceinline__ void load_masses(const VerifyInputs& in,
+                                            const RequestView& view,
+                                            const EarlyPairs* early,
+                                            Window& window) {
+#pragma unroll 1
+  for (int32_t row = 1 + threadIdx.x / kWarpSize; row < view.num_drafts;
+       row += AcceptPolicy::kNumWarps) {
+    const float mass = candidate_mass(in, view, window, early, row, window.ratios[row]);
+    if (threadIdx.x % kWarpSize == 0) window.masses[row] = mass;
   }
+  __syncthreads();
+}
+
+/* The block rule on a chain; its ratios and masses are there. By every warp for itself. */
+__device__ __forceinline__ Stop decide_block_rule(const RequestView& view, const Window& window) {
+  Stop stop = kNowhere;
+  stop.bad = window.target_laws[0].bad != 0;
+  stop.bad |= ballot_rows(view.num_drafts,
+                          [&](int32_t row) { return window.target_laws[row].bad != 0; }) != 0;
   if (stop.bad) return stop;
-  if (in.draft.data == nullptr) {
-    for (int32_t row = 1 + threadIdx.x / kWarpSize; row < view.num_drafts;
-         row += AcceptPolicy::kNumWarps) {
-      const float mass = candidate_mass(in, view, window, row, window.ratios[row]);
-      if (threadIdx.x % kWarpSize == 0) window.masses[row] = mass;
-    }
-  }
-  if (threadIdx.x == 0) window.passes = 0; /* from here on of prefixes */
-  __syncthreads();
-  for (int32_t row = 1 + threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
-    const double ratio = window.ratios[row];
-    double accept = ratio;
-    if (row < view.num_drafts && ratio < 1.0) {
-      const double mass = window.masses[row];
-      accept = mass / (mass + (1.0 - ratio));
-    }
-    if (window.uniforms[row] < accept) note_pass(window, row);
-  }
-  __syncthreads();
-  stop.row = 64 - __clzll(static_cast<long long>(window.passes)); /* the longest that passes */
+  const uint64_t passes =
+      ballot_rows(view.num_drafts, [&](int32_t row) { /* of prefixes */
+                                                      const double ratio = window.ratios[row];
+                                                      double accept = ratio;
+                                                      if (row < view.num_drafts && ratio < 1.0) {
+                                                        const double mass = window.masses[row];
+                                                        accept = mass / (mass + (1.0 - ratio));
+                                                      }
+                                                      return window.uniforms[row] < accept;
+      });
+  stop.row = 64 - __clzll(static_cast<long long>(passes)); /* the longest that passes */
   stop.kept = low_bits(stop.row);
-  stop.rejected = stop.row < view.num_drafts;
-  const float share = stop.rejected ? window.ratios[stop.row] : 1.f;
-  stand_at(in, work, view, stop.row, share, stop.rejected ? stop.row + 1 : 0, window);
+  stop.rejected = stop.row < view.num_drafts ? stop.row + 1 : 0;
+  stop.share = stop.rejected > 0 ? window.ratios[stop.row] : 1.f;
   return stop;
 }
 
@@ -245,6 +275,7 @@ __device__ __noinline__ bool share_rows(const VerifyInputs& in,
   const bool coupled = view.rule == DSPARK_RULE_COUPLED;
   const int32_t num_rows = coupled ? view.num_drafts + 1 : view.num_drafts;
   const int32_t member = static_cast<int32_t>(blockIdx.x) % work.ctas_per_req;
+#pragma unroll 1
   for (int32_t row = coupled ? member : member + 1; row < num_rows; row += work.ctas_per_req) {
     uint32_t result;
     if (coupled) {
@@ -270,6 +301,7 @@ __device__ __noinline__ bool share_rows(const VerifyInputs& in,
   if (!is_last) return false;
   __threadfence();
   /* From L2: other SMs wrote them. */
+#pragma unroll 1
   for (int32_t row = threadIdx.x; row < num_rows; row += AcceptPolicy::kNumThreads) {
     if (coupled) {
       window.targets[row] = static_cast<int32_t>(__ldcg(results + row));
@@ -278,7 +310,6 @@ __device__ __noinline__ bool share_rows(const VerifyInputs& in,
     }
   }
   __syncthreads();
-  if (coupled) compare_tokens(view, window);
   return true;
 }
 
@@ -288,8 +319,10 @@ __device__ __forceinline__ void cut_at_stop_token(const VerifyInputs& in,
                                                   const Window& window,
                                                   Stop* stop) {
   if (in.stop_indptr == nullptr || stop->bad) return;
+#pragma unroll 1
   for (int32_t row = 1; row <= view.num_drafts; ++row) {
     if ((stop->kept >> (row - 1) & 1) == 0) continue;
+#pragma unroll 1
     for (int32_t i = in.stop_indptr[view.req]; i < in.stop_indptr[view.req + 1]; ++i) {
       if (in.stop_tokens[i] != window.tokens[row]) continue;
       stop->kept &= (1ull << (row - 1)) - 1;
@@ -300,15 +333,27 @@ __device__ __forceinline__ void cut_at_stop_token(const VerifyInputs& in,
   }
 }
 
-/* Step 3. All threads take part. */
+/* Step 3. All threads take part; the first warp gets it. */
 __device__ __forceinline__ int32_t draw_next(const VerifyInputs& in,
+                                             const AcceptWork& work,
                                              const RequestView& view,
-                                             const Window& window,
+                                             Window& window,
                                              const Stop& stop,
                                              DrawShared& shared) {
   const DrawKey key = draw_key(in, view, window, stop.row,
-                               stop.rejected ? DSPARK_PURPOSE_RESIDUAL : DSPARK_PURPOSE_BONUS);
-  return draw_row(in, window.source, key, shared);
+                               stop.rejected != 0 ? DSPARK_PURPOSE_RESIDUAL : DSPARK_PURPOSE_BONUS);
+  if (stop.rejected == kSeveral) return sweep_and_draw(in, window.source, key, shared);
+  const TargetRow row = target_row(view, stop.row);
+  const DrawFrom from = {row,
+                         &window.target_laws[stop.row],
+                         zones_of(in, work.zones, row.index),
+                         stop.share,
+                         stop.rejected,
+                         &window.draft_laws[stop.rejected]};
+  const int32_t drawn = draw_by_tries(in, from, key, shared);
+  if (drawn != kNoRunner || stop.rejected == 0) return drawn;
+  stand_at(in, work, view, stop.row, stop.share, stop.rejected, window);
+  return sweep_and_draw(in, window.source, key, shared);
 }
 
 __device__ __forceinline__ void write_outputs(const VerifyInputs& in,
@@ -320,6 +365,7 @@ __device__ __forceinline__ void write_outputs(const VerifyInputs& in,
   const bool settled = view.num_drafts >= 0 && !stop.bad;
   const uint64_t kept = settled ? stop.kept : 0;
   if (out.accept_flags != nullptr) {
+#pragma unroll 1
     for (int32_t k = threadIdx.x; k < in.draft_len; k += AcceptPolicy::kNumThreads) {
       out.accept_flags[static_cast<int64_t>(view.req) * in.draft_len + k] = kept >> k & 1;
     }
@@ -331,12 +377,37 @@ __device__ __forceinline__ void write_outputs(const VerifyInputs& in,
   if (work.committed == nullptr) return;
   CommittedToken* committed = work.committed + static_cast<int64_t>(view.req) * (in.draft_len + 1);
   int32_t count = 0;
+#pragma unroll 1
   for (int32_t row = 1; row <= view.num_drafts; ++row) {
     if ((kept >> (row - 1) & 1) != 0)
       committed[count++] = {window.parents[row], window.tokens[row]};
   }
   if (settled) committed[count++] = {stop.row, stop.next};
+#pragma unroll 1
   while (count <= in.draft_len) committed[count++] = {-1, -1};
+}
+
+/* Where a request stops, its window known. All threads take part and get it. */
+__device__ __forceinline__ Stop decide(const VerifyInputs& in,
+                                       const AcceptWork& work,
+                                       const RequestView& view,
+                                       Window& window,
+                                       AcceptShared& shared) {
+  Stop stop = kNowhere;
+  if (view.rule == DSPARK_RULE_BLOCK) {
+    if (in.draft.data == nullptr) {
+      load_masses(in, view, has_early_pairs(in, view) ? &shared.early : nullptr, window);
+    }
+    stop = decide_block_rule(view, window);
+  } else if (in.parents == nullptr) {
+    stop = follow_chain(view, window);
+  } else if (view.rule == DSPARK_RULE_TOKEN) {
+    decide_token_tree(in, work, view, window, shared.draw, stop);
+  } else {
+    stop = follow_tree(view, window);
+  }
+  cut_at_stop_token(in, view, window, &stop);
+  return stop;
 }
 
 /* Grid: requests x ctas_per_req, flat. */
@@ -346,36 +417,33 @@ __global__ void __launch_bounds__(AcceptPolicy::kNumThreads, 1)
                   const __grid_constant__ AcceptOutputs out) {
   __shared__ Window window;
   __shared__ AcceptShared shared;
+  fetch_params(in);
+  fetch_params(work);
+  fetch_params(out);
   RequestView view;
   view.req = static_cast<int32_t>(blockIdx.x) / work.ctas_per_req;
   view.first_row = in.qo_indptr[view.req];
   view.num_drafts = verify_len(in, view.req);
+  view.temperature = in.temperature[view.req];
   const int32_t rule = in.rules == nullptr ? DSPARK_RULE_TOKEN : in.rules[view.req];
-  view.rule = in.temperature[view.req] > 0.f ? rule : -1;
-  if (view.num_drafts >= 0) prepare_window(in, work, view, window);
+  view.rule = view.temperature > 0.f ? rule : -1;
+  const float scale = scale_of_temperature(in, view.temperature);
+  prepare_window(in, work, view, window, shared.early);
   wait_for_prerequisites();
+  release_dependents(); /* what comes next waits for the end of this kernel, but may take its place */
   const bool needs_rows = (rule == DSPARK_RULE_BLOCK && in.draft.data != nullptr) ||
                           (rule == DSPARK_RULE_COUPLED && work.laws != nullptr);
   const bool shares = view.num_drafts >= 0 && view.rule >= 0 && needs_rows;
   if (!shares && blockIdx.x % work.ctas_per_req != 0) return; /* whole CTA, as all returns here */
 
-  Stop stop = {0, 0, false, -1, false};
+  Stop stop = kNowhere;
   if (view.num_drafts >= 0) {
-    finish_window(in, work, view, window);
+    finish_window(in, work, view, scale, window);
     if (view.rule == DSPARK_RULE_BLOCK) load_ratios(view, window);
     if (shares && !share_rows(in, work, view, window, shared)) return;
-    if (view.rule == DSPARK_RULE_BLOCK) {
-      stop = decide_block_rule(in, work, view, window);
-    } else if (in.parents == nullptr) {
-      stop = follow_chain(in, work, view, window);
-    } else if (view.rule == DSPARK_RULE_TOKEN) {
-      decide_token_tree(in, work, view, window, shared.draw, stop);
-    } else {
-      stop = follow_tree(view, window);
-    }
-    cut_at_stop_token(in, view, window, &stop);
+    stop = decide(in, work, view, window, shared);
     if (!stop.bad && stop.next < 0) {
-      stop.next = draw_next(in, view, window, stop, shared.draw);
+      stop.next = draw_next(in, work, view, window, stop, shared.draw);
     }
   }
   write_outputs(in, work, view, window, stop, out);

@@ -27,10 +27,10 @@ __device__ __forceinline__ void with_w2(const VerifyInputs& in, F&& f) {
 }
 
 /* The low-rank logit of `token` from its base logit. */
-__device__ __forceinline__ float add_low_rank(const VerifyInputs& in,
-                                              int64_t index,
-                                              int32_t token,
-                                              float base) {
+__device__ __noinline__ float add_low_rank(const VerifyInputs& in,
+                                           int64_t index,
+                                           int32_t token,
+                                           float base) {
   const int32_t rank = in.low_rank.rank;
   with_w2(in, [&](const auto* w2) {
     using W = std::remove_cv_t<std::remove_pointer_t<decltype(w2)>>;
@@ -93,30 +93,52 @@ __device__ __forceinline__ float draft_logit(const VerifyInputs& in, int64_t ind
 }
 
 /* This lane's part of a strip of draft logits. */
-__device__ __forceinline__ void load_draft_strip(const VerifyInputs& in,
-                                                 int64_t index,
-                                                 int32_t strip,
-                                                 float (&logits)[kGroup]) {
-  load_strip(in.draft, index, strip, in.vocab_size, logits);
-  if (in.low_rank.w2 != nullptr) add_low_rank_strip(in, index, strip, logits);
-  if (in.draft_mask == nullptr) return;
+__device__ __noinline__ Group load_draft_strip(const VerifyInputs& in,
+                                               int64_t index,
+                                               int32_t strip) {
+  Group group;
+  load_strip(in.draft, index, strip, in.vocab_size, group.of);
+  if (in.low_rank.w2 != nullptr) add_low_rank_strip(in, index, strip, group.of);
+  if (in.draft_mask == nullptr) return group;
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
     const int32_t token = strip_token(strip) + j;
-    if (token < in.vocab_size && !draft_allows(in, index, token)) logits[j] = -INFINITY;
+    if (token < in.vocab_size && !draft_allows(in, index, token)) group.of[j] = -INFINITY;
   }
+  return group;
 }
 
-/* q of one token under the law of draft `row` of `req`. */
-__device__ __forceinline__ float draft_probability(
-    const VerifyInputs& in, int32_t req, int32_t row, const RowLaw& law, int32_t token) {
+/* The pair of a sparse law that is this lane's, of the first kWarpSize; token -1: none. */
+struct HeldPair {
+  int32_t token;
+  float logit;
+};
+
+/* Read early, since it does not depend on what is asked. */
+__device__ __forceinline__ HeldPair hold_pair(const VerifyInputs& in, int32_t req, int32_t row) {
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
+  if (row == 0 || in.candidate_tokens == nullptr || lane >= in.num_candidates)
+    return {-1, -INFINITY};
+  const int64_t index = static_cast<int64_t>(req) * in.draft_len + row - 1;
+  const int64_t at = index * in.num_candidates + lane;
+  return {in.candidate_tokens[at], in.candidate_logits[at]};
+}
+
+/* q of one token under the law of draft `row` of `req`, whose held pair is `held`. */
+__device__ __forceinline__ float draft_probability(const VerifyInputs& in,
+                                                   int32_t req,
+                                                   int32_t row,
+                                                   const RowLaw& law,
+                                                   const HeldPair& held,
+                                                   int32_t token) {
   if (law.bad != 0) return token == draft_token(in, req, row) ? 1.f : 0.f;
   const int64_t index = static_cast<int64_t>(req) * in.draft_len + row - 1;
   if (in.draft.data != nullptr) return probability(law, draft_logit(in, index, token));
   const int32_t* tokens = in.candidate_tokens + index * in.num_candidates;
   const float* logits = in.candidate_logits + index * in.num_candidates;
-  float prob = 0.f;
-  for (int32_t i = threadIdx.x % kWarpSize; i < in.num_candidates; i += kWarpSize) {
+  float prob = held.token == token ? probability(law, held.logit) : 0.f;
+#pragma unroll 1
+  for (int32_t i = threadIdx.x % kWarpSize + kWarpSize; i < in.num_candidates; i += kWarpSize) {
     const float logit = logits[i];
     if (tokens[i] == token) prob = probability(law, logit);
   }

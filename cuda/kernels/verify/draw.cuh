@@ -24,7 +24,7 @@
 namespace dspark {
 
 struct DrawPolicy {
-  static constexpr int kNumThreads = 512;
+  static constexpr int kNumThreads = 256;
   static constexpr int kNumWarps = kNumThreads / kWarpSize;
   static constexpr int kTries = 64; /* multiples of kNumWarps */
   static constexpr int kTriesLowRank = 1024;
@@ -62,7 +62,7 @@ struct PickedLane {
   double rest;
 };
 
-__device__ __forceinline__ PickedLane pick_lane(double own, double uniform) {
+__device__ __noinline__ PickedLane pick_lane(double own, double uniform) {
   const double upto = warp_inclusive_sum(own);
   const double target = uniform * __shfl_sync(kAllLanes, upto, kWarpSize - 1);
   const uint32_t heavy = __ballot_sync(kAllLanes, own > 0.0);
@@ -71,33 +71,6 @@ __device__ __forceinline__ PickedLane pick_lane(double own, double uniform) {
   const int lane =
       passing != 0 ? __ffs(static_cast<int>(passing)) - 1 : 31 - __clz(static_cast<int>(heavy));
   return {lane, __shfl_sync(kAllLanes, target - (upto - own), lane)};
-}
-
-/* A zone by shared.masses, and what is left of the uniform there; -1 when none has any. By a warp. */
-__device__ __forceinline__ int32_t pick_zone(int32_t num_zones,
-                                             double uniform,
-                                             const DrawShared& shared,
-                                             double& rest) {
-  const int32_t per_lane = (num_zones + kWarpSize - 1) / kWarpSize;
-  const int32_t first = static_cast<int32_t>(threadIdx.x % kWarpSize) * per_lane;
-  double own = 0.0;
-  for (int32_t zone = first; zone < min(first + per_lane, num_zones); ++zone) {
-    own += shared.masses[zone];
-  }
-  const PickedLane picked = pick_lane(own, uniform);
-  if (picked.lane < 0) return -1;
-  const int32_t from = picked.lane * per_lane; /* every lane walks the chosen one's zones */
-  int32_t chosen = from;
-  double left = picked.rest;
-  for (int32_t zone = from; zone < min(from + per_lane, num_zones); ++zone) {
-    const double mass = shared.masses[zone];
-    if (!(mass > 0.0)) continue;
-    chosen = zone;
-    rest = left;
-    if (left < mass) break;
-    left -= mass;
-  }
-  return chosen;
 }
 
 /* A token of a strip by the weights of its lanes, and its weight; kNoRunner when none has any. By a
@@ -121,24 +94,6 @@ __device__ __forceinline__ Indexed pick_token(int32_t strip,
           __shfl_sync(kAllLanes, own.index, picked.lane)};
 }
 
-/* Masses of the strips of a zone under p, in units in which the row's largest logit weighs 1. */
-__device__ __forceinline__ Strips strip_masses(const WeightSource& source, int32_t zone) {
-  const Strips sums = source.zones.sums[zone];
-  const float most = zone_max(source.zones.maxima[zone]);
-  Strips masses;
-#pragma unroll
-  for (int i = 0; i < kStripsPerZone; ++i) {
-    const float weight = logit_weight(most, source.law.max, source.law.scale);
-    masses.of[i] = sums.of[i] > 0.f ? sums.of[i] * weight : 0.f;
-  }
-  return masses;
-}
-
-__device__ __forceinline__ double whole_of(const Strips& masses) {
-  return (static_cast<double>(masses.of[0]) + static_cast<double>(masses.of[1])) +
-         (static_cast<double>(masses.of[2]) + static_cast<double>(masses.of[3]));
-}
-
 /* The strip of a zone in which `rest` lies. */
 __device__ __forceinline__ int32_t pick_strip(const Strips& masses, int32_t zone, double rest) {
   int32_t picked = 0;
@@ -154,29 +109,89 @@ __device__ __forceinline__ int32_t pick_strip(const Strips& masses, int32_t zone
   return zone * kStripsPerZone + picked;
 }
 
+/* What is drawn from without a sweep: share * p of a row, less q of the draft `rejected` if that is not 0. */
+struct DrawFrom {
+  TargetRow row;
+  const RowLaw* law;
+  RowZones zones;
+  float share;
+  int32_t rejected;
+  const RowLaw* draft_law;
+};
+
+/* Masses of the strips of a zone under p, in units in which the row's largest logit weighs 1. */
+__device__ __forceinline__ Strips strip_masses(const RowLaw& law,
+                                               const RowZones& zones,
+                                               int32_t zone) {
+  const Strips sums = zones.sums[zone];
+  const float weight = logit_weight(zone_max(zones.maxima[zone]), law.max, law.scale);
+  Strips masses;
+#pragma unroll
+  for (int i = 0; i < kStripsPerZone; ++i) {
+    masses.of[i] = sums.of[i] > 0.f ? sums.of[i] * weight : 0.f;
+  }
+  return masses;
+}
+
+__device__ __forceinline__ double whole_of(const Strips& masses) {
+  return (static_cast<double>(masses.of[0]) + static_cast<double>(masses.of[1])) +
+         (static_cast<double>(masses.of[2]) + static_cast<double>(masses.of[3]));
+}
+
 /* shared.masses of p. All threads of the CTA take part. */
-__device__ __forceinline__ void load_masses(const VerifyInputs& in,
-                                            const WeightSource& source,
-                                            DrawShared& shared) {
+__device__ __forceinline__ void load_zone_masses(const VerifyInputs& in,
+                                                 const DrawFrom& from,
+                                                 DrawShared& shared) {
+#pragma unroll 1
   for (int32_t z = threadIdx.x; z < in.num_zones; z += DrawPolicy::kNumThreads) {
-    shared.masses[z] = whole_of(strip_masses(source, z));
+    shared.masses[z] = whole_of(strip_masses(*from.law, from.zones, z));
   }
   __syncthreads();
 }
 
-/* The draw of `numbers` from p, whose masses are loaded, with p of the token. By a warp. */
+/* A zone by shared.masses, and what is left of the uniform there; -1 when none has any. By a warp. */
+__device__ __forceinline__ int32_t pick_zone(int32_t num_zones,
+                                             double uniform,
+                                             const DrawShared& shared,
+                                             double& rest) {
+  const int32_t per_lane = (num_zones + kWarpSize - 1) / kWarpSize;
+  const int32_t first = static_cast<int32_t>(threadIdx.x % kWarpSize) * per_lane;
+  double own = 0.0;
+#pragma unroll 1
+  for (int32_t zone = first; zone < min(first + per_lane, num_zones); ++zone) {
+    own += shared.masses[zone];
+  }
+  const PickedLane picked = pick_lane(own, uniform);
+  if (picked.lane < 0) return -1;
+  const int32_t from = picked.lane * per_lane; /* every lane walks the chosen one's zones */
+  int32_t chosen = from;
+  double left = picked.rest;
+#pragma unroll 1
+  for (int32_t zone = from; zone < min(from + per_lane, num_zones); ++zone) {
+    const double mass = shared.masses[zone];
+    if (!(mass > 0.0)) continue;
+    chosen = zone;
+    rest = left;
+    if (left < mass) break;
+    left -= mass;
+  }
+  return chosen;
+}
+
+/* The draw of `numbers` from p, whose masses are loaded, with its weight under p. By a warp. */
 __device__ __forceinline__ Indexed draw_from_target(const VerifyInputs& in,
-                                                    const WeightSource& source,
+                                                    const DrawFrom& from,
                                                     const DrawNumbers& numbers,
                                                     const DrawShared& shared) {
   double rest = 0.0;
   const int32_t zone = pick_zone(in.num_zones, numbers.strip, shared, rest);
   if (zone < 0) return {0.f, kNoRunner};
-  const int32_t strip = pick_strip(strip_masses(source, zone), zone, rest);
+  const int32_t strip = pick_strip(strip_masses(*from.law, from.zones, zone), zone, rest);
   float weights[kGroup];
-  load_target_strip(in, source.row, strip, weights);
+  load_target_strip(in, from.row, strip, weights);
+  const RowLaw law = *from.law;
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) weights[j] = probability(source.law, weights[j]);
+  for (int j = 0; j < kGroup; ++j) weights[j] = probability(law, weights[j]);
   return pick_token(strip, numbers.token, weights);
 }
 
@@ -188,11 +203,10 @@ __device__ __noinline__ Strips sum_strips(const VerifyInputs& in,
   if (zone_max(source.zones.maxima[zone]) >= source.law.threshold) { /* for the whole warp */
 #pragma unroll 1
     for (int i = 0; i < kStripsPerZone; ++i) {
-      float weights[kGroup];
-      load_weights(in, source, zone * kStripsPerZone + i, weights);
+      const Group weights = load_weights(in, source, zone * kStripsPerZone + i);
       float sum = 0.f;
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) sum += weights[j];
+      for (int j = 0; j < kGroup; ++j) sum += weights.of[j];
       sum = warp_reduce(sum, SumOp{});
       if (static_cast<int>(threadIdx.x % kWarpSize) == i) own = sum;
     }
@@ -230,9 +244,8 @@ __device__ __noinline__ int32_t draw_from_sweep(const VerifyInputs& in,
   double rest = 0.0;
   const int32_t zone = pick_zone(in.num_zones, draw_numbers(key, number).strip, shared, rest);
   const int32_t strip = pick_strip(sum_strips(in, source, zone), zone, rest);
-  float weights[kGroup];
-  load_weights(in, source, strip, weights);
-  return pick_token(strip, draw_numbers(key, number).token, weights).index;
+  const Group weights = load_weights(in, source, strip);
+  return pick_token(strip, draw_numbers(key, number).token, weights.of).index;
 }
 
 /* Tries before a sweep, whose draw has that number. */
@@ -241,7 +254,7 @@ __device__ __forceinline__ int32_t num_tries(const VerifyInputs& in) {
 }
 
 /* Draw num_tries from the weights themselves, or from p when nothing is left of them. All threads of the
- * CTA take part and get it. */
+ * CTA take part; warp 0 gets it. */
 __device__ __noinline__ int32_t sweep_and_draw(const VerifyInputs& in,
                                                const WeightSource& source,
                                                const DrawKey& key,
@@ -249,38 +262,35 @@ __device__ __noinline__ int32_t sweep_and_draw(const VerifyInputs& in,
   __syncthreads(); /* readers of the last round are done */
   const auto number = static_cast<uint32_t>(num_tries(in));
   const bool swept = sweep_row(in, source, shared) > 0.0;
-  if (!swept) load_masses(in, source, shared);
-  if (threadIdx.x < kWarpSize) {
-    const int32_t drawn =
-        swept ? draw_from_sweep(in, source, key, number, shared)
-              : draw_from_target(in, source, draw_numbers(key, number), shared).index;
-    if (threadIdx.x == 0) shared.tokens[0] = drawn;
-  }
-  __syncthreads();
-  return shared.tokens[0];
+  const DrawFrom from = {source.row, &source.law, source.zones, source.share, 0, nullptr};
+  if (!swept) load_zone_masses(in, from, shared);
+  if (threadIdx.x >= kWarpSize) return kNoRunner;
+  return swept ? draw_from_sweep(in, source, key, number, shared)
+               : draw_from_target(in, from, draw_numbers(key, number), shared).index;
 }
 
-/* The lowest try of a residual behind one rejection that is kept; kNoRunner when none is. All threads of
- * the CTA take part and get it. */
-__device__ __forceinline__ int32_t thin_target(const VerifyInputs& in,
-                                               const WeightSource& source,
-                                               const DrawKey& key,
-                                               DrawShared& shared) {
+/* A draw from p without a rejection, which the first warp makes and gets; else the lowest try of the
+ * residual that is kept, for all threads of the CTA; kNoRunner when there is none. All take part. */
+__device__ __forceinline__ int32_t draw_by_tries(const VerifyInputs& in,
+                                                 const DrawFrom& from,
+                                                 const DrawKey& key,
+                                                 DrawShared& shared) {
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
-  const Rejection& rejection = source.rejections[0];
-  auto number = static_cast<uint32_t>(warp);
-  uint4 words = philox_quad(key.seed, number, key.position, key.purpose);
-  DrawNumbers numbers = draw_numbers(key, number); /* while the masses are on their way */
-  load_masses(in, source, shared);
+  load_zone_masses(in, from, shared);
+  if (from.rejected == 0 && warp > 0) return kNoRunner;
+  const HeldPair held = hold_pair(in, from.row.req, from.rejected);
 #pragma unroll 1
-  while (true) {
-    const Indexed drawn = draw_from_target(in, source, numbers, shared);
+  for (auto number = static_cast<uint32_t>(warp); number < static_cast<uint32_t>(num_tries(in));
+       number += DrawPolicy::kNumWarps) { /* the same number of rounds for all warps */
+    const uint4 words = philox_quad(key.seed, number, key.position, key.purpose);
+    const Indexed drawn = draw_from_target(in, from, draw_numbers(key, number), shared);
+    if (from.rejected == 0) return drawn.index;
     bool keeps = drawn.index != kNoRunner;
     if (keeps) {
       const float draft =
-          draft_probability(in, source.row.req, rejection.row, rejection.law, drawn.index);
-      const auto target = static_cast<double>(drawn.value * source.share);
+          draft_probability(in, from.row.req, from.rejected, *from.draft_law, held, drawn.index);
+      const auto target = static_cast<double>(drawn.value * from.share);
       keeps = uniform_from_word(words.x) * target < target - static_cast<double>(draft);
     }
     if (lane == 0) shared.tokens[warp] = keeps ? drawn.index : kNoRunner;
@@ -288,33 +298,9 @@ __device__ __forceinline__ int32_t thin_target(const VerifyInputs& in,
     const int32_t own = lane < DrawPolicy::kNumWarps ? shared.tokens[lane] : kNoRunner;
     const uint32_t kept = __ballot_sync(kAllLanes, own != kNoRunner);
     if (kept != 0) return __shfl_sync(kAllLanes, own, __ffs(static_cast<int>(kept)) - 1);
-    number += DrawPolicy::kNumWarps;
-    if (number >= static_cast<uint32_t>(num_tries(in))) return kNoRunner; /* in all warps */
-    words = philox_quad(key.seed, number, key.position, key.purpose);
-    numbers = draw_numbers(key, number);
-    __syncthreads(); /* readers of this round are done */
+    __syncthreads(); /* all have read */
   }
-}
-
-/* The next token from the weights of a row; what was read from `shared` before, all threads have read.
- * All threads of the CTA take part and get it. */
-__device__ __forceinline__ int32_t draw_row(const VerifyInputs& in,
-                                            const WeightSource& source,
-                                            const DrawKey& key,
-                                            DrawShared& shared) {
-  if (source.num_rejections > 0) {
-    const int32_t kept =
-        source.num_rejections > 1 ? kNoRunner : thin_target(in, source, key, shared);
-    return kept != kNoRunner ? kept : sweep_and_draw(in, source, key, shared);
-  }
-  const DrawNumbers numbers = draw_numbers(key, 0u);
-  load_masses(in, source, shared);
-  if (threadIdx.x < kWarpSize) {
-    const int32_t drawn = draw_from_target(in, source, numbers, shared).index;
-    if (threadIdx.x == 0) shared.tokens[0] = drawn;
-  }
-  __syncthreads();
-  return shared.tokens[0];
+  return kNoRunner;
 }
 
 }  // namespace dspark

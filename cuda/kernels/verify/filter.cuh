@@ -1,10 +1,12 @@
 /*
  * Top-k, top-p and min-p without sorting the vocabulary: a law's threshold and normaliser.
  *
- * One CTA per target row; rows without filters only have their zones merged. Otherwise
+ * One CTA per target row, or a cluster while rows are few: the general way is its CTAs' together, ranks are
+ * one CTA's. Rows without filters only have their zones merged. Otherwise
  *
- *   1. floor       the k-th largest of the zones' maxima (the 64th without top-k): at least that many
- *                  tokens are at or above it, so the threshold of top-k is, too.
+ *   1. floor       the k-th largest of the zones' maxima (the 64th without top-k) or a bit less, by the bits
+ *                  of its key: at least that many tokens are at or above it, so the threshold of top-k
+ *                  is, too.
  *   2. candidates  the logits at or above the floor, into shared memory. Strips below the floor are not
  *                  read: some k of 594 strips for top-k, 64 else.
  *   3. ranks       for every candidate the larger ones are counted and their weights added up, by as
@@ -37,24 +39,63 @@ __device__ __forceinline__ int32_t threads_each(int32_t count) {
   return parts;
 }
 
-/* The rank-th largest (from 1) of the zones' maxima. All threads take part and get it. */
+/* A logit that `rank` (from 1) of the zones' maxima reach, or a few more: a key of the same order, bit by bit
+ * from the first in which the keys differ. By a warp. */
+__device__ __forceinline__ float warp_floor(const VerifyInputs& in,
+                                            const FilterShared& shared,
+                                            int32_t rank) {
+  constexpr int kHeld = 5; /* keys of a lane that are read once */
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
+  const auto key_of =
+      [&](int32_t zone) { /* 0, below all others: no zone */
+                          return zone < in.num_zones
+                                     ? static_cast<uint32_t>(ordered(shared.zone_max[zone])) ^
+                                           0x80000000u
+                                     : 0u;
+      };
+  uint32_t held[kHeld];
+  uint32_t most = 0;
+  uint32_t least = UINT32_MAX;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    held[i] = key_of(lane + i * kWarpSize);
+    most = max(most, held[i]);
+    least = held[i] != 0 ? min(least, held[i]) : least;
+  }
+#pragma unroll 1
+  for (int32_t zone = lane + kHeld * kWarpSize; zone < in.num_zones; zone += kWarpSize) {
+    most = max(most, key_of(zone));
+    least = min(least, key_of(zone));
+  }
+  most = __reduce_max_sync(kAllLanes, most);
+  least = __reduce_min_sync(kAllLanes, least);
+  const int first = 31 - __clz(static_cast<int>(most ^ least)); /* bit; -1: all are equal */
+  uint32_t floor = first < 0 ? most : most >> first >> 1 << 1 << first;
+#pragma unroll 1
+  for (int bit = first; bit >= 0; --bit) {
+    const uint32_t next = floor | 1u << bit;
+    int32_t reach = 0;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) reach += held[i] >= next;
+#pragma unroll 1
+    for (int32_t zone = lane + kHeld * kWarpSize; zone < in.num_zones; zone += kWarpSize) {
+      reach += key_of(zone) >= next;
+    }
+    reach = __reduce_add_sync(kAllLanes, reach);
+    if (reach >= rank) floor = next;
+    if (reach == rank) break;
+  }
+  /* Below -inf there are NaNs. */
+  return fmaxf(from_ordered(static_cast<int32_t>(floor ^ 0x80000000u)), -INFINITY);
+}
+
+/* The same for all threads, which take part. */
 __device__ __forceinline__ float zone_floor(const VerifyInputs& in,
                                             FilterShared& shared,
                                             int32_t rank) {
-  const int32_t parts = threads_each(in.num_zones);
-  const int32_t part = static_cast<int32_t>(threadIdx.x) % parts;
-  const int32_t stride = FilterPolicy::kNumThreads / parts;
-  for (int32_t first = 0; first < in.num_zones; first += stride) {
-    const int32_t zone = first + static_cast<int32_t>(threadIdx.x) / parts;
-    const float own = zone < in.num_zones ? shared.zone_max[zone] : 0.f;
-    int32_t before = 0;
-#pragma unroll 4
-    for (int32_t other = part; other < in.num_zones; other += parts) {
-      const float value = shared.zone_max[other];
-      before += value > own || (value == own && other < zone);
-    }
-    for (int mask = 1; mask < parts; mask *= 2) before += shuffle_xor(before, mask);
-    if (part == 0 && zone < in.num_zones && before == rank - 1) shared.floor = own;
+  if (threadIdx.x < kWarpSize) {
+    const float floor = warp_floor(in, shared, rank);
+    if (threadIdx.x == 0) shared.floor = floor;
   }
   __syncthreads();
   return shared.floor;
@@ -75,36 +116,37 @@ __device__ __forceinline__ uint32_t collect_candidates(const VerifyInputs& in,
       if (own.of[i] < floor) continue;
       const uint32_t at = atomicAdd(&shared.num_strips, 1u);
       if (at < FilterPolicy::kMaxKept) {
-        shared.strips[at] = static_cast<uint16_t>(zone * kStripsPerZone + i);
+        shared.by_rank.strips[at] = static_cast<uint16_t>(zone * kStripsPerZone + i);
       }
     }
   }
   __syncthreads();
   const uint32_t num_strips = shared.num_strips;
   if (num_strips > FilterPolicy::kMaxKept) return num_strips; /* of one candidate each, at least */
-#pragma unroll 1
-  for (uint32_t i = threadIdx.x / kWarpSize; i < num_strips; i += FilterPolicy::kNumWarps) {
-    const int32_t strip = shared.strips[i];
-    float values[kGroup];
-    load_target_strip(in, row, strip, values);
+  int32_t slot = static_cast<int32_t>(threadIdx.x) / kWarpSize - FilterPolicy::kNumWarps;
+  for_strips(
+      in, row, Team{0, 1}, static_cast<int32_t>(num_strips),
+      [&](int32_t i) { return static_cast<int32_t>(shared.by_rank.strips[i]); },
+      [&](int32_t, const float (&values)[kGroup]) {
+        slot += FilterPolicy::kNumWarps; /* in order */
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      if (!(values[j] >= floor)) continue;
-      const uint32_t at = atomicAdd(&shared.num_candidates, 1u);
-      if (at >= FilterPolicy::kMaxKept) continue;
-      shared.candidates[at] = values[j];
-      shared.candidate_strips[at] = static_cast<uint16_t>(strip);
-    }
-  }
+        for (int j = 0; j < kGroup; ++j) {
+          if (!(values[j] >= floor)) continue;
+          const uint32_t at = atomicAdd(&shared.num_candidates, 1u);
+          if (at >= FilterPolicy::kMaxKept) continue;
+          shared.by_rank.candidates[at] = values[j];
+          shared.by_rank.slots[at] = static_cast<uint16_t>(slot);
+        }
+      });
   __syncthreads();
   return shared.num_candidates;
 }
 
-/* shared.ranks. All threads take part and get the weight of the top k (of all without one). */
+/* shared.by_rank.ranks. All threads take part and get the weight of the top k (of all without one). */
 __device__ __forceinline__ uint64_t
 rank_candidates(const RowLaw& law, int32_t count, int32_t top_k, float unit, FilterShared& shared) {
   for (int32_t i = threadIdx.x; i < count; i += FilterPolicy::kNumThreads) {
-    shared.ranks.weights[i] = fixed_weight(law, shared.candidates[i], unit);
+    shared.by_rank.ranks.weights[i] = fixed_weight(law, shared.by_rank.candidates[i], unit);
   }
   __syncthreads();
   const int32_t parts = threads_each(count);
@@ -112,13 +154,14 @@ rank_candidates(const RowLaw& law, int32_t count, int32_t top_k, float unit, Fil
   uint64_t held = 0;
   for (int32_t first = 0; first < count; first += FilterPolicy::kNumThreads / parts) {
     const int32_t index = first + static_cast<int32_t>(threadIdx.x) / parts;
-    const float own = index < count ? shared.candidates[index] : INFINITY;
+    const float own = index < count ? shared.by_rank.candidates[index] : INFINITY;
     int32_t larger = 0;
     uint64_t above = 0;
+#pragma unroll 4
     for (int32_t other = part; other < count; other += parts) {
-      if (!(shared.candidates[other] > own)) continue;
+      if (!(shared.by_rank.candidates[other] > own)) continue;
       ++larger;
-      above += shared.ranks.weights[other];
+      above += shared.by_rank.ranks.weights[other];
     }
     for (int mask = 1; mask < parts; mask *= 2) {
       larger += shuffle_xor(larger, mask);
@@ -126,57 +169,46 @@ rank_candidates(const RowLaw& law, int32_t count, int32_t top_k, float unit, Fil
     }
     if (part != 0 || index >= count) continue;
     const bool kept = top_k == 0 || larger < top_k;
-    shared.ranks.above[index] = kept ? above : UINT64_MAX;
-    if (kept) held += shared.ranks.weights[index];
+    shared.by_rank.ranks.above[index] = kept ? above : UINT64_MAX;
+    if (kept) held += shared.by_rank.ranks.weights[index];
   }
   return cta_sum(held, shared); /* its barriers stand behind the writes */
 }
 
-/* Sums of the kept candidates by strip, relative to the zone's maximum, in place of those of all; returns
- * the mass of the law. shared.ranks.weights is 0 for those not kept. All threads take part. */
-__device__ __forceinline__ uint64_t write_kept(const VerifyInputs& in,
-                                               const RowLaw& law,
-                                               int32_t count,
-                                               float unit,
-                                               FilterShared& shared,
-                                               Strips* sums) {
-  for (int32_t zone = threadIdx.x; zone < in.num_zones; zone += FilterPolicy::kNumThreads) {
-    sums[zone] = Strips{};
+/* Sums of the kept candidates by strip, relative to the zone's maximum; returns the mass of the law. Those
+ * of all strips are 0 before; ranks.weights is 0 for candidates that are not kept. All threads take
+ * part. */
+__device__ __forceinline__ uint64_t
+write_kept(const RowLaw& law, int32_t count, float unit, FilterShared& shared, Strips* sums) {
+  RankShared& ranked = shared.by_rank;
+  __syncthreads(); /* all are done with the weights above */
+  for (uint32_t i = threadIdx.x; i < shared.num_strips; i += FilterPolicy::kNumThreads) {
+    ranked.ranks.masses[i] = {0, 0};
   }
-  __syncthreads(); /* also behind the weights */
-  const int32_t parts = threads_each(count);
-  const int32_t part = static_cast<int32_t>(threadIdx.x) % parts;
+  __syncthreads();
   uint64_t kept = 0;
-  for (int32_t first = 0; first < count; first += FilterPolicy::kNumThreads / parts) {
-    const int32_t index = first + static_cast<int32_t>(threadIdx.x) / parts;
-    const bool counts = index < count && shared.ranks.weights[index] > 0;
-    const int32_t strip = counts ? shared.candidate_strips[index] : -1;
-    uint64_t mass = 0;
-    bool is_first = counts; /* of its strip: it writes for all */
-    for (int32_t other = part; other < count; other += parts) {
-      if (shared.candidate_strips[other] != strip) continue;
-      const uint64_t weight = shared.ranks.weights[other];
-      mass += weight;
-      is_first &= weight == 0 || other >= index;
-    }
-    for (int mask = 1; mask < parts; mask *= 2) {
-      mass += shuffle_xor(mass, mask);
-      is_first &= shuffle_xor(is_first ? 1 : 0, mask) != 0;
-    }
-    if (part != 0 || !counts) continue;
-    kept += shared.ranks.weights[index];
-    if (!is_first) continue;
-    const int32_t zone = strip / kStripsPerZone;
-    const float most = logit_weight(shared.zone_max[zone], law.max, law.scale);
-    sums[zone].of[strip % kStripsPerZone] = __ull2float_rn(mass) / unit / most;
+  for (int32_t i = threadIdx.x; i < count; i += FilterPolicy::kNumThreads) {
+    const uint64_t weight = ranked.ranks.weights[i];
+    Wide& mass = ranked.ranks.masses[ranked.slots[i]];
+    add_wide(&mass.low, &mass.high, weight);
+    kept += weight;
   }
-  return cta_sum(kept, shared);
+  kept = cta_sum(kept, shared); /* its barriers stand behind the masses */
+  for (uint32_t i = threadIdx.x; i < shared.num_strips; i += FilterPolicy::kNumThreads) {
+    const int32_t strip = ranked.strips[i];
+    const int32_t zone = strip / kStripsPerZone;
+    const uint64_t mass = wide(ranked.ranks.masses[i].low, ranked.ranks.masses[i].high);
+    const float most = logit_weight(shared.zone_max[zone], law.max, law.scale);
+    if (mass > 0) sums[zone].of[strip % kStripsPerZone] = __ull2float_rn(mass) / unit / most;
+  }
+  return kept;
 }
 
 /* Steps 1 to 3; false when the candidates cannot decide. All threads take part. */
 __device__ __forceinline__ bool filter_by_ranks(const VerifyInputs& in,
                                                 const TargetRow& row,
                                                 const Filters& filters,
+                                                const Team& team,
                                                 FilterShared& shared,
                                                 const Strips* maxima,
                                                 Strips* sums,
@@ -188,6 +220,11 @@ __device__ __forceinline__ bool filter_by_ranks(const VerifyInputs& in,
   const uint32_t found = collect_candidates(in, row, maxima, floor, shared);
   if (found > FilterPolicy::kMaxKept) return false;
   const auto count = static_cast<int32_t>(found);
+  if (team.size > 1) team_sync(team); /* all have read the sums */
+  for (int32_t zone = threadIdx.x; zone < in.num_zones && team.rank == 0;
+       zone += FilterPolicy::kNumThreads) {
+    sums[zone] = Strips{};
+  }
 
   const float unit = mass_unit(in.vocab_size);
   const uint64_t held = rank_candidates(*law, count, filters.top_k, unit, shared);
@@ -202,41 +239,49 @@ __device__ __forceinline__ bool filter_by_ranks(const VerifyInputs& in,
   }
   float threshold = INFINITY;
   for (int32_t i = threadIdx.x; i < count; i += FilterPolicy::kNumThreads) {
-    const uint64_t above = shared.ranks.above[i];
+    const uint64_t above = shared.by_rank.ranks.above[i];
     const bool kept = above != UINT64_MAX && (filters.top_p >= 1.f || above < target);
-    if (kept) threshold = fminf(threshold, shared.candidates[i]);
+    if (kept) threshold = fminf(threshold, shared.by_rank.candidates[i]);
   }
   law->threshold =
       cta_reduce<FilterPolicy::kNumThreads>(threshold, MinOp{}, INFINITY, shared.float_scratch);
   law->min_weight = filters.min_p;
   for (int32_t i = threadIdx.x; i < count; i += FilterPolicy::kNumThreads) {
-    const float logit = shared.candidates[i];
+    const float logit = shared.by_rank.candidates[i];
     const bool in_law =
         logit >= law->threshold && logit_weight(logit, law->max, law->scale) >= law->min_weight;
-    if (!in_law) shared.ranks.weights[i] = 0;
+    if (!in_law) shared.by_rank.ranks.weights[i] = 0;
   }
-  const uint64_t kept = write_kept(in, *law, count, unit, shared, sums);
+  if (team.rank > 0) return true;
+  const uint64_t kept = write_kept(*law, count, unit, shared, sums);
   law->inv_sum = unit / __ull2float_rn(kept);
   return true;
 }
 
-/* Grid: target rows. */
+/* Grid: target rows, a team of CTAs for each. */
 __global__ void __launch_bounds__(FilterPolicy::kNumThreads, FilterPolicy::kCtasPerSm)
     filter_kernel(const __grid_constant__ VerifyInputs in,
                   const Strips* maxima,
                   Strips* sums,
                   RowLaw* laws) {
   __shared__ FilterShared shared;
-  const auto index = static_cast<int32_t>(blockIdx.x);
+  fetch_params(in);
+  Team team = own_team();
+  const auto index = static_cast<int32_t>(blockIdx.x / team.size);
   const int32_t req = find_request_by_warp(in, index);
   if (threadIdx.x == 0) shared.num_strips = shared.num_candidates = 0;
   wait_for_prerequisites();
   release_dependents();
   if (req < 0) return; /* whole CTA, as all returns here */
   const TargetRow row = {index, req, index - in.qo_indptr[req]};
+  const Filters filters = filters_of(in, req);
+  const bool filtered = filters.top_k > 0 || filters.top_p < 1.f || filters.min_p > 0.f;
+  if (!filtered || (filters.top_k > 0 && filters.top_k <= in.num_zones)) { /* work for one */
+    if (team.rank > 0) return;
+    team.size = 1;
+  }
   maxima += row.index * in.num_zones;
   sums += row.index * in.num_zones;
-  const Filters filters = filters_of(in, req);
   for (int32_t zone = threadIdx.x; zone < in.num_zones; zone += FilterPolicy::kNumThreads) {
     shared.zone_max[zone] = zone_max(maxima[zone]);
   }
@@ -246,11 +291,11 @@ __global__ void __launch_bounds__(FilterPolicy::kNumThreads, FilterPolicy::kCtas
   }
   __syncthreads();
   RowLaw law = shared.law;
-  const bool filtered = filters.top_k > 0 || filters.top_p < 1.f || filters.min_p > 0.f;
-  if (filtered && law.bad == 0 && !filter_by_ranks(in, row, filters, shared, maxima, sums, &law)) {
-    filter_by_descent(in, row, filters, shared, maxima, sums, &law);
+  if (filtered && law.bad == 0 &&
+      !filter_by_ranks(in, row, filters, team, shared, maxima, sums, &law)) {
+    filter_by_descent(in, row, filters, team, shared, maxima, sums, &law);
   }
-  if (threadIdx.x == 0) laws[index] = law;
+  if (threadIdx.x == 0 && team.rank == 0) laws[index] = law;
 }
 
 }  // namespace dspark

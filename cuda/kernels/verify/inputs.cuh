@@ -95,6 +95,21 @@ struct VerifyInputs {
   bool wants_logprobs;
 };
 
+/* Asks for all lines of a kernel's parameters at once, a warp for each. They lie in memory: every line that a
+ * launch uses for the first time is a trip of its own, about a microsecond, unless it was asked for. */
+template <typename Params>
+__device__ __forceinline__ void fetch_params(const Params& params) {
+  constexpr int kWordsPerLine = 16;
+  constexpr auto kNumWords = static_cast<uint32_t>(sizeof(Params) / sizeof(uint32_t));
+  const auto* words = reinterpret_cast<const uint32_t*>(&params);
+  const uint32_t stride = blockDim.x / kWarpSize * kWordsPerLine;
+  for (uint32_t word = threadIdx.x / kWarpSize * kWordsPerLine; word < kNumWords; word += stride) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" ::"r"(words[word]));
+#endif
+  }
+}
+
 /* A row of target logits: row `local` of request `req`. */
 struct TargetRow {
   int64_t index;
@@ -127,11 +142,15 @@ __device__ __forceinline__ float logit_weight(float logit, float max, float scal
   return exp2_flushed((logit - max) * scale);
 }
 
-/* The scale of a request's target rows; 0 where no law is needed (greedy). */
-__device__ __forceinline__ float target_scale(const VerifyInputs& in, int32_t req) {
-  const float temperature = in.temperature[req];
+/* The scale of target rows at `temperature`; 0 where no law is needed (greedy). */
+__device__ __forceinline__ float scale_of_temperature(const VerifyInputs& in, float temperature) {
   if (temperature > 0.f) return weight_scale(temperature);
   return in.wants_logprobs ? kLog2E : 0.f;
+}
+
+/* The same of a request. */
+__device__ __forceinline__ float target_scale(const VerifyInputs& in, int32_t req) {
+  return scale_of_temperature(in, in.temperature[req]);
 }
 
 /* Drafts of `req` that go to verification; -1 when it has no rows. */
@@ -158,6 +177,7 @@ __device__ __forceinline__ int32_t find_request(const VerifyInputs& in, int32_t 
  * requests and two for a thousand. */
 __device__ __forceinline__ int32_t find_request_by_warp(const VerifyInputs& in, int32_t row) {
   int32_t low = 0, high = in.num_reqs + 1; /* those below `low` start at or before `row` */
+#pragma unroll 1
   while (low < high) {
     const int32_t step = (high - low + kWarpSize - 1) / kWarpSize;
     const int32_t at = low + (static_cast<int32_t>(threadIdx.x % kWarpSize) + 1) * step - 1;
@@ -179,6 +199,7 @@ __device__ __forceinline__ int32_t parent_row(const VerifyInputs& in, int32_t re
 __device__ __forceinline__ int32_t row_depth(const VerifyInputs& in, int32_t req, int32_t row) {
   if (in.parents == nullptr) return row;
   int32_t depth = 0;
+#pragma unroll 1
   for (int32_t at = row; at > 0; at = parent_row(in, req, at)) ++depth;
   return depth;
 }
@@ -192,6 +213,7 @@ __device__ __forceinline__ int32_t count_drafted(const VerifyInputs& in,
                                                  const TargetRow& row,
                                                  int32_t token) {
   int32_t count = 0;
+#pragma unroll 1
   for (int32_t at = row.local; at > 0; at = parent_row(in, row.req, at)) {
     count += draft_token(in, row.req, at) == token;
   }
@@ -201,6 +223,7 @@ __device__ __forceinline__ int32_t count_drafted(const VerifyInputs& in,
 /* First edit of the request at or after `token`. */
 __device__ __forceinline__ int32_t find_edit(const ShapeInputs& shape, int32_t req, int32_t token) {
   int32_t low = shape.edit_indptr[req], high = shape.edit_indptr[req + 1];
+#pragma unroll 1
   while (low < high) {
     const int32_t middle = low + (high - low) / 2;
     if (shape.edit_tokens[middle] < token) {
@@ -278,12 +301,11 @@ __device__ __forceinline__ float load_logit(const LogitMatrix& matrix, int64_t r
   return logit;
 }
 
-/* The shaped logit of one token. */
-__device__ __forceinline__ float shaped_logit(const VerifyInputs& in,
-                                              const TargetRow& row,
-                                              int32_t token) {
-  float logit = load_logit(in.target, row.index, token);
-  if (!in.shape.any) return logit;
+/* One token's logit as penalties, biases and mask make it. */
+__device__ __noinline__ float shape_logit(const VerifyInputs& in,
+                                          const TargetRow row,
+                                          int32_t token,
+                                          float logit) {
   const int32_t drafted = has_penalties(in.shape) ? count_drafted(in, row, token) : 0;
   int32_t listed = -1;
   float bias = 0.f;
@@ -294,6 +316,14 @@ __device__ __forceinline__ float shaped_logit(const VerifyInputs& in,
   }
   logit = edit_logit(in.shape, row.req, logit, total_count(listed, drafted), bias);
   return mask_bit(in.shape.mask, in.vocab_size, row.index, token) ? logit : -INFINITY;
+}
+
+/* The shaped logit of one token. */
+__device__ __forceinline__ float shaped_logit(const VerifyInputs& in,
+                                              const TargetRow& row,
+                                              int32_t token) {
+  const float logit = load_logit(in.target, row.index, token);
+  return in.shape.any ? shape_logit(in, row, token, logit) : logit;
 }
 
 /* First token of a strip that is this lane's. */
@@ -344,6 +374,7 @@ __device__ __forceinline__ void shape_group(const VerifyInputs& in,
   const bool penalties = has_penalties(shape);
   if (shape.edit_indptr != nullptr) {
     const int32_t end = shape.edit_indptr[row.req + 1];
+#pragma unroll 1
     for (int32_t at = find_edit(shape, row.req, strip * kStrip); at < end; ++at) {
       const int32_t token = shape.edit_tokens[at];
       if (token - strip * kStrip >= kStrip) break;
@@ -355,6 +386,7 @@ __device__ __forceinline__ void shape_group(const VerifyInputs& in,
     }
   }
   if (penalties) {
+#pragma unroll 1
     for (int32_t local = row.local; local > 0; local = parent_row(in, row.req, local)) {
       const int32_t token = draft_token(in, row.req, local);
       const TargetRow before = {row.index, row.req, parent_row(in, row.req, local)};
@@ -387,13 +419,61 @@ __device__ __forceinline__ void load_strip(const LogitMatrix& matrix,
   });
 }
 
-/* The same of a target row, shaped. */
+/* This lane's part of a strip, as it is handed back by functions that are not inlined. */
+struct Group {
+  float of[kGroup];
+};
+
+/* The same of a target row, shaped: any dtype, alignment and shaping. */
+__device__ __noinline__ Group load_any_strip(const VerifyInputs& in,
+                                             const TargetRow row,
+                                             int32_t strip) {
+  Group group;
+  load_strip(in.target, row.index, strip, in.vocab_size, group.of);
+  shape_group(in, row, strip, group.of);
+  return group;
+}
+
+/* Whether every lane's part of a strip is 16 bytes of memory, or past the end: nearly always. */
+__device__ __forceinline__ bool has_raw_strips(const VerifyInputs& in) {
+  return in.target.aligned && in.target.dtype != DSPARK_DTYPE_F32 && !in.shape.any &&
+         in.vocab_size % kGroup == 0;
+}
+
+/* This lane's part of such a strip. */
+__device__ __forceinline__ uint4 load_raw_strip(const VerifyInputs& in,
+                                                int64_t row,
+                                                int32_t strip) {
+  const auto* data = static_cast<const uint16_t*>(in.target.data) + row * in.target.stride_row;
+  const int32_t first = strip_token(strip);
+  if (first < in.vocab_size) return *reinterpret_cast<const uint4*>(data + first);
+  const uint32_t low = in.target.dtype == DSPARK_DTYPE_BF16 ? 0xff80ff80u : 0xfc00fc00u; /* -inf */
+  return make_uint4(low, low, low, low);
+}
+
+__device__ __forceinline__ void unpack_strip(const VerifyInputs& in,
+                                             const uint4& raw,
+                                             float (&values)[kGroup]) {
+  if (in.target.dtype == DSPARK_DTYPE_BF16) {
+    unpack_vec<__nv_bfloat16>(raw, values);
+  } else {
+    unpack_vec<__half>(raw, values);
+  }
+}
+
+/* This lane's part of a strip of a target row, shaped. What is not usual is out of line: kernels that fit into the
+ * instruction cache are worth more than a call. */
 __device__ __forceinline__ void load_target_strip(const VerifyInputs& in,
                                                   const TargetRow& row,
                                                   int32_t strip,
                                                   float (&values)[kGroup]) {
-  load_strip(in.target, row.index, strip, in.vocab_size, values);
-  shape_group(in, row, strip, values);
+  if (has_raw_strips(in)) {
+    unpack_strip(in, load_raw_strip(in, row.index, strip), values);
+    return;
+  }
+  const Group group = load_any_strip(in, row, strip);
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) values[j] = group.of[j];
 }
 
 }  // namespace dspark

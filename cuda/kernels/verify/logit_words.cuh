@@ -93,7 +93,7 @@ struct ZoneWords {
   }
 
   /* `count` > 0 logits that lie anyhow. */
-  static __device__ __forceinline__ uint4 load_odd(const T* from, int32_t count) {
+  static __device__ __noinline__ uint4 load_odd(const T* from, int32_t count) {
     uint32_t out[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -113,6 +113,15 @@ struct ZoneWords {
     const float2 halves = Element<T>::unpack(
         Pair<T>::max(Pair<T>::max(four[0], four[1]), Pair<T>::max(four[2], four[3])));
     return max_nan(halves.x, halves.y);
+  }
+
+  /* Of this lane's part of a strip, number `at`, which need not be known when compiling. */
+  __device__ __forceinline__ float pick_logit(int strip, int at) const {
+    const uint32_t* four = words + 4 * strip;
+    const uint32_t low = at < 2 ? four[0] : four[1];
+    const uint32_t high = at < 6 ? four[2] : four[3];
+    const float2 halves = Element<T>::unpack(at < 4 ? low : high);
+    return at % 2 == 0 ? halves.x : halves.y;
   }
 
   __device__ __forceinline__ float quad_max(int quad) const {
@@ -180,6 +189,13 @@ struct ZoneWords<float> {
 #pragma unroll
     for (int j = 1; j < kGroup; ++j) largest = max_nan(largest, values[strip][j]);
     return largest;
+  }
+
+  __device__ __forceinline__ float pick_logit(int strip, int at) const {
+    float picked = values[strip][0];
+#pragma unroll
+    for (int j = 1; j < kGroup; ++j) picked = at == j ? values[strip][j] : picked;
+    return picked;
   }
 
   __device__ __forceinline__ float quad_max(int quad) const {

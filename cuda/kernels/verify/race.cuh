@@ -97,6 +97,7 @@ __device__ __noinline__ int32_t race_row(const VerifyInputs& in,
   __syncthreads(); /* readers of an earlier use are done */
   const int32_t num_strips = in.num_zones * kStripsPerZone;
   const int32_t own = static_cast<int32_t>(threadIdx.x); /* whole zones of a warp's lanes */
+#pragma unroll 1
   for (int32_t first = 0; first < num_strips; first += RacePolicy::kNumThreads) {
     const int32_t strip = first + own;
     const bool exists = strip < num_strips;
@@ -108,9 +109,11 @@ __device__ __noinline__ int32_t race_row(const VerifyInputs& in,
   }
   if (threadIdx.x == 0) shared.best = __float_as_uint(INFINITY);
   __syncthreads();
+#pragma unroll 1
   for (int32_t zone = threadIdx.x; zone < in.num_zones; zone += RacePolicy::kNumThreads) {
     const float bound = shared.bounds[zone];
     int32_t rank = 0;
+#pragma unroll 1
     for (int32_t other = 0; other < in.num_zones; ++other) {
       const float value = shared.bounds[other];
       rank += value < bound || (value == bound && other < zone);
@@ -120,6 +123,7 @@ __device__ __noinline__ int32_t race_row(const VerifyInputs& in,
   __syncthreads();
 
   Indexed best = {INFINITY, kNoRunner};
+#pragma unroll 1
   for (int32_t i = threadIdx.x / kWarpSize; i < in.num_zones; i += RacePolicy::kNumWarps) {
     const int32_t zone = shared.order[i];
     const float bound = shared.bounds[zone];

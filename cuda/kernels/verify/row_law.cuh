@@ -55,6 +55,7 @@ __device__ __forceinline__ RowLaw merge_zones(const RowZones& zones,
   }
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) max = max_nan(max, held[i]);
+#pragma unroll 1
   for (int32_t zone = lane + kHeld * kWarpSize; zone < num_zones; zone += kWarpSize) {
     max = max_nan(max, zone_max(zones.maxima[zone]));
   }
@@ -66,6 +67,7 @@ __device__ __forceinline__ RowLaw merge_zones(const RowZones& zones,
     for (int i = 0; i < kHeld; ++i) {
       if (held_sums[i] > 0.f) sum += held_sums[i] * logit_weight(held[i], max, scale);
     }
+#pragma unroll 1
     for (int32_t zone = lane + kHeld * kWarpSize; zone < num_zones; zone += kWarpSize) {
       sum += zone_mass(zones.maxima[zone], zones.sums[zone], max, scale);
     }

@@ -47,20 +47,21 @@ __device__ __forceinline__ void subtract_draft(const VerifyInputs& in,
   }
   const int64_t index = static_cast<int64_t>(req) * in.draft_len + rejection.row - 1;
   if (in.draft.data != nullptr) {
-    float logits[kGroup];
-    load_draft_strip(in, index, strip, logits);
+    const Group logits = load_draft_strip(in, index, strip);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
-      weights[j] = fmaxf(weights[j] - probability(rejection.law, logits[j]), 0.f);
+      weights[j] = fmaxf(weights[j] - probability(rejection.law, logits.of[j]), 0.f);
     }
     return;
   }
   const int64_t first = index * in.num_candidates;
+#pragma unroll 1
   for (int32_t base = 0; base < in.num_candidates; base += kWarpSize) {
     const int32_t i = base + static_cast<int32_t>(threadIdx.x % kWarpSize);
     const int32_t token = i < in.num_candidates ? in.candidate_tokens[first + i] : -1;
     const bool here = token >= 0 && token / kStrip == strip;
     const float prob = here ? probability(rejection.law, in.candidate_logits[first + i]) : 0.f;
+#pragma unroll 1
     for (uint32_t left = __ballot_sync(kAllLanes, here); left != 0; left &= left - 1) {
       const int lane = __ffs(static_cast<int>(left)) - 1;
       subtract(__shfl_sync(kAllLanes, token, lane), __shfl_sync(kAllLanes, prob, lane));
@@ -69,18 +70,21 @@ __device__ __forceinline__ void subtract_draft(const VerifyInputs& in,
 }
 
 /* Weights of the warp's strip. */
-__device__ __forceinline__ void load_weights(const VerifyInputs& in,
-                                             const WeightSource& source,
-                                             int32_t strip,
-                                             float (&weights)[kGroup]) {
+__device__ __noinline__ Group load_weights(const VerifyInputs& in,
+                                           const WeightSource& source,
+                                           int32_t strip) {
+  Group group;
+  float (&weights)[kGroup] = group.of;
   load_target_strip(in, source.row, strip, weights);
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) weights[j] = probability(source.law, weights[j]) * source.share;
+#pragma unroll 1
   for (int32_t i = 0; i < source.num_rejections; ++i) {
     subtract_draft(in, source.row.req, source.rejections[i], strip, weights);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) weights[j] *= source.rejections[i].inv_mass;
   }
+  return group;
 }
 
 }  // namespace dspark

@@ -17,7 +17,8 @@ struct AcceptPolicy {
   static constexpr int kNumThreads = DrawPolicy::kNumThreads;
   static constexpr int kNumWarps = DrawPolicy::kNumWarps;
   static constexpr int kMaxCtasPerReq = 8; /* when a rule may need them ... */
-  static constexpr int kTargetCtas = 132;  /* ... and as long as they all run at once */
+  static constexpr int kTargetCtas =
+      264; /* ... and while those of all requests are about so many */
 };
 
 /* A committed token and the row whose law decided it; row -1: none. */
@@ -52,8 +53,7 @@ struct Window {
   int32_t targets[kMaxRows]; /* what each row says: greedy and coupled */
   float masses[kMaxRows];    /* S_i of the block rule */
   float ratios[kMaxRows];    /* joint, of the block rule */
-  uint64_t passes;           /* bit k: draft k passes when no sibling was refused before */
-  WeightSource source;       /* of the row where the request stands */
+  WeightSource source;       /* of the row where the request stands, or of a sweep */
 };
 
 struct RequestView {
@@ -61,6 +61,7 @@ struct RequestView {
   int32_t first_row;  /* in target_logits */
   int32_t num_drafts; /* rows 1 .. num_drafts */
   int32_t rule;       /* -1: greedy */
+  float temperature;
 };
 
 __device__ __forceinline__ bool in_vocab(const VerifyInputs& in, int32_t token) {
@@ -83,40 +84,53 @@ __device__ __forceinline__ bool merges_draft_rows(const VerifyInputs& in) {
   return in.draft.data != nullptr && in.draft_log_normalizers == nullptr;
 }
 
+/* The law of sparse pairs, the first of which are held; bad: the draft counts as a point mass. By a warp. */
+__device__ __forceinline__ void sparse_law(const VerifyInputs& in,
+                                           int64_t index,
+                                           const HeldPair& held,
+                                           RowLaw& law) {
+  const int32_t* tokens = in.candidate_tokens + index * in.num_candidates;
+  const float* logits = in.candidate_logits + index * in.num_candidates;
+  const int32_t second = static_cast<int32_t>(threadIdx.x % kWarpSize) + kWarpSize;
+  float max = held.token >= 0 ? held.logit : -INFINITY; /* NaN if a logit is */
+#pragma unroll 1
+  for (int32_t i = second; i < in.num_candidates; i += kWarpSize) {
+    const float logit = logits[i];
+    if (tokens[i] >= 0) max = max_nan(max, logit);
+  }
+  max = from_ordered(__reduce_max_sync(kAllLanes, ordered(max)));
+  law.bad = !(fabsf(max) < INFINITY);
+  float sum = 0.f;
+  if (law.bad == 0) {
+    if (held.token >= 0) sum = logit_weight(held.logit, max, law.scale);
+#pragma unroll 1
+    for (int32_t i = second; i < in.num_candidates; i += kWarpSize) {
+      if (tokens[i] >= 0) sum += logit_weight(logits[i], max, law.scale);
+    }
+  }
+  law.max = max;
+  law.inv_sum = 1.f / warp_reduce(sum, SumOp{});
+}
+
 /* The law of the draft of `row`, by a warp; bad: the draft counts as a point mass. */
 __device__ __forceinline__ RowLaw draft_law(const VerifyInputs& in,
                                             const AcceptWork& work,
                                             const RequestView& view,
+                                            const HeldPair& held,
                                             int32_t row) {
   const int64_t index = static_cast<int64_t>(view.req) * in.draft_len + row - 1;
-  const float temperature = in.temperature[view.req];
   RowLaw law = {};
   law.bad = 1;
-  law.scale = weight_scale(temperature);
+  law.scale = weight_scale(view.temperature);
   law.threshold = -INFINITY;
   if (in.draft.data != nullptr && in.draft_log_normalizers != nullptr) {
-    law.max = in.draft_log_normalizers[index] * temperature;
+    law.max = in.draft_log_normalizers[index] * view.temperature;
     law.inv_sum = 1.f;
     law.bad = !(fabsf(law.max) < INFINITY);
   } else if (in.draft.data != nullptr) {
     law = merge_zones(zones_of(in, work.draft_zones, index), in.num_zones, law.scale);
   } else if (in.candidate_tokens != nullptr) {
-    const int32_t* tokens = in.candidate_tokens + index * in.num_candidates;
-    const float* logits = in.candidate_logits + index * in.num_candidates;
-    const int32_t lane = threadIdx.x % kWarpSize;
-    float max = -INFINITY; /* NaN if a logit is */
-    for (int32_t i = lane; i < in.num_candidates; i += kWarpSize) {
-      const float logit = logits[i];
-      if (tokens[i] >= 0) max = max_nan(max, logit);
-    }
-    max = from_ordered(__reduce_max_sync(kAllLanes, ordered(max)));
-    law.bad = !(fabsf(max) < INFINITY);
-    float sum = 0.f;
-    for (int32_t i = lane; i < in.num_candidates; i += kWarpSize) {
-      if (tokens[i] >= 0 && law.bad == 0) sum += logit_weight(logits[i], max, law.scale);
-    }
-    law.max = max;
-    law.inv_sum = 1.f / warp_reduce(sum, SumOp{});
+    sparse_law(in, index, held, law);
   }
   return law;
 }
@@ -143,46 +157,61 @@ __device__ __forceinline__ bool compares_laws(const RequestView& view) {
   return view.rule == DSPARK_RULE_TOKEN || view.rule == DSPARK_RULE_BLOCK;
 }
 
+/* Pairs of drafts whose target logits and q are found early: the block rule asks for all of them. */
+struct EarlyPairs {
+  static constexpr int kMax = 1024;
+  float2 pairs[kMax]; /* of candidate i of row r: [(r - 1) * num_candidates + i] */
+};
+
+__device__ __forceinline__ bool has_early_pairs(const VerifyInputs& in, const RequestView& view) {
+  return view.rule == DSPARK_RULE_BLOCK && in.draft.data == nullptr &&
+         in.candidate_tokens != nullptr && in.num_candidates <= kWarpSize &&
+         in.draft_len * in.num_candidates <= EarlyPairs::kMax;
+}
+
 /* Laws and q of the first `num_drafts` drafts, by the first warps. */
 __device__ __forceinline__ void load_draft_laws(const VerifyInputs& in,
                                                 const AcceptWork& work,
                                                 const RequestView& view,
                                                 int32_t num_drafts,
                                                 int num_warps,
-                                                Window& window) {
+                                                Window& window,
+                                                EarlyPairs* early) {
   const int warp = threadIdx.x / kWarpSize;
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
+#pragma unroll 1
   for (int32_t row = 1 + warp; row <= num_drafts; row += num_warps) {
+    const HeldPair held = hold_pair(in, view.req, row);
     const int32_t token = draft_token(in, view.req, row);
-    const RowLaw law = draft_law(in, work, view, row);
-    const float prob = in_vocab(in, token) ? draft_probability(in, view.req, row, law, token) : 1.f;
-    if (threadIdx.x % kWarpSize != 0) continue;
+    if (!compares_laws(view)) continue;
+    float logit = -INFINITY; /* of the pair's token in the target's row */
+    if (early != nullptr && row <= view.num_drafts && in_vocab(in, held.token)) {
+      logit = shaped_logit(in, target_row(view, row - 1), held.token);
+    }
+    const RowLaw law = draft_law(in, work, view, held, row);
+    const float prob =
+        in_vocab(in, token) ? draft_probability(in, view.req, row, law, held, token) : 1.f;
+    if (early != nullptr && lane < in.num_candidates) {
+      const float draft = law.bad == 0 ? probability(law, held.logit) : 0.f;
+      early->pairs[(row - 1) * in.num_candidates + lane] = make_float2(logit, draft);
+    }
+    if (lane != 0) continue;
     window.draft_laws[row] = law;
     window.draft_probs[row] = prob;
   }
 }
 
-/* What needs no zones: half of the warps on the draft laws (those that are merged from zones come with
- * finish_window), the others on the rows. All threads take part. */
-__device__ __forceinline__ void prepare_window(const VerifyInputs& in,
-                                               const AcceptWork& work,
-                                               const RequestView& view,
-                                               Window& window) {
-  constexpr int kLawWarps = AcceptPolicy::kNumWarps / 2;
-  constexpr int kRowThreads = AcceptPolicy::kNumThreads - kLawWarps * kWarpSize;
-  const int thread = static_cast<int>(threadIdx.x) - kLawWarps * kWarpSize;
+/* What is asked of each row, by a warp: its draft, and for rules that compare laws the draft's target
+ * logit and the uniform. */
+__device__ __forceinline__ void load_rows(const VerifyInputs& in,
+                                          const RequestView& view,
+                                          Window& window) {
   const bool compares = compares_laws(view);
-  if (thread < 0) {
-    /* All drafts, verified or not: no load waits for the number of rows. */
-    if (compares && !merges_draft_rows(in)) {
-      load_draft_laws(in, work, view, in.draft_len, kLawWarps, window);
-    }
-    return;
-  }
-  if (thread == 0) window.passes = 0;
-  for (int32_t row = thread; row <= in.draft_len; row += kRowThreads) {
+#pragma unroll 1
+  for (auto row = static_cast<int32_t>(threadIdx.x % kWarpSize); row <= view.num_drafts;
+       row += kWarpSize) {
     const int32_t parent = row > 0 ? parent_row(in, view.req, row) : -1;
     const int32_t token = row > 0 ? draft_token(in, view.req, row) : -1;
-    if (row > view.num_drafts) return;
     const int32_t depth = row_depth(in, view.req, row);
     window.depths[row] = depth;
     window.tokens[row] = token;
@@ -192,11 +221,29 @@ __device__ __forceinline__ void prepare_window(const VerifyInputs& in,
         in_vocab(in, token) ? shaped_logit(in, target_row(view, parent), token) : -INFINITY;
     int32_t ordinal = 0; /* siblings before it */
     if (in.parents != nullptr) {
+#pragma unroll 1
       for (int32_t other = parent + 1; other < row; ++other) {
         ordinal += parent_row(in, view.req, other) == parent;
       }
     }
     window.uniforms[row] = accept_uniform(in, view, depth, ordinal);
+  }
+}
+
+/* What needs no zones: one warp on the rows, the others on the draft laws (those that are merged from
+ * zones come with finish_window). All threads take part. */
+__device__ __forceinline__ void prepare_window(const VerifyInputs& in,
+                                               const AcceptWork& work,
+                                               const RequestView& view,
+                                               Window& window,
+                                               EarlyPairs& early) {
+  constexpr int kLawWarps = AcceptPolicy::kNumWarps - 1;
+  if (threadIdx.x / kWarpSize == kLawWarps) {
+    load_rows(in, view, window);
+  } else if (!merges_draft_rows(in)) {
+    /* All drafts, verified or not: no load waits for the number of rows. */
+    load_draft_laws(in, work, view, in.draft_len, kLawWarps, window,
+                    has_early_pairs(in, view) ? &early : nullptr);
   }
 }
 
@@ -234,9 +281,21 @@ __device__ __forceinline__ int32_t row_argmax(const VerifyInputs& in,
 
 /* The winner of a row that has raced zone by zone, by a warp. */
 __device__ __forceinline__ int32_t row_race(const VerifyInputs& in, const ZoneRace* races) {
+  constexpr int kAtOnce = 5;
   Indexed best = empty_race();
-  for (int32_t z = threadIdx.x % kWarpSize; z < in.num_zones; z += kWarpSize) {
-    best = ArgmaxOp{}(best, Indexed{races[z].score, races[z].token});
+#pragma unroll 1
+  for (int32_t first = threadIdx.x % kWarpSize; first < in.num_zones;
+       first += kAtOnce * kWarpSize) {
+    ZoneRace held[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int32_t zone = first + i * kWarpSize;
+      held[i] = zone < in.num_zones ? races[zone] : ZoneRace{-INFINITY, kNoRunner};
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      best = ArgmaxOp{}(best, Indexed{held[i].score, held[i].token});
+    }
   }
   const int32_t most = __reduce_max_sync(kAllLanes, ordered(best.value));
   return __reduce_min_sync(kAllLanes, ordered(best.value) == most ? best.index : kNoRunner);
@@ -247,30 +306,48 @@ __device__ __noinline__ void merge_draft_laws(const VerifyInputs& in,
                                               const AcceptWork& work,
                                               const RequestView& view,
                                               Window& window) {
-  load_draft_laws(in, work, view, view.num_drafts, AcceptPolicy::kNumWarps, window);
+  load_draft_laws(in, work, view, view.num_drafts, AcceptPolicy::kNumWarps, window, nullptr);
 }
 
-__device__ __forceinline__ void note_pass(Window& window, int32_t row) {
-  atomicOr(reinterpret_cast<unsigned long long*>(&window.passes), 1ull << (row - 1));
-}
-
-/* Drafts that are what their parent's row says. All threads take part. */
-__device__ __forceinline__ void compare_tokens(const RequestView& view, Window& window) {
-  for (int32_t row = 1 + threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
-    const int32_t says = window.targets[window.parents[row]];
-    if (says >= 0 && window.tokens[row] == says) note_pass(window, row);
+/* Bits of the rows 1 .. num_drafts that pass(row), in every lane. By a warp. */
+template <typename F>
+__device__ __forceinline__ uint64_t ballot_rows(int32_t num_drafts, F&& pass) {
+  uint64_t bits = 0;
+#pragma unroll 1
+  for (int32_t first = 1; first <= num_drafts; first += kWarpSize) {
+    const int32_t row = first + static_cast<int32_t>(threadIdx.x % kWarpSize);
+    const uint64_t own = __ballot_sync(kAllLanes, row <= num_drafts && pass(row));
+    bits |= own << (first - 1);
   }
-  __syncthreads();
+  return bits;
 }
 
-/* The rest, from the zones. All threads take part. */
+/* p of the draft of `row` under its parent's law. */
+__device__ __forceinline__ float target_prob(const Window& window, int32_t row) {
+  return probability(window.target_laws[window.parents[row]], window.token_logits[row]);
+}
+
+/* Whether a draft passes when no sibling was refused before it: token, greedy and coupled. */
+__device__ __forceinline__ bool row_passes(const RequestView& view,
+                                           const Window& window,
+                                           int32_t row) {
+  if (!compares_laws(view)) {
+    const int32_t says = window.targets[window.parents[row]];
+    return says >= 0 && window.tokens[row] == says;
+  }
+  const double bar = window.uniforms[row] * static_cast<double>(window.draft_probs[row]);
+  return bar < static_cast<double>(target_prob(window, row));
+}
+
+/* The laws, from the zones. All threads take part. */
 __device__ __forceinline__ void finish_window(const VerifyInputs& in,
                                               const AcceptWork& work,
                                               const RequestView& view,
+                                              float scale,
                                               Window& window) {
   const int warp = threadIdx.x / kWarpSize;
   const bool leads = threadIdx.x % kWarpSize == 0;
-  const float scale = target_scale(in, view.req);
+#pragma unroll 1
   for (int32_t row = warp; row <= view.num_drafts; row += AcceptPolicy::kNumWarps) {
     const TargetRow target = target_row(view, row);
     const RowZones zones = zones_of(in, work.zones, target.index);
@@ -290,21 +367,8 @@ __device__ __forceinline__ void finish_window(const VerifyInputs& in,
     window.target_laws[row] = law;
     window.targets[row] = law.bad == 0 ? says : -1;
   }
-  const bool compares = compares_laws(view);
-  if (compares && merges_draft_rows(in)) merge_draft_laws(in, work, view, window);
+  if (compares_laws(view) && merges_draft_rows(in)) merge_draft_laws(in, work, view, window);
   __syncthreads();
-  if (compares) {
-    for (int32_t row = 1 + threadIdx.x; row <= view.num_drafts; row += AcceptPolicy::kNumThreads) {
-      const float target_prob =
-          probability(window.target_laws[window.parents[row]], window.token_logits[row]);
-      window.target_probs[row] = target_prob;
-      const double bar = window.uniforms[row] * static_cast<double>(window.draft_probs[row]);
-      if (bar < static_cast<double>(target_prob)) note_pass(window, row);
-    }
-    __syncthreads();
-  } else {
-    compare_tokens(view, window);
-  }
 }
 
 /* The request comes to `row`: window.source is p there, times `share`, less the draft of `rejected` if
@@ -333,6 +397,7 @@ __device__ __forceinline__ int32_t next_child(const RequestView& view,
                                               const Window& window,
                                               int32_t row,
                                               int32_t after) {
+#pragma unroll 1
   for (int32_t child = max(row, after) + 1; child <= view.num_drafts; ++child) {
     if (window.parents[child] == row) return child;
   }

@@ -57,6 +57,58 @@ struct ZoneRow {
   DrawKey key;
 };
 
+/* What a row's request asks, in every lane; req -1: padding. */
+struct RowOwner {
+  int32_t req;
+  int32_t local; /* the row within it */
+  float temperature;
+  bool races;
+  DrawKey key; /* of rows that race; its position is the anchor's */
+};
+
+/* The owner of a row, by a warp. Of few requests each lane reads one's numbers before it is known whose
+ * they are, so that no read waits for another. */
+template <ZonesKind kKind>
+__device__ __forceinline__ RowOwner owner_of(const VerifyInputs& in, int32_t row) {
+  constexpr bool kAsksRule = kKind != ZonesKind::kTarget;
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
+  const bool few = in.num_reqs < kWarpSize;
+  RowOwner owner = {};
+  int32_t from = lane; /* lane of the owner's numbers */
+  if (!few) {
+    owner.req = find_request_by_warp(in, row);
+    from = 0;
+  }
+  const int32_t asked = few ? lane : max(owner.req, 0);
+  const bool exists = asked < in.num_reqs;
+  const int32_t start = asked <= in.num_reqs ? in.qo_indptr[asked] : INT32_MAX;
+  const float temperature = exists ? in.temperature[asked] : 0.f;
+  bool races = false;
+  uint64_t seed = 0;
+  int32_t anchor = 0;
+  if constexpr (kAsksRule) {
+    if (in.rules != nullptr && exists) {
+      races = races_in_zones(in, asked);
+      seed = in.seeds[asked];
+      anchor = in.anchor_positions[asked];
+    }
+  }
+  if (few) {
+    const int32_t num_starts = __popc(__ballot_sync(kAllLanes, start <= row));
+    owner.req = num_starts > in.num_reqs ? -1 : num_starts - 1;
+    from = max(owner.req, 0);
+  }
+  owner.local = row - __shfl_sync(kAllLanes, start, from);
+  owner.temperature = __shfl_sync(kAllLanes, temperature, from);
+  if constexpr (kAsksRule) {
+    owner.races = __shfl_sync(kAllLanes, races ? 1 : 0, from) != 0;
+    owner.key.seed = __shfl_sync(kAllLanes, seed, from);
+    owner.key.position = __shfl_sync(kAllLanes, anchor, from);
+    owner.key.purpose = DSPARK_PURPOSE_BONUS;
+  }
+  return owner;
+}
+
 template <ZonesKind kKind>
 __device__ __forceinline__ ZoneRow open_row(const VerifyInputs& in, int64_t row_index) {
   ZoneRow open = {};
@@ -69,21 +121,19 @@ __device__ __forceinline__ ZoneRow open_row(const VerifyInputs& in, int64_t row_
     const bool compares = in.rules == nullptr || in.rules[req] != DSPARK_RULE_COUPLED;
     open.skipped = k >= verify_len(in, req) || !(temperature > 0.f) || !compares;
   } else {
-    const auto index = static_cast<int32_t>(row_index);
-    const int32_t req = find_request_by_warp(in, index);
-    open.skipped = req < 0; /* padding */
+    const RowOwner owner = owner_of<kKind>(in, static_cast<int32_t>(row_index));
+    open.skipped = owner.req < 0;
     if (open.skipped) return open;
-    open.row.req = req;
-    open.row.local = index - in.qo_indptr[req];
-    open.scale = target_scale(in, req);
+    open.row.req = owner.req;
+    open.row.local = owner.local;
+    open.scale = scale_of_temperature(in, owner.temperature);
     if constexpr (kKind != ZonesKind::kTarget) {
-      open.races = races_in_zones(in, req);
+      open.races = owner.races;
       if (open.races) {
-        open.race_scale = fminf(kLog2E / in.temperature[req], ZonesPolicy::kMaxRaceScale);
+        open.race_scale = fminf(kLog2E / owner.temperature, ZonesPolicy::kMaxRaceScale);
         if (!in.wants_logprobs) open.scale = 0.f;
-        open.key.seed = in.seeds[req];
-        open.key.position = in.anchor_positions[req] + 1 + row_depth(in, req, open.row.local);
-        open.key.purpose = DSPARK_PURPOSE_BONUS;
+        open.key = owner.key;
+        open.key.position += 1 + row_depth(in, owner.req, owner.local);
       }
     }
   }

@@ -109,23 +109,13 @@ __device__ __forceinline__ void finish_zone(const ZonesWork& work,
   }
 }
 
-/* A warp comes to a row, at `zone` of it. */
-template <ZonesKind kKind>
-__device__ __forceinline__ ZoneRow enter_row(
-    const VerifyInputs& in, int64_t row, int32_t zone, ZonesShared<kKind>& shared, RowRace& race) {
-  const ZoneRow open = open_row<kKind>(in, row);
-  if constexpr (kMayRace<kKind>) {
-    open_race(race);
-    if (open.races) load_noise(open, zone, shared.noise[threadIdx.x / kWarpSize], race);
-  }
-  return open;
-}
-
 /* Grid: as many CTAs as the device holds, or fewer. */
 template <typename T, ZonesKind kKind>
 __global__ void __launch_bounds__(ZonesPolicy::kNumThreads, (kZonesCtasPerSm<T, kKind>))
     zones_kernel(const __grid_constant__ VerifyInputs in, const __grid_constant__ ZonesWork work) {
   __shared__ ZonesShared<kKind> shared;
+  fetch_params(in);
+  fetch_params(work);
   wait_for_prerequisites();
   release_dependents(); /* only now: the next kernel reads the inputs of the call before it waits */
   if constexpr (kMayRace<kKind>) {
@@ -147,24 +137,24 @@ __global__ void __launch_bounds__(ZonesPolicy::kNumThreads, (kZonesCtasPerSm<T, 
   ZoneWords<T> next;
   next.load(work.matrix, row, zone, in.vocab_size);
   RowRace race = {};
-  ZoneRow open = enter_row<kKind>(in, row, zone, shared, race); /* while the zone is on its way */
-  const auto close = [&] {
-    if constexpr (kMayRace<kKind>) {
-      if (open.races) close_race(open, in.num_zones, shared, work.races, race);
-    }
-  };
+  ZoneRow open = {};
+  open.row.index = -1;
 #pragma unroll 1
-  for (;; --left) {
+  for (bool is_last = false; !is_last; --left) {
     const ZoneWords<T> words = next;
     const int64_t own_row = row;
     const int32_t own_zone = zone;
-    if (left > 0) {
+    is_last = left == 0;
+    if (!is_last) {
       for (zone += ZonesPolicy::kWarpsPerCta; zone >= in.num_zones; zone -= in.num_zones) ++row;
       next.load(work.matrix, row, zone, in.vocab_size);
     }
-    if (own_row != open.row.index) {
-      close();
-      open = enter_row<kKind>(in, own_row, own_zone, shared, race);
+    if (own_row != open.row.index) { /* while the zone is on its way */
+      open = open_row<kKind>(in, own_row);
+      if constexpr (kMayRace<kKind>) open_race(race);
+    }
+    if constexpr (kMayRace<kKind>) {
+      if (open.races) prepare_noise(open, own_zone, shared.noise[threadIdx.x / kWarpSize], race);
     }
     if (!open.skipped) {
       if constexpr (kKind == ZonesKind::kShaped) {
@@ -175,9 +165,12 @@ __global__ void __launch_bounds__(ZonesPolicy::kNumThreads, (kZonesCtasPerSm<T, 
         finish_zone<T, kKind>(work, in, open, own_zone, words, shared, race);
       }
     }
-    if (left == 0) break;
+    if constexpr (kMayRace<kKind>) {
+      if (open.races && (is_last || row != own_row)) {
+        close_race(open, in.num_zones, shared, work.races, race);
+      }
+    }
   }
-  close();
 }
 
 }  // namespace dspark

@@ -71,7 +71,7 @@ dspark_status launch_stream_tiles(const AttentionConfig& config,
   const dim3 grid(static_cast<unsigned>(config.num_items * args.attention.num_kv_heads));
   LaunchShape shape{grid, dim3(Policy::kThreads), Policy::kSharedBytes};
   shape.dependent = true;
-  shape.cluster_ctas = config.plan.cluster_ctas;
+  shape.cluster_ctas = static_cast<uint32_t>(config.plan.cluster_ctas);
   return launch("stream_attention_kernel", stream_attention_kernel<T, Policy>, shape, stream, args);
 }
 
