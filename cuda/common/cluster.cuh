@@ -33,6 +33,25 @@ __device__ __forceinline__ void store_remote(uint32_t shared, uint32_t cta, uint
   asm volatile("st.shared::cluster.u32 [%0], %1;\n" ::"r"(remote), "r"(value) : "memory");
 }
 
+/* Writes 16 bytes there, which count at the barrier (bulk_copy.cuh) that the other CTA has at the
+ * shared address `barrier`; nothing else becomes visible with them. */
+__device__ __forceinline__ void store_remote_counted(uint32_t shared,
+                                                     uint32_t barrier,
+                                                     uint32_t cta,
+                                                     const uint4& words) {
+  uint32_t remote;
+  uint32_t remote_barrier;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(remote) : "r"(shared), "r"(cta));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n"
+               : "=r"(remote_barrier)
+               : "r"(barrier), "r"(cta));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];\n" ::"r"(remote),
+      "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(remote_barrier)
+      : "memory");
+}
+
 #endif
 
 }  // namespace dspark

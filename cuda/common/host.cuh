@@ -181,6 +181,7 @@ struct LaunchShape {
   dim3 cta;
   size_t shared_bytes = 0;
   bool cooperative = false; /* all CTAs resident at once, or the launch fails */
+  uint32_t cluster = 0;     /* CTAs that run together, neighbours of a flat grid; 0: as compiled */
   /* Overlaps the end of the kernel before it: says wait_for_prerequisites() (dependent_launch.cuh)
    * first of all. Where the loaded code has no such instruction the launch is a plain one. */
   bool dependent = false;
@@ -194,7 +195,7 @@ dspark_status launch(const char* name,
                      dspark_stream stream,
                      Args&&... args) {
   DSPARK_TRY(opt_in_shared(name, kernel, shape.shared_bytes));
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.cta;
@@ -205,6 +206,11 @@ dspark_status launch(const char* name,
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
+  }
+  if (shape.cluster != 0) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {shape.cluster, 1, 1};
   }
   if (shape.dependent) {
     constexpr int kFirstPtxWithDependents = 90;

@@ -107,6 +107,23 @@ __device__ __forceinline__ void forbid_tokens(const FullCta<T, W>& cta,
   }
 }
 
+/* Scales of a lane's tokens. */
+using LaneScales = float[kLaneTokens];
+
+template <typename T, typename W>
+__device__ __forceinline__ void read_scales(const FullCta<T, W>& cta,
+                                            int32_t span,
+                                            LaneScales& scales) {
+  const FullArgs<T, W>& args = cta.args;
+  const int32_t token = (cta.first_span + span) * kSpan +
+                        static_cast<int32_t>(threadIdx.x) % kWarpSize / 4 * kLaneTokens;
+#pragma unroll
+  for (int i = 0; i < kLaneTokens; ++i) {
+    const bool read = args.markov_w2 != nullptr && token + i < args.in.vocab_size;
+    scales[i] = read ? __ldg(args.w2_scales + token + i) : 0.f;
+  }
+}
+
 /* Products become logits. `slot`: base logits in shared memory, from the warp's first request on, or
  * nullptr. */
 template <int kNTiles, typename T, typename W>
@@ -115,6 +132,7 @@ __device__ __forceinline__ void add_base(const FullCta<T, W>& cta,
                                          int32_t first_q,
                                          int32_t step,
                                          int32_t span,
+                                         const LaneScales& scales,
                                          SpanTile<kNTiles>& tile) {
   const FullArgs<T, W>& args = cta.args;
   const int lane = threadIdx.x % kWarpSize;
@@ -122,11 +140,10 @@ __device__ __forceinline__ void add_base(const FullCta<T, W>& cta,
   if (LowRank<W>::kScaled && args.markov_w2 != nullptr) {
 #pragma unroll
     for (int i = 0; i < kLaneTokens; ++i) {
-      const float scale = token + i < args.in.vocab_size ? args.w2_scales[token + i] : 0.f;
 #pragma unroll
       for (int j = 0; j < 2 * kNTiles; ++j) {
         float& dot = span_element<kNTiles>(tile, j / 2, j % 2, i);
-        dot = low_rank_bias<W>(dot, scale);
+        dot = low_rank_bias<W>(dot, scales[i]);
       }
     }
   }
@@ -144,10 +161,22 @@ __device__ __forceinline__ void add_base(const FullCta<T, W>& cta,
   if (args.mask.words != nullptr) forbid_tokens<kNTiles>(cta, first_q, step, token, tile);
 }
 
+/* Noise of the i-th span of a step, before its latents and rows are there, where registers are to
+ * spare: with one group of requests. */
+template <int kNTiles, typename T, typename W>
+__device__ __forceinline__ SpanNoise early_noise(const FullCta<T, W>& cta,
+                                                 const SpanOwner& owner,
+                                                 int32_t step,
+                                                 int32_t i) {
+  if (kNTiles > 1 || i >= cta.num_spans) return {0.f, 0.f};
+  return span_noise(owner, step, cta.first_span + cta.span_at(step, i));
+}
+
 /* One span for this warp. */
 template <int kNTiles, typename T, typename W>
 __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
                                          SpanOwner& owner,
+                                         SpanNoise noise, /* with one group of requests */
                                          int32_t step,
                                          int32_t i, /* of the step */
                                          int32_t first_q) {
@@ -157,13 +186,12 @@ __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
   const int32_t steps_done = step - args.first_step;
   const int32_t span = cta.span_at(step, i);
   const int32_t span_bytes = kSpan * shape.weight_row_bytes;
-  RaceKey* keys =
-      args.keys + static_cast<int64_t>(step) * args.in.num_reqs + args.first_req + first_q;
-  /* With registers to spare: noise while the span is on its way. */
-  constexpr bool kEarly = kNTiles == 1;
-  SpanNoise noise;
-  if (kEarly) noise = span_noise(owner, step, cta.first_span + span);
-
+  const bool has_board = kNTiles == 1 && args.board != nullptr;
+  RaceKey* keys = has_board ? nullptr
+                            : args.keys + static_cast<int64_t>(step) * args.in.num_reqs +
+                                  args.first_req + first_q;
+  LaneScales scales = {};
+  if constexpr (LowRank<W>::kScaled) read_scales(cta, span, scales);
   SpanTile<kNTiles> tile;
   const bool streams = i < cta.num_stream;
   const int32_t weight_fill = steps_done * cta.num_stream + i;
@@ -196,7 +224,7 @@ __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
       cta.shared.logits + (logit_slot * shape.padded_reqs + first_q) * shape.logit_row_bytes;
   add_base<kNTiles>(cta,
                     cta.staged(span) ? cta.shared.base + (slot - cta.shared.resident) : nullptr,
-                    first_q, step, span, tile);
+                    first_q, step, span, scales, tile);
   const auto refill_logits = [&] {
     cta.release(cta.state.logits + logit_slot, [&] {
       cta.fill_logit_slot(logit_slot, logit_fill / shape.logit_slots + 1, step,
@@ -207,10 +235,10 @@ __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
 
   /* Asked for now, used after the weights. */
   const RaceKey latest =
-      owner.runner == nullptr ? kEmptyRaceKey : __ldcg(keys + owned_request(lane));
+      owner.runner == nullptr || has_board ? kEmptyRaceKey : __ldcg(keys + owned_request(lane));
   const SpanRunner* runners = cta.state.runners + first_q;
   weigh_span<kNTiles>(tile, runners, owner);
-  if (!kEarly) noise = span_noise(owner, step, cta.first_span + span);
+  if (kNTiles > 1) noise = span_noise(owner, step, cta.first_span + span);
   owner.seen = max(owner.seen, latest);
   if (owner.runner != nullptr) {
     cta.shared.spans[span * shape.padded_reqs + first_q + owned_request(lane)] = owner.weight;
@@ -225,11 +253,15 @@ __device__ __forceinline__ SpanWeight larger_top(SpanWeight a, SpanWeight b) {
   return {a.sum == 0.f ? b.scaled_top : fmaxf(a.scaled_top, b.scaled_top), a.sum + b.sum};
 }
 
-/* The weights of this CTA's share at a step, spans in order. */
+/* The weights of this CTA's share at a step, spans in order; by num_threads threads, the last ones
+ * first: the first warps may have leaders to wait for. */
 template <typename T, typename W>
-__device__ __forceinline__ void publish_share(const FullCta<T, W>& cta, int32_t step) {
+__device__ __forceinline__ void publish_share(const FullCta<T, W>& cta,
+                                              int32_t step,
+                                              int32_t num_threads) {
   const FullArgs<T, W>& args = cta.args;
-  for (int32_t q = threadIdx.x; q < args.shape.num_reqs; q += blockDim.x) {
+  for (int32_t q = num_threads - 1 - static_cast<int32_t>(threadIdx.x); q < args.shape.num_reqs;
+       q += num_threads) {
     if (!cta.takes_part(q, step)) continue;
     const SpanWeight* spans = cta.shared.spans + q;
     SpanWeight share = {0.f, 0.f};
@@ -282,8 +314,9 @@ __device__ __forceinline__ void finish_rows(const FullCta<T, W>& cta, int32_t nu
     const int64_t row = req * args.in.draft_len + step;
     const int64_t race = static_cast<int64_t>(step) * args.in.num_reqs + req;
     const float normalizer = log_normalizer(args.shares + race * gridDim.x, gridDim.x);
+    const int32_t token = race_token(leader_of(args, q, step));
     if (lane == 0) {
-      args.draft_tokens[row] = race_token(__ldcg(args.keys + race));
+      args.draft_tokens[row] = token;
       args.log_normalizers[row] = normalizer;
     }
     if (args.confidence_weight == nullptr) continue;
@@ -353,12 +386,37 @@ __device__ __forceinline__ void set_up(FullCta<T, W>& cta) {
   }
 }
 
+/* Leaders of each warp's requests at a step, where there is a board; in shared memory. */
+struct WarpLeaders {
+  static constexpr int kMaxReqs = kGroupReqs;
+  RaceKey keys[full_warps(1) * kMaxReqs];
+};
+
+/* The CTA's leaders at a step onto the board, of those that its warps have; a warp each. */
+template <typename T, typename W>
+__device__ __forceinline__ void post_leaders(const FullCta<T, W>& cta,
+                                             int32_t step,
+                                             const WarpLeaders& leaders) {
+  constexpr int kNumWarps = full_warps(1);
+  const FullArgs<T, W>& args = cta.args;
+  const int lane = threadIdx.x % kWarpSize;
+  for (int32_t q = threadIdx.x / kWarpSize; q < args.shape.num_reqs; q += kNumWarps) {
+    if (!cta.takes_part(q, step)) continue; /* whole warps */
+    const RaceKey best = warp_leader(
+        lane < kNumWarps ? leaders.keys[lane * WarpLeaders::kMaxReqs + q] : kEmptyRaceKey);
+    const int64_t race = static_cast<int64_t>(step) * args.in.num_reqs + args.first_req + q;
+    if (lane == 0) store_relaxed(args.board + race * gridDim.x + blockIdx.x, max(best, kNoLeader));
+  }
+}
+
 /* Grid: shares of the vocabulary, all resident. */
 template <typename T, typename W, int kNTiles>
 __global__ void __launch_bounds__(full_warps(kNTiles) * kWarpSize, 1)
     full_kernel(const __grid_constant__ FullArgs<T, W> args) {
   extern __shared__ float4 shared_full[];
   __shared__ FullState state;
+  __shared__ WarpLeaders leaders;
+  const bool has_board = kNTiles == 1 && args.board != nullptr;
   FullCta<T, W> cta(args, state, shared_full);
   set_up(cta);
 
@@ -366,31 +424,52 @@ __global__ void __launch_bounds__(full_warps(kNTiles) * kWarpSize, 1)
   const int warp = threadIdx.x / kWarpSize;
   const int32_t num_turns = full_warps(kNTiles) / args.shape.num_sets;
   const int32_t first_q = warp % args.shape.num_sets * kNTiles * kGroupReqs;
+  const int32_t first = warp / args.shape.num_sets; /* of the warp's spans at a step */
+  const auto owner_at = [&](int32_t step) {
+    SpanOwner owner = {};
+    const int32_t owned = first_q + owned_request(lane);
+    if (lane / 4 < 2 * kNTiles && cta.takes_part(owned, step)) {
+      owner.runner = state.runners + owned;
+    }
+    return owner;
+  };
+  SpanNoise noise = early_noise<kNTiles>(cta, owner_at(args.first_step), args.first_step, first);
   for (int32_t step = args.first_step; step < args.first_step + args.num_steps; ++step) {
     if (args.markov_w2 != nullptr) {
       stage_latents<4>(
           cta, step, full_warps(kNTiles), [&](int32_t q, int piece, const uint4& words) {
             store_latents<W>(cta.shared.latents + q * cta.latent_row_bytes(), piece, words);
           });
-      __syncthreads();
     }
-    SpanOwner owner = {};
-    const int32_t owned = first_q + owned_request(lane);
-    if (lane / 4 < 2 * kNTiles && cta.takes_part(owned, step)) {
-      owner.runner = state.runners + owned;
-    }
-    for (int32_t i = warp / args.shape.num_sets; i < cta.num_spans; i += num_turns) {
-      run_span<kNTiles>(cta, owner, step, i, first_q);
+    __syncthreads();
+    SpanOwner owner = owner_at(step);
+    for (int32_t i = first; i < cta.num_spans; i += num_turns) {
+      run_span<kNTiles>(cta, owner, noise, step, i, first_q);
+      noise = early_noise<kNTiles>(cta, owner, step, i + num_turns);
     }
     /* The share of the last step is read after the wait; others have until the next one. */
     const bool is_last = step + 1 == args.first_step + args.num_steps;
+    if (has_board && lane / 4 < 2) {
+      leaders.keys[warp * WarpLeaders::kMaxReqs + owned_request(lane)] = owner.seen;
+    }
     __syncthreads(); /* all leaders are pushed and all weights are there */
+    if (has_board) {
+      post_leaders(cta, step, leaders);
+      if (!is_last) { /* who needs a leader waits for it */
+        publish_share(cta, step, full_warps(kNTiles) * kWarpSize);
+        noise = early_noise<kNTiles>(cta, owner_at(step + 1), step + 1, first);
+        continue;
+      }
+    }
     if (is_last) {
-      publish_share(cta, step);
+      publish_share(cta, step, full_warps(kNTiles) * kWarpSize);
       __syncthreads();
     }
     if (threadIdx.x == 0) signal_arrival(args.arrivals + step);
-    if (!is_last) publish_share(cta, step);
+    if (!is_last) {
+      publish_share(cta, step, full_warps(kNTiles) * kWarpSize);
+      noise = early_noise<kNTiles>(cta, owner_at(step + 1), step + 1, first);
+    }
     if (threadIdx.x == 0) wait_for_arrivals(args.arrivals + step, gridDim.x);
     __syncthreads();
   }

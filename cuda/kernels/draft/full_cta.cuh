@@ -67,6 +67,7 @@ struct FullArgs {
   float confidence_bias;
   bool confidence_with_markov;
   bool confidence_vec;
+  RaceKey* board;     /* [draft_len, in.num_reqs, num_ctas], 0 before; nullptr: `keys` instead */
   RaceKey* keys;      /* [draft_len, in.num_reqs], 0 before the first step */
   uint32_t* arrivals; /* [draft_len] of this launch's requests, 0 before */
   SpanWeight* shares; /* [draft_len, in.num_reqs, num_ctas] */

@@ -253,7 +253,8 @@ __device__ __forceinline__ int32_t draw_row(SpanTile<kNTiles>& logits,
   return draw_token(weights, __shfl_sync(kAllLanes, noise.second, from));
 }
 
-/* Lets the span run for every request: better leaders go to `keys` (of the warp's requests). */
+/* Lets the span run for every request: better leaders go to `keys` (of the warp's requests), if there
+ * are any, and are seen. */
 template <int kNTiles>
 __device__ __forceinline__ void race_span(SpanTile<kNTiles>& logits,
                                           const SpanRunner* runners,
@@ -294,7 +295,7 @@ __device__ __forceinline__ void race_span(SpanTile<kNTiles>& logits,
   const RaceKey key = race_key(best);
   if (key <= owner.seen) return;
   owner.seen = key;
-  atomicMax(keys + owned_request(lane), key);
+  if (keys != nullptr) atomicMax(keys + owned_request(lane), key);
 }
 
 }  // namespace dspark

@@ -11,12 +11,17 @@ namespace dspark {
 /* A grid has at most as many CTAs: sizes the workspace without a look at the device. */
 constexpr int32_t kMaxShares = 256;
 constexpr int32_t kMaxFullDraftLen = 16;
+/* Up to so many requests the CTAs leave their leaders on a board (more of them gain by what is known of
+ * the others' leaders within a step: 16 requests take 207 us against 216). */
+constexpr int32_t kBoardReqs = kGroupReqs;
+static_assert(kBoardReqs <= WarpLeaders::kMaxReqs);
 
 /* Offsets in bytes; what a head does not need has no size. */
 struct FullLayout {
   size_t keys;      /* RaceKey [draft_len, num_reqs] */
   size_t arrivals;  /* uint32 [batches, draft_len] */
-  size_t races_end; /* of both, which start at zero */
+  size_t board;     /* RaceKey [draft_len, num_reqs, shares], with few requests */
+  size_t races_end; /* of these three, which start at zero */
   size_t shares;    /* SpanWeight [draft_len, num_reqs, shares] */
   size_t states[2]; /* f32 [num_reqs, markov_rank]: rnn */
   size_t bytes;
@@ -39,6 +44,7 @@ inline FullLayout full_layout(const dspark_draft_full_params& p) {
   const size_t num_shares = std::min(num_full_spans(p), kMaxShares);
   layout.keys = carve(num_rows * sizeof(RaceKey));
   layout.arrivals = carve(num_batches * p.draft_len * sizeof(uint32_t));
+  layout.board = carve(p.num_reqs <= kBoardReqs ? num_rows * num_shares * sizeof(RaceKey) : 0);
   layout.races_end = layout.bytes;
   layout.shares = carve(num_rows * num_shares * sizeof(SpanWeight));
   const size_t state_bytes =
@@ -125,7 +131,12 @@ constexpr FullShape full_shape(int32_t vocab_size,
   } else if (num_places < kMinWeightSlots) {
     s.num_resident = -1;
   } else {
-    const int32_t wanted = weight_size == 1 ? FullPolicy::kByteSlots : FullPolicy::kHalfSlots;
+    /* Few requests: what does not fit at once fits at the second go. */
+    const int32_t missing = s.spans_per_share - static_cast<int32_t>(num_places);
+    const int32_t wanted = weight_size > 1 ? FullPolicy::kHalfSlots
+                           : num_reqs > kGroupReqs
+                               ? FullPolicy::kByteSlots
+                               : std::max(FullPolicy::kByteSlots, missing);
     s.weight_slots = static_cast<int32_t>(std::min<int64_t>(wanted, num_places));
     s.num_resident = static_cast<int32_t>(num_places) - s.weight_slots;
   }
@@ -133,7 +144,7 @@ constexpr FullShape full_shape(int32_t vocab_size,
 }
 
 /* From so many requests on the wide kernel runs where it can. */
-constexpr int32_t kWideReqs = 33;
+constexpr int32_t wide_reqs(int32_t weight_size) { return weight_size == 1 ? 17 : 9; }
 
 /* The same of full_wide_kernel; num_resident < 0: it does not fit, or is not for such a head. */
 constexpr FullShape wide_shape(int32_t vocab_size,
@@ -144,7 +155,9 @@ constexpr FullShape wide_shape(int32_t vocab_size,
                                size_t shared_bytes) {
   FullShape s = {};
   s.num_resident = -1;
-  if (rank == 0 || rank % kSlabColumns != 0 || num_reqs < kWideReqs) return s;
+  if (rank == 0 || rank % kSlabColumns != 0 || num_reqs < wide_reqs(weight_size)) {
+    return s;
+  }
   s.num_reqs = num_reqs;
   s.num_sets = ceil_div(num_reqs, WidePolicy::kReqs);
   s.padded_reqs = s.num_sets * WidePolicy::kReqs;
@@ -160,7 +173,8 @@ constexpr FullShape wide_shape(int32_t vocab_size,
                        static_cast<int64_t>(full_shared_bytes(s));
   const int64_t num_places = left / (kSpan * s.weight_row_bytes);
   s.weight_slots = static_cast<int32_t>(std::min<int64_t>(num_places, WidePolicy::kMaxPlaces));
-  if (left < 0 || num_places < 2) s.num_resident = -1;
+  /* A place is never a whole turn of its ring behind: a parity would not tell its fills apart. */
+  if (left < 0 || num_places < WidePolicy::kNumGroups / s.num_sets) s.num_resident = -1;
   return s;
 }
 
@@ -191,7 +205,8 @@ class DraftFull {
     const auto shape_of = [&](int32_t num_reqs) {
       const int32_t rank = p_.head == DSPARK_HEAD_NONE ? 0 : p_.markov_rank;
       return full_shape(p_.vocab_size, rank, sizeof(W), p_.logits_dtype == DSPARK_DTYPE_F32 ? 4 : 2,
-                        num_reqs, num_sms, shared_bytes - sizeof(FullState));
+                        num_reqs, num_sms,
+                        shared_bytes - sizeof(FullState) - sizeof(WarpLeaders));
     };
     int32_t batch = FullPolicy::kMaxReqs;
     while (batch > kGroupReqs && shape_of(batch).num_resident < 0) batch /= 2;
@@ -214,6 +229,7 @@ class DraftFull {
         const FullShape wide = wide_shape_of(args.shape.num_reqs);
         if (wide.num_resident >= 0) {
           args.shape = wide;
+          args.board = nullptr;
           DSPARK_TRY(run_cooperative("full_wide_kernel", full_wide_kernel<T, W>,
                                      WidePolicy::kNumThreads,
                                      full_shared_bytes(wide) + WidePolicy::kAlignment, args));
@@ -301,6 +317,7 @@ class DraftFull {
     args.confidence_bias = p_.confidence_bias;
     args.confidence_with_markov = p_.confidence_with_markov != 0;
     args.confidence_vec = p_.hidden_size % 8 == 0 && aligned_16({p_.hidden, p_.confidence_weight});
+    if (p_.num_reqs <= kBoardReqs) args.board = at<RaceKey>(layout_.board);
     args.keys = at<RaceKey>(layout_.keys);
     args.arrivals = at<uint32_t>(layout_.arrivals) + first_req / kGroupReqs * p_.draft_len;
     args.shares = at<SpanWeight>(layout_.shares);
