@@ -2,8 +2,9 @@
 //!
 //! Every `.cu` below `cuda/launch/` becomes one object (one nvcc call each, so that no relocatable device code is
 //! needed), all objects one `libdspark_kernels.a`. An object is kept while its command and the files it was made from are
-//! what they were. The launchers carry the suffix `_cu`; `src/capi` exports the public names. What ptxas says about
-//! registers and spills is kept beside the objects, for a test to read.
+//! what they were. Objects lie in a folder of the profile's, not in `OUT_DIR`: clippy and rustc build this script apart,
+//! with an `OUT_DIR` each, and would compile every kernel twice. The launchers carry the suffix `_cu`; `src/capi` exports
+//! the public names. What ptxas says about registers and spills is kept beside the objects, for a test to read.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -48,7 +49,7 @@ mod cuda {
         let toolkit_dirs = toolkit_dirs(&out_dir);
         let nvcc = find_nvcc(&toolkit_dirs).ok_or(NO_NVCC)?;
         bindings(&out_dir, &toolkit_dirs)?;
-        kernels(&nvcc, &out_dir)?;
+        kernels(&nvcc, &kernel_dir(&out_dir))?;
         link_cudart(&nvcc);
         Ok(())
     }
@@ -64,6 +65,12 @@ mod cuda {
             .map(|target| target.join("cuda-toolkit"))
             .filter(|dir| dir.is_dir())
             .collect()
+    }
+
+    /// `<target>/<profile>/kernels` for `<target>/<profile>/build/<package>/out`; cargo's lock of the profile guards it.
+    fn kernel_dir(out_dir: &Path) -> PathBuf {
+        let profile = out_dir.ancestors().nth(3).unwrap_or(out_dir);
+        profile.join("kernels")
     }
 
     fn find_nvcc(toolkit_dirs: &[PathBuf]) -> Option<PathBuf> {
@@ -124,11 +131,11 @@ mod cuda {
     }
 
     /// Compiles all launch files and archives them.
-    fn kernels(nvcc: &Path, out_dir: &Path) -> Result<()> {
+    fn kernels(nvcc: &Path, kernel_dir: &Path) -> Result<()> {
         let mut sources = Vec::new();
         find_sources(Path::new(LAUNCH_DIR), &mut sources)?;
         sources.sort();
-        let reports = out_dir.join("ptxas");
+        let reports = kernel_dir.join("ptxas");
         fs::create_dir_all(&reports).map_err(|error| format!("{}: {error}", reports.display()))?;
         let gencode = gencode()?;
         println!("cargo:rustc-env=DSPARK_NVCC={}", nvcc.display());
@@ -141,7 +148,7 @@ mod cuda {
         let worker = || {
             let mut done = Vec::new();
             while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
-                done.push(compile(nvcc, host.path(), source, out_dir, &gencode)?);
+                done.push(compile(nvcc, host.path(), source, kernel_dir, &gencode)?);
             }
             Ok(done)
         };
@@ -171,15 +178,15 @@ mod cuda {
         nvcc: &Path,
         host_compiler: &Path,
         source: &Path,
-        out_dir: &Path,
+        kernel_dir: &Path,
         gencode: &[String],
     ) -> Result<(PathBuf, String)> {
         let below = source.strip_prefix(LAUNCH_DIR).unwrap_or(source);
         let name = below.with_extension("").to_string_lossy().replace('/', "_");
-        let object = out_dir.join(format!("{name}.o"));
-        let dependencies = out_dir.join(format!("{name}.d"));
-        let stamp = out_dir.join(format!("{name}.stamp"));
-        let report_file = out_dir.join("ptxas").join(format!("{name}.txt"));
+        let object = kernel_dir.join(format!("{name}.o"));
+        let dependencies = kernel_dir.join(format!("{name}.d"));
+        let stamp = kernel_dir.join(format!("{name}.stamp"));
+        let report_file = kernel_dir.join("ptxas").join(format!("{name}.txt"));
         let mut command = Command::new(nvcc);
         command
             .arg("-ccbin")

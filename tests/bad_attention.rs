@@ -108,6 +108,10 @@ fn append() -> Append {
         stride_cache_page: 16 * 1024,
         stride_cache_slot: 1024,
         stride_cache_head: 128,
+        kv_dtype: 0,
+        reserved: 0,
+        k_scale: null(),
+        v_scale: null(),
     }
 }
 
@@ -427,6 +431,36 @@ fn the_append_names_what_it_refuses() {
             |p| p.stride_cache_head += 4,
             MISALIGNED,
             "stride_cache_head",
+        ),
+        (|p| p.kv_dtype = 7, DTYPE, "kv_dtype"),
+        (|p| p.kv_dtype = sys::DSPARK_DTYPE_F16, DTYPE, "kv_dtype"),
+        (|p| p.k_scale = at(ADDRESS), INVALID, "k_scale"),
+        (|p| p.v_scale = at(ADDRESS), INVALID, "v_scale"),
+        (|p| p.kv_dtype = sys::DSPARK_DTYPE_E4M3, NULL, "k_scale"),
+        (
+            |p| {
+                p.kv_dtype = sys::DSPARK_DTYPE_E4M3;
+                p.k_scale = at(ADDRESS);
+            },
+            NULL,
+            "v_scale",
+        ),
+        (
+            |p| {
+                p.kv_dtype = sys::DSPARK_DTYPE_E4M3;
+                p.k_scale = at(ADDRESS + 2);
+            },
+            MISALIGNED,
+            "k_scale",
+        ),
+        // Of bytes, 16 of them: half of what 16-bit keys may be apart.
+        (
+            |p| {
+                p.kv_dtype = sys::DSPARK_DTYPE_E4M3;
+                p.stride_cache_slot = 1032;
+            },
+            MISALIGNED,
+            "stride_cache_slot",
         ),
     ];
     for &(slip, status, field) in slips {

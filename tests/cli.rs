@@ -118,7 +118,7 @@ fn the_trace_has_every_round() {
             assert_eq!(run.status, Some(0), "{run:?}");
             let trace: Value =
                 serde_json::from_str(&std::fs::read_to_string(file.path()).unwrap()).unwrap();
-            assert_eq!(keys(&trace), ["requests", "stats"]);
+            assert_eq!(keys(&trace), ["requests", "stats", "steps"]);
             let requests = trace["requests"].as_array().unwrap();
             let prompts: Vec<&Value> = requests.iter().map(|r| &r["prompt_ids"]).collect();
             assert_eq!(prompts, [&json!([5]), &json!([1, 2, 3]), &json!([9, 9])]);
@@ -132,8 +132,38 @@ fn the_trace_has_every_round() {
             assert_eq!(stats["num_requests"], 3);
             assert_eq!(stats["num_tokens"], 60);
             assert_eq!(stats["rounds"]["num_committed"], committed);
+            check_steps(&trace, schedule == "adaptive");
         }
     }
+}
+
+/// The steps of a trace against its counts: their rows and drafts are those of the rounds, their times those of the phases.
+fn check_steps(trace: &Value, has_cost: bool) {
+    let steps = trace["steps"].as_array().unwrap();
+    let sum = |field: &str| -> u64 { steps.iter().map(|s| s[field].as_u64().unwrap()).sum() };
+    let rounds = &trace["stats"]["rounds"];
+    assert_eq!(rounds["num_rounds"], sum("num_reqs"));
+    assert_eq!(rounds["num_verify_tokens"], sum("num_tokens"));
+    let proposed = rounds["proposed"].as_array().unwrap().first();
+    let proposed = proposed.map_or(0, |n| n.as_u64().unwrap());
+    assert_eq!(proposed, sum("num_drafted"));
+    // Every committed row is looked at, at once or later, but for those of plain rounds at the end.
+    let committed = rounds["num_committed"].as_u64().unwrap();
+    let looked_at = sum("num_looked_at");
+    assert!(looked_at <= committed && (has_cost || looked_at == committed));
+    let mut seconds = 0.0;
+    for step in steps {
+        assert_eq!(step["expected_seconds"].is_number(), has_cost, "{step}");
+        let of = |phase: &str| step[&format!("{phase}_seconds")].as_f64().unwrap();
+        let phases: f64 = ["propose", "schedule", "verify", "commit"]
+            .map(of)
+            .iter()
+            .sum();
+        assert!(phases <= step["seconds"].as_f64().unwrap(), "{step}");
+        seconds += phases;
+    }
+    let all = trace["stats"]["decode_seconds"].as_f64().unwrap();
+    assert!((seconds - all).abs() < 1e-6, "{seconds} of {all}");
 }
 
 fn keys(value: &Value) -> Vec<&str> {
@@ -152,7 +182,7 @@ fn check_request(
     draft_len: usize,
     max_new_tokens: usize,
 ) -> usize {
-    assert_eq!(keys(request), ["prompt_ids", "tokens", "rounds"]);
+    assert_eq!(keys(request), ["prompt_ids", "tokens", "rounds", "stats"]);
     let tokens = numbers(&request["tokens"]);
     assert_eq!(tokens.len(), max_new_tokens);
     let mut all = tokens[..1].to_vec();
@@ -206,6 +236,9 @@ fn check_request(
         all.extend(committed);
     }
     assert_eq!(all[..max_new_tokens], tokens);
+    let stats = &request["stats"];
+    assert_eq!(stats["num_generated"], max_new_tokens);
+    assert_eq!(stats["rounds"]["num_committed"], all.len() - 1);
     all.len() - 1
 }
 
@@ -318,115 +351,56 @@ fn statistics_go_to_standard_error() {
         "9 tokens of 1 requests",
         "tokens/s",
         "accepted length",
+        "drafts proposed by position",
+        "drafts verified by position",
+        "drafts accepted by position",
         "acceptance by position",
         "confidence",
+        "predicted",
     ] {
         assert!(run.stderr.contains(part), "no {part} in {}", run.stderr);
     }
+    assert!(!run.stderr.contains("request "), "{}", run.stderr);
 }
 
+/// Of several requests each has a line, up to a number, and they add up.
 #[test]
-fn compare_shows_every_mode() {
-    let target = target("qwen3_bf16");
-    let drafts = [
-        ("dspark", "qwen3_rnn"),
-        ("mtp", "qwen3_mtp"),
-        ("dflash", "qwen3_dflash"),
-    ]
-    .map(|(mode, name)| format!("{mode}={}", drafter(name)));
-    let mut args = vec!["compare", "--target", &target, "--prompt-ids", "1,2,3"];
-    args.extend(drafts.iter().flat_map(|draft| ["--draft", draft]));
-    args.extend(["--max-new-tokens", "12", "--schedule", "threshold:0.3"]);
-    let table = dspark(&args);
-    assert_eq!(table.status, Some(0), "{table:?}");
-    for mode in ["dspark", "mtp", "dflash"] {
-        let same = format!("{mode}: 1 of 1 outputs are token for token those of none");
-        assert!(table.stdout.contains(&same), "{}", table.stdout);
-    }
-    args.push("--json");
-    let rows: Value = serde_json::from_str(&dspark(&args).stdout).unwrap();
-    let modes: Vec<&Value> = rows
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|r| &r["mode"])
-        .collect();
-    assert_eq!(modes, ["none", "dspark", "mtp", "dflash"]);
-    for row in rows.as_array().unwrap() {
-        assert_eq!(
-            (&row["num_tokens"], &row["same_as_none"]),
-            (&json!(12), &json!(1))
-        );
-    }
-}
-
-/// Every way to decode gives the text of plain decoding under the coupled rule and at temperature 0; other rules do not,
-/// and that is seen.
-#[test]
-fn invariance_holds_where_it_must() {
-    let target = target("qwen3_bf16");
-    let drafts = [("dspark", "qwen3_vanilla"), ("mtp", "qwen3_mtp")]
-        .map(|(mode, name)| format!("{mode}={}", drafter(name)));
-    let lines = (0..12).map(|i| format!("{{\"prompt_ids\": [{}, {}]}}\n", i + 1, 7 * i));
+fn statistics_have_a_line_for_each_request() {
+    let (target, draft) = (target("qwen3_bf16"), drafter("qwen3_vanilla"));
+    let lines = (0..34).map(|i| format!("{{\"prompt_ids\": [{i}]}}\n"));
     let prompts = TempFile::new(&lines.collect::<String>());
-    let mut args = vec![
-        "invariance",
+    let args = [
+        "generate",
         "--target",
         &target,
+        "--draft",
+        &draft,
         "--prompts",
-        prompts.path(),
     ];
-    args.extend(drafts.iter().flat_map(|draft| ["--draft", draft]));
-    args.extend([
-        "--max-new-tokens",
-        "16",
-        "--max-num-reqs",
-        "5",
-        "--draft-lens",
-        "2",
-    ]);
-    args.extend(["--schedules", "threshold:0.5,delayed,global"]);
-    args.extend([
-        "--head-forms",
-        "candidates:32,candidates:1,candidates:8:4,full-fp8",
-        "--alternates",
-        "4",
-    ]);
-    for more in [
-        &["--temperature", "0.7", "--rule", "coupled"][..],
-        &[
-            "--temperature",
-            "1.2",
-            "--top-p",
-            "0.9",
-            "--rule",
-            "coupled",
-            "--presence-penalty",
-            "0.4",
-        ],
-        &["--temperature", "0"],
-    ] {
-        let run = dspark(&[&args[..], more].concat());
-        assert_eq!(run.status, Some(0), "{run:?}");
-        let rows: Vec<&str> = run.stdout.lines().skip(1).collect();
-        // none, dspark and mtp at both sizes, another length of each, three schedules, four forms,
-        // two of them with second choices.
-        assert_eq!(rows.len(), 17, "{}", run.stdout);
-        for row in rows {
-            let figures = row.split(" at once").nth(1).unwrap().split_whitespace();
-            let counts: Vec<&str> = figures.take(5).collect();
-            assert_eq!(counts, ["12", "0", "0", "0.0000", "0.0000"], "{row}");
-        }
+    let rest = ["--stats", "--max-new-tokens", "9", "--draft-len", "3"];
+    let run = dspark(&[&args[..], &[prompts.path()], &rest].concat());
+    assert_eq!(run.status, Some(0), "{run:?}");
+    let rows = run
+        .stderr
+        .lines()
+        .skip_while(|line| !line.starts_with("request "));
+    let rows: Vec<Vec<&str>> = rows
+        .skip(1)
+        .map(|row| row.split_whitespace().collect())
+        .collect();
+    assert_eq!(rows.len(), 33, "{}", run.stderr);
+    assert_eq!(rows[32][..3], ["and", "2", "more,"]);
+    for (i, row) in rows[..32].iter().enumerate() {
+        let number = |column: usize| row[column].parse::<f64>().unwrap();
+        assert_eq!((number(0), number(1)), (i as f64 + 1.0, 9.0));
+        let [rounds, proposed, verified, accepted] = [2, 3, 4, 5].map(number);
+        assert_eq!((proposed, verified), (3.0 * rounds, proposed));
+        let committed = number(7) * rounds;
+        assert!(
+            (committed - rounds - accepted).abs() < 0.05 * rounds,
+            "{row:?}"
+        );
     }
-    // `global` refuses the token rule.
-    let schedules = args.iter().position(|&arg| arg == "--schedules").unwrap();
-    args.drain(schedules..schedules + 2);
-    let run = dspark(&[&args[..], &["--temperature", "0.7", "--rule", "token"]].concat());
-    assert_eq!(run.status, Some(1), "{run:?}");
-    assert!(
-        run.stderr.contains("differ by more than rounding"),
-        "{run:?}"
-    );
 }
 
 #[test]

@@ -5,8 +5,8 @@
 mod common;
 
 use common::{
-    Case, PagedRequests, Rng, SPARE_ROWS, Tolerance, append, assert_close, bits, check, gpu, mat,
-    poisoned, read_all, spec,
+    Case, PagedRequests, Rng, SPARE_ROWS, Tolerance, append, assert_close, bits, check, gpu,
+    grow_tree, mat, poisoned, read_all, spec,
 };
 use dspark::device::{Graph, reports};
 use dspark::ops::cuda::Cuda;
@@ -59,26 +59,13 @@ impl Tree {
             0
         };
         let mut rng = Rng::new(seed);
-        let mut masks: Vec<u64> = Vec::new();
-        for r in 0..map.num_reqs() {
-            let first = map.rows_of(r).start;
-            for (i, row) in map.rows_of(r).enumerate() {
-                let parent = match self {
-                    Self::Star => 0,
-                    Self::Chain => i.saturating_sub(1),
-                    Self::Fan(n) => i.saturating_sub(1) / n,
-                    Self::Comb => i.saturating_sub(1) & !1,
-                    Self::Random(_) => rng.below(i.max(1)),
-                };
-                let ancestors = match i {
-                    0 => 0,
-                    _ => masks[first + parent] | 1 << parent,
-                };
-                map.positions[row] = map.seq_lens[r] + ancestors.count_ones() as i32;
-                masks.push(ancestors);
-            }
-        }
-        map.tree = Some(masks);
+        grow_tree(map, |i| match self {
+            Self::Star => 0,
+            Self::Chain => i.saturating_sub(1),
+            Self::Fan(n) => i.saturating_sub(1) / n,
+            Self::Comb => i.saturating_sub(1) & !1,
+            Self::Random(_) => rng.below(i.max(1)),
+        });
     }
 }
 

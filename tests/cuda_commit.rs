@@ -4,7 +4,9 @@
 mod common;
 
 use common::raw::{check as check_status, device, download, upload};
-use common::{Case, PagedRequests, Rng, Tolerance, append, check, gpu, mat, poisoned, read_all};
+use common::{
+    Case, PagedRequests, Rng, Tolerance, append, check, e4m3_cache, gpu, mat, poisoned, read_all,
+};
 use dspark::Error;
 use dspark::ops::{AttentionSpec, Ops, RowMap};
 use dspark::sys;
@@ -28,11 +30,20 @@ struct CommitThenAttend {
     /// `(rows, seq_len)` of each request.
     requests: Vec<(usize, usize)>,
     kept: Vec<u64>,
+    /// Keys and values of 8 bits.
+    is_e4m3: bool,
     /// Instead of a commit, appends the rows that stay alone, as chains.
     as_chains: bool,
 }
 
 impl CommitThenAttend {
+    fn label(&self) -> String {
+        format!(
+            "pages of {}, layer {}, e4m3 {}",
+            self.page_size, self.layer, self.is_e4m3
+        )
+    }
+
     /// Appends the pass's rows to both layers, in place of `map` those that stay if they are to be chains.
     fn append_rows<O: Ops>(&self, ops: &mut O, rng: &mut Rng, map: &RowMap, kv: &mut O::KvCache) {
         for layer in 0..2 {
@@ -61,7 +72,12 @@ impl Case for CommitThenAttend {
         let mut rng = Rng::new(11);
         let paged = PagedRequests::new(&mut rng, &SPEC, self.page_size, &self.requests);
         let committed = rng.normals(paged.num_committed() * KV_COLS, 1.0);
-        let mut kv = paged.cache(ops, &SPEC, &committed);
+        let mut kv = if self.is_e4m3 {
+            let kv = e4m3_cache(ops, &paged.geometry);
+            paged.filled(ops, &SPEC, &committed, kv)
+        } else {
+            paged.cache(ops, &SPEC, &committed)
+        };
         append(ops, &SPEC, &paged.map(true), &committed, &mut kv, 0);
         let map = paged.map(false);
         self.append_rows(ops, &mut rng, &map, &mut kv);
@@ -114,13 +130,22 @@ fn cases() -> impl Iterator<Item = CommitThenAttend> {
         0b101,
         0x1_5a5a_5a5b,
     ];
-    [1, 5, 16, 64].into_iter().flat_map(move |page_size| {
+    let pages = [
+        (1, false),
+        (5, false),
+        (16, false),
+        (64, false),
+        (16, true),
+        (3, true),
+    ];
+    pages.into_iter().flat_map(move |(page_size, is_e4m3)| {
         let (requests, kept) = (requests.clone(), kept.clone());
         (0..2).map(move |layer| CommitThenAttend {
             page_size,
             layer,
             requests: requests.clone(),
             kept: kept.clone(),
+            is_e4m3,
             as_chains: false,
         })
     })
@@ -129,7 +154,7 @@ fn cases() -> impl Iterator<Item = CommitThenAttend> {
 /// The cache after a commit is, to the bit, that of a pass over chains of what stayed.
 fn expect_chains<O: Ops>(ops: &mut O) {
     for case in cases() {
-        let label = format!("pages of {}, layer {}", case.page_size, case.layer);
+        let label = case.label();
         let got = case.run(ops);
         assert!(got.iter().all(|value| value.is_finite()), "{label}");
         let chains = CommitThenAttend {
@@ -158,7 +183,7 @@ fn a_committed_tree_is_a_chain() {
     let Some(mut cuda) = gpu() else { return };
     expect_chains(&mut cuda);
     for case in cases() {
-        let label = format!("commit, pages of {}, layer {}", case.page_size, case.layer);
+        let label = case.label();
         check(&mut cuda, &label, &case, Tolerance::bf16(0.02));
     }
 }

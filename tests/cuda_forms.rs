@@ -51,6 +51,7 @@ fn head<O: Ops>(ops: &mut O, kind: HeadKind) -> DraftHead<O> {
         markov_w1: (rank > 0).then(|| table(ops, VOCAB_SIZE, RANK)),
         markov_w2: (rank > 0).then(|| table(ops, VOCAB_SIZE, RANK)),
         w2_fp8: None,
+        row_bounds: None,
         bigrams: (kind != HeadKind::None).then(|| bigrams(ops)),
         proj_weight: shape.map(|(rows, cols)| table(ops, rows, cols)),
         proj_bias: shape.map(|(rows, _)| norm(ops, &Rng::new(6).normals(rows, 0.5))),

@@ -5,7 +5,7 @@
 mod common;
 
 use common::Rng;
-use common::raw::{check, device, download, rounded, upload};
+use common::raw::{device, download, draft_full, empty_full, rounded, upload};
 use dspark::device::{Buffer, Device};
 use dspark::sys;
 use half::bf16;
@@ -76,11 +76,7 @@ impl Inputs {
         let mut log_normalizers = upload(device, &vec![f32::NAN; self.rows()]);
         let mut latents = upload(device, &vec![bf16::NAN; self.rows() * RANK]);
         let [hidden, w1, w2, proj_weight, proj_bias, confidence_weight] = &self.weights;
-        let mut params = sys::dspark_draft_full_params {
-            struct_size: size_of::<sys::dspark_draft_full_params>() as u32,
-            dtype: sys::DSPARK_DTYPE_BF16,
-            logits_dtype: sys::DSPARK_DTYPE_BF16,
-            w2_dtype: sys::DSPARK_DTYPE_BF16,
+        let params = sys::dspark_draft_full_params {
             head: self.head,
             num_reqs: self.num_reqs as i32,
             draft_len: DRAFT_LEN as i32,
@@ -93,40 +89,22 @@ impl Inputs {
             hidden: hidden.ptr(0).cast(),
             markov_w1: w1.ptr(0).cast(),
             markov_w2: w2.ptr(0).cast(),
-            w2_scales: std::ptr::null(),
             proj_weight: proj_weight.ptr(0).cast(),
             proj_bias: proj_bias.ptr(0).cast(),
             confidence_weight: confidence_weight.ptr(0).cast(),
             anchors: self.anchors.ptr(0),
             anchor_positions: self.positions.ptr(0),
-            draft_lens: std::ptr::null(),
             temperature: self.temperature.ptr(0),
             seeds: self.seeds.ptr(0),
-            rules: std::ptr::null(),
-            mask: std::ptr::null(),
             draft_tokens: tokens.mut_ptr(0),
             log_normalizers: log_normalizers.mut_ptr(0),
             latents: latents.mut_ptr(0).cast(),
             confidence: confidence.mut_ptr(0),
             confidence_logits: confidence_logits.mut_ptr(0),
-            workspace: std::ptr::null_mut(),
-            workspace_bytes: 0,
             stride_logits_row: VOCAB as i64,
+            ..empty_full()
         };
-        // SAFETY: reads the sizes of `params` and writes one host integer.
-        check(unsafe {
-            sys::launch::dspark_draft_full_workspace_size_cu(
-                &raw const params,
-                &raw mut params.workspace_bytes,
-            )
-        });
-        let mut workspace = upload(device, &vec![0xFF_u8; params.workspace_bytes]);
-        params.workspace = workspace.mut_ptr(0).cast();
-        device.bind().unwrap();
-        // SAFETY: every pointer is a live buffer of the shape the params say.
-        check(unsafe {
-            sys::launch::dspark_draft_full_cu(&raw const params, device.raw_stream().cast())
-        });
+        draft_full(device, params);
         let drafts = Drafts {
             tokens: download(&tokens),
             confidence: download(&confidence),

@@ -4,7 +4,7 @@
 mod common;
 
 use common::Rng;
-use common::raw::{check, device, download, rounded, upload};
+use common::raw::{device, download, draft_full, empty_full, rounded, upload};
 use dspark::device::Device;
 use dspark::sys;
 
@@ -60,58 +60,28 @@ impl Case {
         let mut tokens = upload(device, &vec![-7; self.num_rows()]);
         let mut log_normalizers = upload(device, &vec![f32::NAN; self.num_rows()]);
         let mut latents = upload(device, &rounded(&vec![0.0; self.num_rows() * rank.max(1)]));
-        let mut params = sys::dspark_draft_full_params {
-            struct_size: size_of::<sys::dspark_draft_full_params>() as u32,
-            dtype: sys::DSPARK_DTYPE_BF16,
+        let params = sys::dspark_draft_full_params {
             logits_dtype: sys::DSPARK_DTYPE_F32,
-            w2_dtype: sys::DSPARK_DTYPE_BF16,
             head: self.head,
             num_reqs: num_reqs as i32,
             draft_len: DRAFT_LEN as i32,
             vocab_size: vocab_size as i32,
-            hidden_size: 0,
             markov_rank: rank as i32,
-            confidence_with_markov: 0,
-            confidence_bias: 0.0,
             logits: logits.ptr(0).cast(),
-            hidden: std::ptr::null(),
             markov_w1: w1.ptr(0).cast(),
             markov_w2: w2.ptr(0).cast(),
-            w2_scales: std::ptr::null(),
-            proj_weight: std::ptr::null(),
-            proj_bias: std::ptr::null(),
-            confidence_weight: std::ptr::null(),
             anchors: anchors.ptr(0),
             anchor_positions: positions.ptr(0),
-            draft_lens: std::ptr::null(),
             temperature: temperature.ptr(0),
             seeds: seeds.ptr(0),
-            rules: std::ptr::null(),
             mask: mask.as_ref().map_or(std::ptr::null(), |mask| mask.ptr(0)),
             draft_tokens: tokens.mut_ptr(0),
             log_normalizers: log_normalizers.mut_ptr(0),
             latents: latents.mut_ptr(0).cast(),
-            confidence: std::ptr::null_mut(),
-            confidence_logits: std::ptr::null_mut(),
-            workspace: std::ptr::null_mut(),
-            workspace_bytes: 0,
             stride_logits_row: vocab_size as i64,
+            ..empty_full()
         };
-        // SAFETY: reads the sizes of `params` and writes one host integer.
-        check(unsafe {
-            sys::launch::dspark_draft_full_workspace_size_cu(
-                &raw const params,
-                &raw mut params.workspace_bytes,
-            )
-        });
-        let mut workspace = upload(device, &vec![0xFF_u8; params.workspace_bytes]);
-        params.workspace = workspace.mut_ptr(0).cast();
-        device.bind().unwrap();
-        // SAFETY: every pointer is a live buffer of the shape the params say.
-        check(unsafe {
-            let stream = device.raw_stream().cast();
-            sys::launch::dspark_draft_full_cu(&raw const params, stream)
-        });
+        draft_full(device, params);
         let bits = download(&log_normalizers).into_iter().map(f32::to_bits);
         (download(&tokens), bits.collect())
     }

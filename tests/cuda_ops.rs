@@ -30,8 +30,11 @@ impl Case for RmsNorm {
         let delta = mat(ops, cols, &rng.normals(rows * cols, 0.5));
         let weight = norm(ops, &rng.normals(cols, 1.0));
         let mut out = poisoned(ops, rows + SPARE_ROWS, cols);
+        // Beside the tap's columns nothing is written.
+        let mut taps = poisoned(ops, rows + SPARE_ROWS, cols + 16);
         if add {
-            ops.add_rms_norm(&delta, &mut x, &weight, 1e-5, &mut out)
+            let tap = Some((&mut taps, 8));
+            ops.add_rms_norm(&delta, &mut x, &weight, 1e-5, &mut out, tap)
                 .unwrap();
         } else {
             ops.rms_norm(&x, &weight, 1e-5, &mut out).unwrap();
@@ -39,6 +42,12 @@ impl Case for RmsNorm {
         assert_eq!(out.rows(), rows);
         let mut values = read_all(ops, out);
         values.extend(ops.read_mat(&x).unwrap());
+        for row in read_all(ops, taps).chunks(cols + 16) {
+            let (before, rest) = row.split_at(8);
+            let (tap, behind) = rest.split_at(cols);
+            values.extend(tap);
+            assert!(before.iter().chain(behind).all(|value| value.is_nan()));
+        }
         values
     }
 }

@@ -100,6 +100,32 @@ fn decisions_are_the_hosts() {
     assert!(num_offered > 100, "{num_offered}");
 }
 
+/// The smallest decision that a cluster makes, once by each rule: few enough launches for a tool that follows every access.
+#[test]
+fn a_clusters_smallest_decision_is_the_hosts() {
+    let Some(mut cuda) = gpu() else { return };
+    let (num_reqs, draft_len) = (147, 7);
+    let confidence = confidences(&mut Rng::new(47), num_reqs * draft_len, 4);
+    let limits: Vec<usize> = (0..num_reqs).map(|r| draft_len - r % 3).collect();
+    let ticks = Ticks::new(num_reqs * draft_len, |n| 1.0 + 0.01 * (num_reqs + n) as f64);
+    for rule in [
+        ScheduleRule::FirstFall,
+        ScheduleRule::Best,
+        ScheduleRule::Capacity(200, num_reqs),
+    ] {
+        let inputs = ScheduleInputs {
+            rule,
+            confidence: &confidence,
+            temperature: None,
+            limits: &limits,
+            ticks: ticks.as_slice(),
+        };
+        let (got, want) = (cuda.schedule(&inputs).unwrap(), decide(&inputs).unwrap());
+        assert!(want.verify_lens.iter().any(|&len| len > 0), "{rule:?}");
+        assert_eq!(got, want, "{rule:?}");
+    }
+}
+
 /// Nothing drafted, as many requests as there may be.
 #[test]
 fn nothing_is_decided_about_nothing() {

@@ -250,6 +250,40 @@ fn hard_text_costs_at_most_one_percent() {
     }
 }
 
+/// From a start at which nothing is known, with confidences that are wrong and that no temperature can mend: what finding that
+/// out costs is the same for a short text and for a long one.
+#[test]
+fn hard_text_costs_at_most_one_percent_from_the_start() {
+    for cost in COSTS {
+        for (num_reqs, num_steps) in [(1, 400), (1, 2000), (8, 500), (64, 500), (64, 1200)] {
+            let mut bench = Bench::at_cost(&["chat"], cost);
+            let mut request = hopeless();
+            for round in &mut request.rounds {
+                round.confidence = vec![0.48; DRAFT_LEN];
+            }
+            bench.requests = vec![request];
+            let simulation = Simulation {
+                num_steps,
+                num_tokens: 1_000_000,
+                prompt_len: 32,
+                ..bench.simulation(num_reqs, Arrivals::Closed)
+            };
+            let none = simulation.run(Rule::None).unwrap();
+            let delayed = Rule::Policy(Policy::Delayed);
+            let delayed = simulation.run(delayed).unwrap();
+            let lost = delayed.seconds - none.seconds;
+            let share = lost / none.seconds;
+            let drafted = delayed.num_drafted;
+            println!(
+                "{cost} {num_reqs} x {num_steps}: {:.1} ms, {:.2} % lost, {drafted} rounds drafted",
+                1e3 * lost,
+                100.0 * share
+            );
+            assert!(share <= 0.01, "{cost} {num_reqs} x {num_steps}: {share}");
+        }
+    }
+}
+
 #[test]
 fn runs_repeat_by_seed_and_serve_arrivals() {
     let bench = Bench::new(&["chat"]);

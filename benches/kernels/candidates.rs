@@ -13,11 +13,15 @@ const NUM_REQS: [usize; 6] = [1, 8, 16, 32, 64, 128];
 const DRAFT_LEN: usize = 7;
 const RANK: usize = 256;
 const NUM_TOP: usize = 64;
+/// A large batch, for the memory of its law.
+const MANY_REQS: usize = 256;
+const MOST_LAW_BYTES: usize = 16 << 20;
 
 /// All cases.
 pub fn run(lab: &mut Lab) -> anyhow::Result<()> {
     for vocab_size in VOCAB_SIZES {
-        for num_reqs in NUM_REQS {
+        let many = (vocab_size == VOCAB_SIZES[0]).then_some(MANY_REQS);
+        for num_reqs in NUM_REQS.into_iter().chain(many) {
             for (name, size) in [("f32", 4), ("bf16", 2)] {
                 let num_rows = num_reqs * DRAFT_LEN;
                 let rows_of_w2 = num_rows * NUM_TOP * RANK * size_of::<bf16>();
@@ -168,6 +172,12 @@ impl Work for Candidates {
                 "row {row}: expected a candidate, found {token}"
             );
         }
-        Ok(None)
+        if self.num_reqs < MANY_REQS {
+            return Ok(None);
+        }
+        let bytes = size_of::<i32>() * tokens.len()
+            + (size_of::<i32>() + size_of::<f32>()) * candidates.len();
+        anyhow::ensure!(bytes <= MOST_LAW_BYTES, "a law of {bytes} bytes");
+        Ok(Some(format!("law {:.1} MB", bytes as f64 / 1e6)))
     }
 }

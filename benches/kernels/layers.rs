@@ -1,6 +1,9 @@
 //! The elementwise layers at Qwen3-8B's sizes. In a decode step their inputs come warm from the kernel before; cold is
 //! what can be compared.
 
+use std::ptr::null;
+
+use cudarc::driver::DeviceRepr;
 use dspark::device::Buffer;
 use dspark::sys;
 use half::bf16;
@@ -44,7 +47,17 @@ pub fn run(lab: &mut Lab) -> anyhow::Result<()> {
         lab.case(
             &format!("qk_norm_rope_append rows={rows}"),
             traffic,
-            |lab, copies| RopeAppend::new(lab, copies, rows),
+            |lab, copies| RopeAppend::<bf16>::new(lab, copies, rows, None),
+        )?;
+    }
+    for rows in NUM_ROWS {
+        let keys = 2 * rows * KV_SIZE;
+        let traffic = elements(2 * rows * QKV_SIZE - keys);
+        let scales = Some([0.02, 0.01]);
+        lab.case(
+            &format!("qk_norm_rope_append rows={rows} e4m3"),
+            Traffic::once(traffic.bytes + keys),
+            |lab, copies| RopeAppend::<u8>::new(lab, copies, rows, scales),
         )?;
     }
     for rows in NUM_ROWS {
@@ -104,6 +117,8 @@ impl Work for RmsNorm {
             stride_x_row: stride,
             stride_delta_row: stride,
             stride_out_row: stride,
+            tap: std::ptr::null_mut(),
+            stride_tap_row: 0,
         };
         // SAFETY: every pointer is a window of a live buffer with the shape the params say, each its own.
         check(unsafe { sys::launch::dspark_rms_norm_cu(&raw const params, self.stream) })
@@ -115,7 +130,8 @@ impl Work for RmsNorm {
     }
 }
 
-struct RopeAppend {
+/// `K` is the cache's element: u8 is an e4m3 number.
+struct RopeAppend<K> {
     stream: sys::dspark_stream,
     rows: usize,
     num_reqs: usize,
@@ -128,13 +144,20 @@ struct RopeAppend {
     seq_lens: Buffer<i32>,
     page_table: Buffer<i32>,
     q_out: Buffer<bf16>,
-    k_cache: Buffer<bf16>,
-    v_cache: Buffer<bf16>,
+    k_cache: Buffer<K>,
+    v_cache: Buffer<K>,
+    /// Of keys and of values in e4m3.
+    scales: Option<[Buffer<f32>; 2]>,
 }
 
-impl RopeAppend {
+impl<K: DeviceRepr + Copy> RopeAppend<K> {
     /// Requests of eight rows (the last may have fewer), one page each.
-    fn new(lab: &mut Lab, copies: usize, rows: usize) -> anyhow::Result<Self> {
+    fn new(
+        lab: &mut Lab,
+        copies: usize,
+        rows: usize,
+        scales: Option<[f32; 2]>,
+    ) -> anyhow::Result<Self> {
         let num_reqs = rows.div_ceil(ROWS_PER_REQ);
         let qo_indptr: Vec<i32> = (0..=num_reqs)
             .map(|r| (r * ROWS_PER_REQ).min(rows) as i32)
@@ -147,7 +170,15 @@ impl RopeAppend {
             .collect();
         let page_table = lab.random.permutation(num_reqs);
         let cache_len = copies * num_reqs * PAGE_SIZE * KV_SIZE;
+        let scales = match scales {
+            Some([k, v]) => Some([
+                lab.upload(&[k; NUM_KV_HEADS])?,
+                lab.upload(&[v; NUM_KV_HEADS])?,
+            ]),
+            None => None,
+        };
         Ok(Self {
+            scales,
             stream: lab.stream(),
             rows,
             num_reqs,
@@ -166,9 +197,12 @@ impl RopeAppend {
     }
 }
 
-impl Work for RopeAppend {
+impl<K: DeviceRepr + Copy + Default + Into<f32>> Work for RopeAppend<K> {
     fn enqueue(&mut self, copy: usize) -> dspark::Result<()> {
         let cache = copy * self.num_reqs * PAGE_SIZE * KV_SIZE;
+        let scales = self.scales.as_ref();
+        let [k_scale, v_scale] =
+            scales.map_or([null(); 2], |scales| scales.each_ref().map(|s| s.ptr(0)));
         let params = sys::dspark_qk_norm_rope_append_params {
             struct_size: struct_size::<sys::dspark_qk_norm_rope_append_params>(),
             dtype: sys::DSPARK_DTYPE_BF16,
@@ -200,6 +234,10 @@ impl Work for RopeAppend {
             stride_cache_page: (PAGE_SIZE * KV_SIZE) as i64,
             stride_cache_slot: KV_SIZE as i64,
             stride_cache_head: HEAD_DIM as i64,
+            kv_dtype: scales.map_or(sys::DSPARK_DTYPE_BF16, |_| sys::DSPARK_DTYPE_E4M3),
+            reserved: 0,
+            k_scale,
+            v_scale,
         };
         // SAFETY: every pointer is a window of a live buffer with the shape the params say; a request's rows fit its
         // page, and the page table names pages of the copy's own cache.

@@ -87,18 +87,19 @@ const char* DSPARK_FN(dspark_last_error)(void);
  * --------------------------------------------------------------------------------------------- */
 
 /*
- * Computes      residual += delta (if delta is given); out = residual * rsqrt(mean(residual^2) +
- *               eps) * weight.
- * Shapes        x, delta, out [num_rows, hidden_size]; weight [hidden_size].
- * Dtypes        x, delta, weight, out: `dtype` (BF16, F16). Sums in f32. The rounded sum is what
- *               is normed.
+ * Computes      residual += delta (if delta is given); tap = residual (if tap is given); out =
+ *               residual * rsqrt(mean(residual^2) + eps) * weight.
+ * Shapes        x, delta, tap, out [num_rows, hidden_size]; weight [hidden_size].
+ * Dtypes        x, delta, tap, weight, out: `dtype` (BF16, F16). Sums in f32. The rounded sum is
+ *               what is normed and tapped.
  * Layout        rows contiguous, row strides given.
  * Alignment     pointers 16 bytes, strides and hidden_size multiples of 8.
- * Aliasing      out may be x only when delta is NULL; else x, delta and out are distinct.
+ * Aliasing      out may be x only when delta is NULL; else x, delta, tap and out are distinct.
  * Workspace     none.
  * Determinism   bitwise, independent of num_rows.
  * Stream/graph  capture-safe; nothing is read on the host.
- * Errors        null or misaligned pointers, sizes < 0, hidden_size = 0 or not a multiple of 8.
+ * Errors        null or misaligned pointers, sizes < 0, hidden_size = 0 or not a multiple of 8, a
+ *               tap without delta.
  */
 typedef struct dspark_rms_norm_params {
   uint32_t struct_size;
@@ -113,6 +114,8 @@ typedef struct dspark_rms_norm_params {
   int64_t stride_x_row;
   int64_t stride_delta_row;
   int64_t stride_out_row;
+  void* tap; /* [num_rows, hidden_size]; may be NULL; the updated residual once more */
+  int64_t stride_tap_row;
 } dspark_rms_norm_params;
 #define DSPARK_RMS_NORM_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_rms_norm_params)
 dspark_status DSPARK_FN(dspark_rms_norm)(const dspark_rms_norm_params* params,
@@ -186,21 +189,25 @@ dspark_status DSPARK_FN(dspark_silu_mul)(const dspark_silu_mul_params* params,
  *               positions[row]: angle = positions[row] * inv_freq[i] in f32, pairs (i, i +
  *               head_dim/2), scaled by rope_scale. q goes to q_out; k (rotated) and v (as they
  *               are) go to the paged cache at slot seq_lens[r] + (row - qo_indptr[r]) of request
- *               r, or to k_out/v_out, or both.
+ *               r, or to k_out/v_out, or both. Into an E4M3 cache goes the number nearest to x /
+ *               scale (of two the even one, at most 448 in size), x as k_out/v_out hold it.
  * Shapes        qkv [num_rows, (num_q_heads + 2 * num_kv_heads) * head_dim] = [q | k | v];
  *               q_norm, k_norm [head_dim]; q_out [num_rows, num_q_heads * head_dim]; k_out, v_out
  *               [num_rows, num_kv_heads * head_dim]; k_cache, v_cache [num_pages, page_size,
  *               num_kv_heads, head_dim]; page_table [num_reqs, max_pages_per_req].
- * Dtypes        activations and cache: `dtype` (BF16, F16); inv_freq f32 [head_dim/2]; ints
+ * Dtypes        activations: `dtype` (BF16, F16); the cache the same, or E4M3 (kv_dtype) with a
+ *               factor per KV head: k_scale, v_scale f32 [num_kv_heads], finite and above 0
+ *               (they lie on the device and are not looked at); inv_freq f32 [head_dim/2]; ints
  *               int32.
  * Layout        qkv, q_out, k_out, v_out by row stride; cache by stride_cache_{page,slot,head}.
- * Alignment     pointers 16 bytes, strides multiples of 8; head_dim in {64, 128, 256}.
+ * Alignment     pointers and strides 16 bytes; head_dim in {64, 128, 256}.
  * Aliasing      none allowed between inputs and outputs.
  * Workspace     none.
  * Determinism   bitwise, independent of the batch.
  * Stream/graph  capture-safe. Rows at or beyond qo_indptr[num_reqs] (padding) are skipped. A slot
  *               whose page id is negative, or past max_pages_per_req, is not written.
- * Errors        null or misaligned pointers, unsupported head_dim, page_size = 0, sizes < 0.
+ * Errors        null or misaligned pointers, unsupported head_dim, page_size = 0, sizes < 0, an
+ *               unknown kv_dtype, E4M3 without both scales, scales without E4M3.
  */
 typedef struct dspark_qk_norm_rope_append_params {
   uint32_t struct_size;
@@ -234,6 +241,11 @@ typedef struct dspark_qk_norm_rope_append_params {
   int64_t stride_cache_page;
   int64_t stride_cache_slot;
   int64_t stride_cache_head;
+  /* 0 and NULL in the struct of a caller that ends before them */
+  dspark_dtype kv_dtype; /* of k_cache, v_cache: 0 (as `dtype`), `dtype` or E4M3 */
+  int32_t reserved;      /* 0 */
+  const float* k_scale;  /* [num_kv_heads], E4M3 only: k_cache = K / k_scale */
+  const float* v_scale;
 } dspark_qk_norm_rope_append_params;
 #define DSPARK_QK_NORM_ROPE_APPEND_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_qk_norm_rope_append_params)
 dspark_status DSPARK_FN(dspark_qk_norm_rope_append)(const dspark_qk_norm_rope_append_params* params,
@@ -439,10 +451,15 @@ typedef int32_t dspark_head_kind;
  *               markov_w2 `w2_dtype`: `dtype`, or E4M3 with f32 w2_scales. latents `dtype`, with
  *               fp8 F16: vanilla W1[x_{k-1}] (fp8: as F16, limited to its range), gated and rnn
  *               their latent rounded once. Products exact, sums f32; normalisers to 1e-6.
+ * Skipping      with w2_bounds (dspark_draft_bounds; not for HEAD_NONE) every request must be greedy
+ *               or coupled: its drafts are the same, bit for bit, and rows of W2 that cannot win are
+ *               not read. No law is handed on (log_normalizers NaN); a request that is neither gets
+ *               token 0. rows_read[r]: how many rows of W2 were read for r in all steps, the one
+ *               figure that may differ from run to run.
  * Layout        logits row stride given; everything else contiguous. Columns from draft_lens[r] on
- *               are not written, but for latents of gated and rnn.
- * Alignment     markov_w1, markov_w2, latents 16 bytes; markov_rank a multiple of 16, at most 256
- *               (fill up with zeros). logits at 16 bytes with rows of a multiple of 16 bytes are read fastest.
+ *               are not written.
+ * Alignment     markov_w1, markov_w2, latents, w2_bounds, w2_basis 16 bytes; markov_rank a multiple of
+ *               16, at most 256 (fill up with zeros). logits at 16 bytes with rows of a multiple of 16 bytes are read fastest.
  * Aliasing      none allowed.
  * Workspace     dspark_draft_full_workspace_size bytes, 256-byte aligned; contents do not matter.
  * Determinism   bitwise per device, independent of the batch. Draws of a row with temperature > 0
@@ -451,7 +468,8 @@ typedef int32_t dspark_head_kind;
  *               E(W(j, 2).x) / w_j; in the one that arrives first the token is the first whose
  *               running sum of weights exceeds u w_j, u from W(j, 2).y. COUPLED: the race over
  *               tokens above with purpose BONUS. Position anchor_positions[r] + k.
- * Stream/graph  capture-safe; one cooperative launch for vanilla. A row of NaN or all -inf (also: all
+ * Stream/graph  capture-safe; a cooperative launch for each 128 requests, one more before it for
+ *               gated and rnn and one for skipping. A row of NaN or all -inf (also: all
  *               forbidden) yields token 0; its normaliser is NaN or -inf.
  * Errors        null pointers, unknown head, sizes < 0, draft_len > 16, markov_rank out of range or
  *               not a multiple of 16, workspace too small; UNSUPPORTED_DEVICE where a CTA of the
@@ -493,6 +511,9 @@ typedef struct dspark_draft_full_params {
   void* workspace;
   size_t workspace_bytes;
   int64_t stride_logits_row;
+  const float* w2_bounds; /* [vocab_size, 4]: rows that cannot win are not read; NULL: all are */
+  const float* w2_basis;  /* [3, markov_rank], with w2_bounds */
+  uint64_t* rows_read;    /* [num_reqs], with w2_bounds; may be NULL */
 } dspark_draft_full_params;
 #define DSPARK_DRAFT_FULL_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_full_params)
 /* Host. Reads only sizes (of the current device, too). */
@@ -500,6 +521,37 @@ dspark_status DSPARK_FN(dspark_draft_full_workspace_size)(const dspark_draft_ful
                                                           size_t* bytes);
 dspark_status DSPARK_FN(dspark_draft_full)(const dspark_draft_full_params* params,
                                            dspark_stream stream);
+
+/*
+ * Computes      bounds[v] of each row w of W2 (fp8: its scale included): w . e_i for the directions
+ *               e_0 .. e_2 of basis, and the length of the rest, rounded up generously. For any
+ *               latent x the bias of token v is at most the sum over i of (w . e_i)(e_i . x) plus
+ *               the lengths of both rests (kernels/draft/skip_bound.cuh). Once, when weights are loaded.
+ * Shapes        markov_w2 [vocab_size, markov_rank]; w2_scales [vocab_size]; basis [3,
+ *               markov_rank], orthonormal to 1e-5 (zeros for directions that are not there): the
+ *               closer the rows are to their span, the more is skipped; bounds [vocab_size, 4].
+ * Dtypes        markov_w2 `w2_dtype` (BF16, F16, E4M3 with f32 w2_scales); basis, bounds f32.
+ * Layout        contiguous.
+ * Alignment     16 bytes; markov_rank a multiple of 16, at most 256.
+ * Aliasing      none allowed.
+ * Workspace     none.
+ * Determinism   bitwise per device.
+ * Stream/graph  capture-safe.
+ * Errors        null or misaligned pointers, sizes < 1, markov_rank out of range, unknown dtype.
+ */
+typedef struct dspark_draft_bounds_params {
+  uint32_t struct_size;
+  dspark_dtype w2_dtype;
+  int32_t vocab_size;
+  int32_t markov_rank;
+  const void* markov_w2;
+  const float* w2_scales; /* fp8 */
+  const float* basis;
+  float* bounds;
+} dspark_draft_bounds_params;
+#define DSPARK_DRAFT_BOUNDS_PARAMS_INIT DSPARK_PARAMS_INIT(dspark_draft_bounds_params)
+dspark_status DSPARK_FN(dspark_draft_bounds)(const dspark_draft_bounds_params* params,
+                                             dspark_stream stream);
 
 /*
  * Computes      the head over a candidate set, with q truncated to it (lossless: the pairs are the

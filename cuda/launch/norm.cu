@@ -36,10 +36,12 @@ dspark_status launch_rms_norm(const dspark_rms_norm_params& p, dspark_stream str
   RmsNormArgs<T> args;
   args.x = static_cast<T*>(p.x);
   args.delta = static_cast<const T*>(p.delta);
+  args.tap = static_cast<T*>(p.tap);
   args.weight = static_cast<const T*>(p.weight);
   args.out = static_cast<T*>(p.out);
   args.stride_x_row = p.stride_x_row;
   args.stride_delta_row = p.stride_delta_row;
+  args.stride_tap_row = p.stride_tap_row;
   args.stride_out_row = p.stride_out_row;
   args.hidden_size = p.hidden_size;
   args.eps = p.eps;
@@ -83,12 +85,14 @@ using namespace dspark;
 
 extern "C" dspark_status DSPARK_FN(dspark_rms_norm)(const dspark_rms_norm_params* params,
                                                     dspark_stream stream) {
-  DSPARK_CHECK_PARAMS(params, stride_out_row);
+  DSPARK_CHECK_PARAMS(params, stride_tap_row);
   const dspark_rms_norm_params& p = *params;
   DSPARK_TRY(check_half_dtype(p.dtype));
   DSPARK_TRY(check_range("num_rows", p.num_rows, 0));
   DSPARK_TRY(check_vector_width("hidden_size", p.hidden_size));
   if (p.num_rows == 0) return DSPARK_OK;
+  DSPARK_CHECK_ARG(p.tap == nullptr || p.delta != nullptr, DSPARK_ERROR_INVALID_ARGUMENT,
+                   "tap: expected NULL without delta");
   DSPARK_TRY(check_vector_rows("x", "stride_x_row", p.x, p.stride_x_row));
   DSPARK_TRY(check_vector_rows("out", "stride_out_row", p.out, p.stride_out_row));
   DSPARK_TRY(check_pointer("weight", p.weight, 16));
@@ -97,6 +101,11 @@ extern "C" dspark_status DSPARK_FN(dspark_rms_norm)(const dspark_rms_norm_params
     DSPARK_CHECK_ARG(p.x != p.out && p.x != p.delta && p.delta != p.out,
                      DSPARK_ERROR_INVALID_ARGUMENT,
                      "x, delta, out: expected distinct buffers when delta is given");
+  }
+  if (p.tap != nullptr) {
+    DSPARK_TRY(check_vector_rows("tap", "stride_tap_row", p.tap, p.stride_tap_row));
+    DSPARK_CHECK_ARG(p.tap != p.x && p.tap != p.delta && p.tap != p.out,
+                     DSPARK_ERROR_INVALID_ARGUMENT, "tap: expected a buffer of its own");
   }
   return dispatch_half_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -53,6 +53,8 @@ export! {
     dspark_draft_full_workspace_size => dspark_draft_full_workspace_size_cu(params: *const sys::dspark_draft_full_params, bytes: *mut usize) -> sys::dspark_status;
     /// The head over the whole vocabulary, base logits only read.
     dspark_draft_full => dspark_draft_full_cu(params: *const sys::dspark_draft_full_params, stream: sys::dspark_stream) -> sys::dspark_status;
+    /// What bounds the bias of each token.
+    dspark_draft_bounds => dspark_draft_bounds_cu(params: *const sys::dspark_draft_bounds_params, stream: sys::dspark_stream) -> sys::dspark_status;
     /// Workspace of the head over a candidate set.
     dspark_draft_candidates_workspace_size => dspark_draft_candidates_workspace_size_cu(params: *const sys::dspark_draft_candidates_params, bytes: *mut usize) -> sys::dspark_status;
     /// The head over a candidate set.

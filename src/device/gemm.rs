@@ -1,8 +1,11 @@
 //! Matrix products through cuBLASLt: `out[M, N] = x[M, K] W[N, K]^T`, bf16 operands, f32 accumulation.
 //!
 //! cuBLASLt is column-major, where a row-major matrix is its own transpose; the product asked of it is therefore
-//! `out^T[N, M] = (W^T)^T x^T`: A is `W` (transposed), B is `x`. The algorithm for a shape is chosen once by cuBLASLt's
-//! heuristic and kept; it may differ between row counts, so a row's last bits may depend on the batch it is in.
+//! `out^T[N, M] = (W^T)^T x^T`: A is `W` (transposed), B is `x`.
+//!
+//! The algorithm for a shape is chosen by cuBLASLt's heuristic and kept. Row counts change from step to step, and a choice takes
+//! a millisecond (a kernel that was not used before must be loaded, too): it is made for the next *bucket* of row counts, and
+//! holds for all in it. Between buckets it may differ, so a row's last bits may depend on the batch it is in.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -26,9 +29,11 @@ pub enum GemmOut<'a> {
     F32(&'a mut Buffer<f32>),
 }
 
-/// The cuBLASLt handle, its workspace and the plans of the shapes seen so far.
+/// The cuBLASLt handle, its workspace, the plans of the shapes seen so far and the algorithms chosen for them, by the
+/// buckets of these shapes.
 pub struct Gemm {
     plans: HashMap<Shape, Plan>,
+    algorithms: HashMap<Shape, sys::cublasLtMatmulAlgo_t>,
     handle: Handle,
     workspace: Buffer<u8>,
     device: Device,
@@ -42,6 +47,16 @@ struct Shape {
     out_f32: bool,
 }
 
+impl Shape {
+    /// The shape that algorithms are chosen for: its row count is the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, …
+    fn bucket(self) -> Self {
+        let power = self.m.next_power_of_two();
+        let between = power / 4 * 3;
+        let m = if self.m <= between { between } else { power };
+        Self { m, ..self }
+    }
+}
+
 impl Gemm {
     /// Loads cuBLASLt and takes a workspace.
     ///
@@ -52,6 +67,7 @@ impl Gemm {
         device.bind()?;
         Ok(Self {
             plans: HashMap::new(),
+            algorithms: HashMap::new(),
             handle: Handle(lt::create_handle().map_err(cublas)?),
             workspace: Buffer::zeros(device, WORKSPACE_BYTES)?,
             device: device.clone(),
@@ -92,10 +108,20 @@ impl Gemm {
         self.device.bind()?;
         let shape = Shape { m, n, k, out_f32 };
         if !self.plans.contains_key(&shape) {
-            let plan = Plan::new(&self.handle, shape).map_err(cublas)?;
+            let plan = Plan::new(shape).map_err(cublas)?;
             self.plans.insert(shape, plan);
         }
         let plan = &self.plans[&shape];
+        let bucket = shape.bucket();
+        let algorithm = match self.algorithms.get(&bucket) {
+            Some(algorithm) => algorithm,
+            None => {
+                let chosen = Plan::new(bucket).and_then(|plan| plan.algorithm(&self.handle));
+                self.algorithms
+                    .entry(bucket)
+                    .or_insert(chosen.map_err(cublas)?)
+            }
+        };
         let (one, zero) = (1.0_f32, 0.0_f32);
         // SAFETY: handle, descriptors and algorithm are alive (owned by self), the three buffers hold at least what the
         // layouts describe (checked above), alpha and beta are host f32 as the descriptor's scale type says, and the
@@ -114,7 +140,7 @@ impl Gemm {
                 plan.out.0,
                 out_ptr,
                 plan.out.0,
-                &raw const plan.algo,
+                from_ref(algorithm),
                 self.workspace.mut_ptr(0).cast(),
                 self.workspace.len(),
                 self.device.raw_stream().cast(),
@@ -182,17 +208,16 @@ const TRANSPOSE: i32 = 1;
 /// schemes add atomically or round to the output type first.
 const REDUCE_IN_F32: u32 = 2;
 
-/// The descriptors and the chosen algorithm of one shape.
+/// The descriptors of one shape.
 struct Plan {
     desc: Desc,
     weight: Layout,
     x: Layout,
     out: Layout,
-    algo: sys::cublasLtMatmulAlgo_t,
 }
 
 impl Plan {
-    fn new(handle: &Handle, shape: Shape) -> std::result::Result<Self, CublasError> {
+    fn new(shape: Shape) -> std::result::Result<Self, CublasError> {
         let Shape { m, n, k, out_f32 } = shape;
         let operand = sys::cudaDataType::CUDA_R_16BF;
         let result = if out_f32 {
@@ -215,6 +240,19 @@ impl Plan {
         let weight = Layout::new(operand, k, n)?;
         let x = Layout::new(operand, k, m)?;
         let out = Layout::new(result, n, m)?;
+        Ok(Self {
+            desc,
+            weight,
+            x,
+            out,
+        })
+    }
+
+    /// What cuBLASLt holds to be the fastest way.
+    fn algorithm(
+        &self,
+        handle: &Handle,
+    ) -> std::result::Result<sys::cublasLtMatmulAlgo_t, CublasError> {
         let preference = Preference(lt::create_matmul_pref()?);
         // SAFETY: the attributes take a `usize` and a 32-bit mask by address; all descriptors above are alive.
         let found = unsafe {
@@ -232,25 +270,41 @@ impl Plan {
             )?;
             lt::get_matmul_algo_heuristic(
                 handle.0,
-                desc.0,
-                weight.0,
-                x.0,
-                out.0,
-                out.0,
+                self.desc.0,
+                self.weight.0,
+                self.x.0,
+                self.out.0,
+                self.out.0,
                 preference.0,
             )?
         };
-        Ok(Self {
-            desc,
-            weight,
-            x,
-            out,
-            algo: found.algo,
-        })
+        Ok(found.algo)
     }
 }
 
 #[allow(clippy::needless_pass_by_value)] // the shape `map_err` wants
 fn cublas(error: CublasError) -> Error {
     Error::Cuda(format!("cuBLASLt: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Shape;
+
+    #[test]
+    fn buckets_grow_by_a_half_or_a_third() {
+        let bucket = |m| {
+            let shape = Shape {
+                m,
+                n: 5,
+                k: 7,
+                out_f32: false,
+            };
+            shape.bucket().m
+        };
+        let buckets: Vec<usize> = (1..=17).map(bucket).collect();
+        let expected = [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24];
+        assert_eq!(buckets, expected);
+        assert!((1..5000).all(|m| bucket(m) >= m && bucket(bucket(m)) == bucket(m)));
+    }
 }

@@ -174,17 +174,42 @@ impl<O: Ops> Engine<O> {
         self.step.set_adapt(adapt);
     }
 
+    /// Keeps a record of every step from now on ([`DecodeStep::records`]).
+    pub fn record_steps(&mut self) {
+        self.step.record_steps();
+    }
+
     /// See [`DecodeStep::set_alternates`]. The models must have been made for as many rows more.
     ///
     /// # Errors
     /// Requests wait or run.
     pub fn set_alternates(&mut self, alternates: usize) -> Result<()> {
-        if !self.is_idle() {
-            let found = "requests in flight";
-            return Err(Error::argument("alternates", "an idle engine", found));
-        }
+        self.check_idle("alternates")?;
         self.step.set_alternates(alternates);
         Ok(())
+    }
+
+    /// Runs steps of every size once, where the first of a size takes longer than the later ones
+    /// ([`Ops::is_slow_at_first`]): nothing of that is left for the first requests to wait for.
+    ///
+    /// # Errors
+    /// Requests wait or run; a failure of the backend.
+    pub fn warm_up(&mut self) -> Result<()> {
+        self.check_idle("warm_up")?;
+        if !self.ops.is_slow_at_first() {
+            return Ok(());
+        }
+        let max_num_reqs = self.free_slots.len();
+        self.step
+            .warm_up(&mut self.ops, &mut self.pool, max_num_reqs)
+    }
+
+    fn check_idle(&self, field: &str) -> Result<()> {
+        if self.is_idle() {
+            return Ok(());
+        }
+        let found = "requests in flight";
+        Err(Error::argument(field, "an idle engine", found))
     }
 
     /// Measures what a step costs; `on_point` hears of every point to come and of all there are. The cost is not put to
@@ -193,13 +218,7 @@ impl<O: Ops> Engine<O> {
     /// # Errors
     /// Requests wait or run; a failure of the backend.
     pub fn profile(&mut self, on_point: &mut dyn FnMut(usize, usize)) -> Result<StepCost> {
-        if !self.is_idle() {
-            return Err(Error::argument(
-                "profile",
-                "an idle engine",
-                "requests in flight",
-            ));
-        }
+        self.check_idle("profile")?;
         let max_num_reqs = self.free_slots.len();
         self.step
             .measure_cost(&mut self.ops, &mut self.pool, max_num_reqs, on_point)

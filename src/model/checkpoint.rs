@@ -163,6 +163,23 @@ impl Checkpoint {
         }
     }
 
+    /// The shape of `name`, where a file has it.
+    pub(super) fn shape_of(&self, name: &str) -> Option<Vec<usize>> {
+        let shard = &self.shards[*self.shard_of.get(name)?];
+        Some(shard.metadata.info(name)?.shape.clone())
+    }
+
+    /// The file that holds `name`, or the one that says that none does.
+    pub(super) fn file_of(&self, name: &str) -> &Path {
+        let shard = self.shard_of.get(name);
+        shard.map_or(&self.listing, |&shard| &self.shards[shard].file)
+    }
+
+    /// That `name` is not there.
+    pub(super) fn missing(&self, name: &str, expected: impl Into<String>) -> Error {
+        Error::checkpoint(&self.listing, name, expected, "none")
+    }
+
     /// The file and window of `name`, its numbers not looked at.
     fn find(&self, name: &str, shape: &[usize]) -> Result<(&Path, HostTensor<'_>)> {
         let random = self.random.as_ref();
@@ -170,8 +187,7 @@ impl Checkpoint {
             return Ok((&self.listing, tensor));
         }
         let Some(&shard) = self.shard_of.get(name) else {
-            let expected = format!("a tensor of shape {shape:?}");
-            return Err(Error::checkpoint(&self.listing, name, expected, "none"));
+            return Err(self.missing(name, format!("a tensor of shape {shape:?}")));
         };
         let shard = &self.shards[shard];
         Ok((&shard.file, shard.tensor(name, shape)?))
@@ -179,14 +195,11 @@ impl Checkpoint {
 
     /// Refuses a checkpoint that holds `name`, which this crate would have to ignore.
     pub(super) fn refuse(&self, name: &str, why: &str) -> Result<()> {
-        match self.shard_of.get(name) {
-            None => Ok(()),
-            Some(&shard) => {
-                let expected = format!("no such tensor ({why})");
-                let file = &self.shards[shard].file;
-                Err(Error::checkpoint(file, name, expected, "one"))
-            }
+        if !self.shard_of.contains_key(name) {
+            return Ok(());
         }
+        let expected = format!("no such tensor ({why})");
+        Err(Error::checkpoint(self.file_of(name), name, expected, "one"))
     }
 
     /// The vector `name` of `len` elements, in the backend's form.

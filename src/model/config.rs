@@ -115,8 +115,9 @@ fn refuse_variants(config: &Fields) -> Result<()> {
     if config.string_optional("hidden_act")?.unwrap_or("silu") != "silu" {
         return Err(config.error("hidden_act", "silu"));
     }
-    if config.value("quantization_config").is_some() {
-        return Err(config.error("quantization_config", "none (bf16, f16 or f32 weights)"));
+    if !quantises_kv_alone(config)? {
+        let expected = "none (bf16, f16 or f32 weights), or one of an fp8 KV cache alone";
+        return Err(config.error("quantization_config", expected));
     }
     let window_in_use = match config.value("use_sliding_window") {
         Some(_) => config.flag("use_sliding_window")?,
@@ -130,6 +131,25 @@ fn refuse_variants(config: &Fields) -> Result<()> {
         return Err(config.error("layer_types", "full_attention in every layer"));
     }
     Ok(())
+}
+
+/// Whether no weight is quantised: nothing is, or as llm-compressor writes it the cache alone, which it then is where
+/// that is asked for ([`crate::ops::KvDtype`]).
+fn quantises_kv_alone(config: &Fields) -> Result<bool> {
+    let Some(quantised) = config.object_optional("quantization_config")? else {
+        return Ok(true);
+    };
+    let Some(scheme) = quantised.object_optional("kv_cache_scheme")? else {
+        return Ok(false);
+    };
+    let no_weights = match quantised.object_optional("config_groups")? {
+        Some(groups) => groups.is_empty(),
+        None => true,
+    };
+    let is_e4m3 = scheme.whole_optional("num_bits")? == Some(8)
+        && scheme.string_optional("type")? == Some("float");
+    let is_compressed = quantised.string_optional("quant_method")? == Some("compressed-tensors");
+    Ok(is_compressed && no_weights && is_e4m3 && !scheme.flag("dynamic")?)
 }
 
 /// Target families.

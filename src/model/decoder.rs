@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use super::checkpoint::Checkpoint;
 use super::config::{TargetConfig, TargetFamily};
+use super::kv_scales::TARGET_PREFIX;
 use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Taps, Visibility, new_work};
 use super::{Features, Target};
 use crate::error::{Error, Result};
-use crate::ops::{Matrix, Ops, RowMap};
+use crate::ops::{KvDtype, Matrix, Ops, RowMap};
 
 /// The embedding's name in a target.
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -51,6 +52,21 @@ impl<O: Ops> DecoderTarget<O> {
     /// # Errors
     /// [`Error::Checkpoint`] for what does not fit in `dir`, [`Error::Argument`] for a tap that does not exist.
     pub fn load(ops: &mut O, dir: &Path, limits: &Limits, tap_ids: &[i32]) -> Result<Self> {
+        Self::load_with_kv(ops, dir, limits, tap_ids, KvDtype::Native)
+    }
+
+    /// [`DecoderTarget::load`] with a cache of `kv_dtype`. In fp8 its factors are those that the checkpoint brings
+    /// ([`super::kv_scales`]), or 1.
+    ///
+    /// # Errors
+    /// As [`DecoderTarget::load`]; factors that cannot be used.
+    pub fn load_with_kv(
+        ops: &mut O,
+        dir: &Path,
+        limits: &Limits,
+        tap_ids: &[i32],
+        kv_dtype: KvDtype,
+    ) -> Result<Self> {
         let config = TargetConfig::read(dir)?;
         let weights = Checkpoint::open(dir)?;
         check_tap_ids(tap_ids, config.decoder.num_layers)?;
@@ -69,6 +85,7 @@ impl<O: Ops> DecoderTarget<O> {
                 TargetFamily::Qwen3 => QkNorm::Required,
                 TargetFamily::Llama => QkNorm::Absent,
             },
+            kv_dtype,
         };
         let taps = match tap_ids {
             [] => None,
@@ -81,7 +98,7 @@ impl<O: Ops> DecoderTarget<O> {
         };
         Ok(Self {
             vocabulary: Vocabulary { embedding, lm_head },
-            stack: DecoderStack::load(ops, &weights, "model.", sizes, shape, limits)?,
+            stack: DecoderStack::load(ops, &weights, TARGET_PREFIX, sizes, shape, limits)?,
             taps,
             selected: ops.mat(limits.max_logit_rows, d)?,
             logits: ops.fixed_logits(limits.max_logit_rows, vocab)?,

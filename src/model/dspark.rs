@@ -15,7 +15,7 @@ use super::head_weights::load_head;
 use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Visibility};
 use super::{Drafter, Features, ProposeBatch};
 use crate::error::{Error, Result};
-use crate::ops::{DraftLaw, Drafted, HeadForm, Ops, RowMap};
+use crate::ops::{DraftLaw, Drafted, HeadForm, KvDtype, Ops, RowMap};
 
 /// How a block is laid out. Anything but the default is wrong for a sound checkpoint: the variations are the slips that
 /// checkpoints and their converters are known for (see [`super::selfcheck`]).
@@ -125,6 +125,7 @@ impl<O: Ops> DSparkDrafter<O> {
             max_rows: limits.max_num_reqs * (config.block_size + 1),
             visibility: Visibility::Block,
             qk_norm: QkNorm::Required,
+            kv_dtype: KvDtype::Native,
         };
         let max_draft_len = limits.max_draft_len.min(config.block_size);
         let drafts = limits.max_num_reqs * max_draft_len;

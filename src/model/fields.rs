@@ -34,6 +34,11 @@ impl Fields {
         Error::checkpoint(&self.file, format!("{}{key}", self.prefix), expected, found)
     }
 
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.map.is_empty()
+    }
+
     /// What stands at `key`, `null` excepted.
     pub fn value(&self, key: &str) -> Option<&Value> {
         self.map.get(key).filter(|value| !value.is_null())

@@ -58,25 +58,31 @@ impl<O: Ops> BlockHead<O> {
     pub fn set_form(&mut self, ops: &mut O, form: HeadForm) -> Result<()> {
         form.check(self.logits.cols())?;
         let w2 = self.head.markov_w2.as_ref();
-        let needs_w2 = matches!(form, HeadForm::FullFp8 | HeadForm::Candidates(_, 1..));
+        let needs_w2 = matches!(
+            form,
+            HeadForm::FullSkip | HeadForm::FullFp8 | HeadForm::Candidates(_, 1..)
+        );
         let Some(w2) = w2.filter(|_| needs_w2) else {
             if needs_w2 {
                 let expected = "full or candidates:K for a head without a bias";
                 return Err(Error::argument("head_form", expected, form));
             }
-            (self.head.w2_fp8, self.head.bigrams) = (None, None);
+            (self.head.w2_fp8, self.head.row_bounds) = (None, None);
+            self.head.bigrams = None;
             self.form = form;
             return Ok(());
         };
-        let (mut copy, mut bigrams) = (None, None);
+        let (mut copy, mut row_bounds, mut bigrams) = (None, None, None);
         match form {
             HeadForm::Candidates(_, num_bigram) => {
                 let tokens = find_bigrams(ops, &self.head, num_bigram)?;
                 bigrams = Some(ops.token_table(&tokens, num_bigram)?);
             }
+            HeadForm::FullSkip => row_bounds = Some(ops.row_bounds(w2)?),
             _ => copy = Some(ops.quantize(w2)?),
         }
-        (self.head.w2_fp8, self.head.bigrams) = (copy, bigrams);
+        (self.head.w2_fp8, self.head.row_bounds) = (copy, row_bounds);
+        self.head.bigrams = bigrams;
         self.form = form;
         Ok(())
     }
@@ -170,7 +176,7 @@ impl<O: Ops> BlockHead<O> {
         batch: &DraftBatch<'_>,
     ) -> Result<(Drafted, WalkLaw)> {
         match self.form {
-            HeadForm::Full | HeadForm::FullFp8 => {
+            HeadForm::Full | HeadForm::FullSkip | HeadForm::FullFp8 => {
                 let (drafted, law) = ops.draft_full(&self.head, logits, hidden, batch)?;
                 Ok((drafted, WalkLaw::LowRank(law)))
             }

@@ -17,6 +17,7 @@ mod fields;
 mod head;
 mod head_weights;
 mod identity;
+mod kv_scales;
 mod mtp;
 mod pair;
 mod random_weights;
@@ -30,6 +31,7 @@ pub use decoder::DecoderTarget;
 pub use drafter_config::{DSparkConfig, DrafterConfig, MtpConfig};
 pub use dspark::{DSparkDrafter, Layout};
 pub use identity::{drafter_identity, target_identity};
+pub use kv_scales::kv_scales;
 pub use mtp::MtpDrafter;
 pub use pair::{Pair, load_drafter};
 pub use stack::Limits;
@@ -143,7 +145,7 @@ pub trait Drafter<O: Ops> {
     fn set_head_form(&mut self, _ops: &mut O, form: HeadForm) -> Result<()> {
         match form {
             HeadForm::Full => Ok(()),
-            HeadForm::FullFp8 | HeadForm::Candidates(..) => {
+            HeadForm::FullSkip | HeadForm::FullFp8 | HeadForm::Candidates(..) => {
                 Err(Error::argument("head_form", "full for this drafter", form))
             }
         }

@@ -16,7 +16,9 @@ use super::head::interleave;
 use super::stack::{DecoderStack, Limits, QkNorm, StackShape, Visibility};
 use super::{Drafter, Features, ProposeBatch};
 use crate::error::{Error, Result};
-use crate::ops::{DraftBatch, DraftHead, DraftLaw, Drafted, LowRankLaw, Matrix, Ops, RowMap};
+use crate::ops::{
+    DraftBatch, DraftHead, DraftLaw, Drafted, KvDtype, LowRankLaw, Matrix, Ops, RowMap,
+};
 
 /// The longest chain: with its anchor it fills the 16 rows a request may bring to a verify pass.
 pub(super) const MAX_DRAFT_LEN: usize = 15;
@@ -108,6 +110,7 @@ impl<O: Ops> MtpDrafter<O> {
             max_rows: rows,
             visibility: Visibility::Causal,
             qk_norm: QkNorm::Optional,
+            kv_dtype: KvDtype::Native,
         };
         let mut outputs = ops.mat(reqs + rows, d)?;
         outputs.set_rows(reqs + rows)?;

@@ -9,7 +9,7 @@ use super::mtp::MtpDrafter;
 use super::stack::Limits;
 use super::{Drafter, TargetConfig};
 use crate::error::Result;
-use crate::ops::Ops;
+use crate::ops::{KvDtype, Ops};
 
 /// A target and, unless it decodes alone, its drafter.
 pub struct Pair<O: Ops> {
@@ -25,15 +25,31 @@ impl<O: Ops + 'static> Pair<O> {
     /// # Errors
     /// [`crate::Error::Checkpoint`] naming the file and field that do not fit, alone or together.
     pub fn load(ops: &mut O, target: &Path, draft: Option<&Path>, limits: &Limits) -> Result<Self> {
+        Self::load_with_kv(ops, target, draft, limits, KvDtype::Native)
+    }
+
+    /// [`Pair::load`] with a cache of `kv_dtype` for the target ([`DecoderTarget::load_with_kv`]). A drafter's own cache is
+    /// native: what it drafts is no part of the output.
+    ///
+    /// # Errors
+    /// As [`Pair::load`] and [`DecoderTarget::load_with_kv`].
+    pub fn load_with_kv(
+        ops: &mut O,
+        target: &Path,
+        draft: Option<&Path>,
+        limits: &Limits,
+        kv_dtype: KvDtype,
+    ) -> Result<Self> {
         let Some(draft) = draft else {
             return Ok(Self {
-                target: DecoderTarget::load(ops, target, limits, &[])?,
+                target: DecoderTarget::load_with_kv(ops, target, limits, &[], kv_dtype)?,
                 drafter: None,
             });
         };
         let config = DrafterConfig::read(draft)?;
         config.check_pair(draft, &TargetConfig::read(target)?)?;
-        let target = DecoderTarget::load(ops, target, limits, config.tap_ids())?;
+        let taps = config.tap_ids();
+        let target = DecoderTarget::load_with_kv(ops, target, limits, taps, kv_dtype)?;
         let drafter = load_drafter(ops, &target, draft, limits)?;
         Ok(Self {
             target,

@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::checkpoint::Checkpoint;
 use super::config::DecoderConfig;
+use super::kv_scales;
 use crate::error::Result;
-use crate::ops::{AttentionSpec, KvSink, Matrix, Ops, RowMap};
+use crate::ops::{AttentionSpec, KvDtype, KvSink, Matrix, Ops, RowMap};
 
 /// Sizes of the buffers and caches of a model, fixed when it is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,12 +165,20 @@ impl<O: Ops> DecoderStack<O> {
             .collect::<Result<_>>()?;
         let (d, ffn, rows) = (config.hidden_size, config.intermediate_size, shape.max_rows);
         let (q_size, kv_size) = (config.q_size(), config.kv_size());
+        let geometry = config.kv_geometry(limits.num_pages, limits.page_size);
+        let kv = match shape.kv_dtype {
+            KvDtype::Native => ops.kv_cache(&geometry)?,
+            KvDtype::Fp8 => {
+                let scales = kv_scales::find_or_ones(weights, prefix, &geometry)?;
+                ops.kv_cache_e4m3(&geometry, &scales)?
+            }
+        };
         Ok(Self {
             layers,
             final_norm: weights.norm(ops, &format!("{prefix}norm.weight"), d)?,
             spec: config.attention(),
             rope: ops.rope(&config.rope)?,
-            kv: ops.kv_cache(&config.kv_geometry(limits.num_pages, limits.page_size))?,
+            kv,
             rows: ops.rows()?,
             residual: ops.mat(rows, d)?,
             normed: ops.mat(rows, d)?,
@@ -233,10 +242,7 @@ impl<O: Ops> DecoderStack<O> {
             taps.out.set_rows(rows)?;
         }
         for layer in 0..self.layers.len() {
-            self.enter(ops, layer)?;
-            if let Some(taps) = &mut taps {
-                self.tap(ops, layer as i32 - 1, taps)?;
-            }
+            self.enter(ops, layer, taps.as_deref_mut())?;
             self.attend(ops, layer)?;
             self.feed_forward(ops, layer)?;
         }
@@ -247,29 +253,27 @@ impl<O: Ops> DecoderStack<O> {
             &self.final_norm,
             eps,
             &mut self.normed,
+            None,
         )
     }
 
-    /// Adds what the layer before left and norms the stream for `layer`.
-    fn enter(&mut self, ops: &mut O, layer: usize) -> Result<()> {
+    /// Adds what the layer before left, which may be tapped, and norms the stream for `layer`.
+    fn enter(&mut self, ops: &mut O, layer: usize, taps: Option<&mut Taps<O>>) -> Result<()> {
         let norm = &self.layers[layer].input_norm;
         let eps = self.spec.norm_eps;
-        if layer == 0 {
-            ops.rms_norm(&self.residual, norm, eps, &mut self.normed)
-        } else {
-            ops.add_rms_norm(&self.delta, &mut self.residual, norm, eps, &mut self.normed)
+        let tap = taps.and_then(|taps| {
+            let before = layer as i32 - 1;
+            let place = taps.ids.iter().position(|&id| id == before)?;
+            Some((&mut taps.out, place * self.residual.cols()))
+        });
+        let (residual, normed) = (&mut self.residual, &mut self.normed);
+        if layer > 0 {
+            return ops.add_rms_norm(&self.delta, residual, norm, eps, normed, tap);
         }
-    }
-
-    /// Copies the stream after layer `id` to its columns, if it is tapped.
-    fn tap(&self, ops: &mut O, id: i32, taps: &mut Taps<O>) -> Result<()> {
-        match taps.ids.iter().position(|&tap| tap == id) {
-            Some(i) => {
-                let column = i * self.residual.cols();
-                ops.copy_into(&self.residual, &mut taps.out, 0, column)
-            }
-            None => Ok(()),
+        if let Some((out, column)) = tap {
+            ops.copy_into(residual, out, 0, column)?;
         }
+        ops.rms_norm(residual, norm, eps, normed)
     }
 
     /// `delta = o_proj(attention(normed))`.
@@ -299,7 +303,8 @@ impl<O: Ops> DecoderStack<O> {
     fn feed_forward(&mut self, ops: &mut O, layer: usize) -> Result<()> {
         let weights = &self.layers[layer];
         let (norm, eps) = (&weights.post_attention_norm, self.spec.norm_eps);
-        ops.add_rms_norm(&self.delta, &mut self.residual, norm, eps, &mut self.normed)?;
+        let (residual, normed) = (&mut self.residual, &mut self.normed);
+        ops.add_rms_norm(&self.delta, residual, norm, eps, normed, None)?;
         ops.linear(&self.normed, &weights.gate_up, &mut self.gate_up)?;
         ops.silu_mul(&self.gate_up, &mut self.activated)?;
         ops.linear(&self.activated, &weights.down, &mut self.delta)
@@ -387,6 +392,8 @@ pub(super) struct StackShape {
     pub visibility: Visibility,
     /// Whether q and k are normed.
     pub qk_norm: QkNorm,
+    /// How its cache holds keys and values; a block stack's is native.
+    pub kv_dtype: KvDtype,
 }
 
 impl QkNorm {

@@ -1,6 +1,6 @@
 //! A sequential head: its weights, its forms, what it is asked and what it answers.
 
-use super::{Ops, SamplingParams, SparseLaw, W2, accept, grammar};
+use super::{Ops, Rule, SamplingParams, SparseLaw, W2, accept, grammar};
 use crate::error::{Error, Result};
 
 /// Which sequential head a drafter has (spec: vanilla, gated, rnn; `None` is DFlash or an autoregressive drafter).
@@ -22,6 +22,8 @@ pub enum HeadForm {
     /// All of it.
     #[default]
     Full,
+    /// All of it; where all requests are greedy or coupled, only rows of W2 that can win are read. The same drafts.
+    FullSkip,
     /// All of it, by a copy of W2 in e4m3.
     FullFp8,
     /// The tokens of the K largest base logits, joined with those of the M largest biases `W2 W1[x_{k-1}]`.
@@ -72,9 +74,10 @@ impl std::str::FromStr for HeadForm {
         };
         match text {
             "full" => Ok(Self::Full),
+            "full-skip" => Ok(Self::FullSkip),
             "full-fp8" => Ok(Self::FullFp8),
             _ => candidates().ok_or_else(|| {
-                let expected = "full, full-fp8, candidates:K or candidates:K:M";
+                let expected = "full, full-skip, full-fp8, candidates:K or candidates:K:M";
                 Error::argument("head_form", expected, text)
             }),
         }
@@ -85,6 +88,7 @@ impl std::fmt::Display for HeadForm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Full => f.write_str("full"),
+            Self::FullSkip => f.write_str("full-skip"),
             Self::FullFp8 => f.write_str("full-fp8"),
             Self::Candidates(num_top, 0) => write!(f, "candidates:{num_top}"),
             Self::Candidates(num_top, num_bigram) => write!(f, "candidates:{num_top}:{num_bigram}"),
@@ -104,6 +108,8 @@ pub struct DraftHead<O: Ops> {
     pub markov_w2: Option<O::Weight>,
     /// A copy of it, which takes its place in [`Ops::draft_full`].
     pub w2_fp8: Option<O::Quantized>,
+    /// Bounds of the rows of `markov_w2`, which let [`Ops::draft_full`] pass over some.
+    pub row_bounds: Option<O::RowBounds>,
     /// Candidates that the token before brings along, for [`Ops::draft_candidates`].
     pub bigrams: Option<O::TokenTable>,
     /// gated `[r, d + r]` over `[h; w1]`; rnn `[3r, 2r + d]` over `[s; w1; h]`.
@@ -123,6 +129,7 @@ impl<O: Ops> DraftHead<O> {
             markov_w1: None,
             markov_w2: None,
             w2_fp8: None,
+            row_bounds: None,
             bigrams: None,
             proj_weight: None,
             proj_bias: None,
@@ -166,6 +173,13 @@ pub struct DraftBatch<'a> {
 }
 
 impl DraftBatch<'_> {
+    /// Whether every request draws a token that no acceptance asks the law of.
+    pub(crate) fn wants_winners_alone(&self) -> bool {
+        let wins =
+            |params: &SamplingParams| params.temperature == 0.0 || params.rule == Rule::Coupled;
+        self.sampling.iter().all(wins)
+    }
+
     /// Checks everything against a vocabulary.
     ///
     /// # Errors
@@ -226,6 +240,7 @@ mod tests {
     fn forms_are_read_as_they_are_written() {
         let forms = [
             (HeadForm::Full, "full"),
+            (HeadForm::FullSkip, "full-skip"),
             (HeadForm::FullFp8, "full-fp8"),
             (HeadForm::Candidates(64, 0), "candidates:64"),
             (HeadForm::Candidates(64, 16), "candidates:64:16"),

@@ -11,9 +11,12 @@
 mod accept;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(feature = "cuda")]
+mod directions;
 mod draft;
 pub mod e4m3;
 pub mod grammar;
+mod kv_scales;
 mod mapped_file;
 mod rows;
 mod sampling;
@@ -27,6 +30,7 @@ pub use accept::{
 pub(crate) use draft::check_token_table;
 pub use draft::{ConfidenceHead, DraftBatch, DraftHead, Drafted, HeadForm, HeadKind};
 pub use grammar::{Constraint, Grammar};
+pub use kv_scales::{KvDtype, KvScales};
 pub use mapped_file::MappedFile;
 pub use rows::{MAX_TREE_ROWS, RowMap};
 pub use sampling::{Purpose, Rule, SamplingParams, TokenEdit, TokenEdits};
@@ -131,6 +135,8 @@ pub trait Ops: Sized {
     type Weight: Matrix;
     /// A weight in e4m3, with a factor for each row.
     type Quantized;
+    /// What the bias of each token is bounded by.
+    type RowBounds;
     /// A few tokens for each token of the vocabulary.
     type TokenTable;
     /// A vector: norm weight or bias.
@@ -146,6 +152,11 @@ pub trait Ops: Sized {
     fn describe(&self) -> String;
     /// Waits until everything enqueued has run.
     fn synchronize(&mut self) -> Result<()>;
+    /// Whether operations of a size take longer the first time (kernels are loaded, algorithms chosen), so that it is worth
+    /// running them once before anyone waits for them.
+    fn is_slow_at_first(&self) -> bool {
+        false
+    }
 
     // Loading and buffers.
 
@@ -153,6 +164,8 @@ pub trait Ops: Sized {
     fn weight(&mut self, parts: &[HostTensor<'_>]) -> Result<Self::Weight>;
     /// A copy of `weight` in e4m3 ([`e4m3::quantize_row`]).
     fn quantize(&mut self, weight: &Self::Weight) -> Result<Self::Quantized>;
+    /// What rows of `w2`, `[vocab, rank]`, add to a logit at most, for [`DraftHead::row_bounds`].
+    fn row_bounds(&mut self, w2: &Self::Weight) -> Result<Self::RowBounds>;
     /// `[vocab, cols]` tokens, [`SparseLaw::NO_PAIR`] for none; none twice in a row.
     fn token_table(&mut self, tokens: &[u32], cols: usize) -> Result<Self::TokenTable>;
     /// A vector `[n]`.
@@ -170,6 +183,9 @@ pub trait Ops: Sized {
     }
     /// An empty cache.
     fn kv_cache(&mut self, geometry: &KvGeometry) -> Result<Self::KvCache>;
+    /// An empty cache in e4m3. What [`Ops::qk_norm_rope`] appends is rounded to it ([`KvScales`], [`e4m3::encode`]), and
+    /// only [`Ops::verify_attention`] reads it; [`Ops::draft_attention`] takes native caches alone.
+    fn kv_cache_e4m3(&mut self, geometry: &KvGeometry, scales: &KvScales) -> Result<Self::KvCache>;
     /// An empty row map holder, to be filled by [`Ops::set_row_map`].
     fn rows(&mut self) -> Result<Self::Rows>;
     /// Uploads `map`.
@@ -216,7 +232,8 @@ pub trait Ops: Sized {
         eps: f32,
         out: &mut Self::Mat,
     ) -> Result<()>;
-    /// `residual += delta; out = rms_norm(residual)`.
+    /// `residual += delta; out = rms_norm(residual)`; with a tap, the residual is also written to that matrix, from its first
+    /// row and the given column on.
     fn add_rms_norm(
         &mut self,
         delta: &Self::Mat,
@@ -224,6 +241,7 @@ pub trait Ops: Sized {
         weight: &Self::Norm,
         eps: f32,
         out: &mut Self::Mat,
+        tap: Option<(&mut Self::Mat, usize)>,
     ) -> Result<()>;
     /// `out = x W^T`.
     fn linear(&mut self, x: &Self::Mat, weight: &Self::Weight, out: &mut Self::Mat) -> Result<()>;
@@ -309,6 +327,8 @@ pub trait Ops: Sized {
     /// (lowest index wins) at temperature 0; a row that is no law yields token 0. With [`DraftHead::w2_fp8`] the bias is
     /// that of the copy. The law is handed on as a latent and a normaliser for each draft ([`DraftLaw::LowRank`]). Draws
     /// of the coupled rule have the noise of its target ([`Rule::draft_purpose`]); the others' noise is the backend's own.
+    /// With [`DraftHead::row_bounds`] and requests that are all greedy or coupled, whose drafts nobody asks a law for, the
+    /// backend may pass over what cannot win: the same drafts, and normalisers of NaN.
     fn draft_full(
         &mut self,
         head: &DraftHead<Self>,

@@ -96,6 +96,7 @@ impl Attention<'_> {
             }
         }
         if let Some(block) = self.block {
+            self.kv.expect_native()?;
             expect_shape(
                 "block",
                 block,

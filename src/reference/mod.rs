@@ -44,7 +44,7 @@ use tensor::{expect_cols, expect_shape};
 use crate::error::{Error, Result};
 use crate::ops::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, LowRankLaw, Matrix, Ops, RopeSpec, RowMap, SparseLaw, check_token_table,
+    KvScales, KvSink, LowRankLaw, Matrix, Ops, RopeSpec, RowMap, SparseLaw, check_token_table,
 };
 
 /// The backend. See the module's documentation for what its results depend on.
@@ -78,6 +78,8 @@ impl Ops for Reference {
     type Logits = F32Matrix;
     type Weight = Weight;
     type Quantized = Quantized;
+    /// Every row is read.
+    type RowBounds = ();
     type TokenTable = TokenTable;
     type Norm = Vec<f32>;
     type KvCache = KvCache;
@@ -106,6 +108,10 @@ impl Ops for Reference {
         Quantized::new(weight)
     }
 
+    fn row_bounds(&mut self, _w2: &Weight) -> Result<()> {
+        Ok(())
+    }
+
     fn token_table(&mut self, tokens: &[u32], cols: usize) -> Result<TokenTable> {
         check_token_table(tokens, cols)?;
         Ok(TokenTable {
@@ -127,7 +133,12 @@ impl Ops for Reference {
     }
 
     fn kv_cache(&mut self, geometry: &KvGeometry) -> Result<KvCache> {
-        KvCache::new(geometry)
+        KvCache::new(geometry, None)
+    }
+
+    fn kv_cache_e4m3(&mut self, geometry: &KvGeometry, scales: &KvScales) -> Result<KvCache> {
+        scales.check(geometry)?;
+        KvCache::new(geometry, Some(scales.clone()))
     }
 
     fn rows(&mut self) -> Result<RowMap> {
@@ -235,9 +246,13 @@ impl Ops for Reference {
         weight: &Vec<f32>,
         eps: f32,
         out: &mut F32Matrix,
+        tap: Option<(&mut F32Matrix, usize)>,
     ) -> Result<()> {
         expect_shape("delta", delta, residual.rows(), residual.cols())?;
         norm::add(residual.values_mut(), delta.values());
+        if let Some((tap, col)) = tap {
+            self.copy_into(residual, tap, 0, col)?;
+        }
         self.rms_norm(residual, weight, eps, out)
     }
 

@@ -153,7 +153,5 @@ fn append(
         return;
     };
     let start = (page as usize * page_size + slot % page_size) * keys.len();
-    let layer = &mut kv.layers[layer];
-    layer.keys[start..start + keys.len()].copy_from_slice(keys);
-    layer.values[start..start + values.len()].copy_from_slice(values);
+    kv.write(layer, start, keys, values);
 }

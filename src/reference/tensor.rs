@@ -1,7 +1,9 @@
 //! Matrices and the paged cache of the reference backend, and the shape checks.
 
 use crate::error::{Error, Result};
-use crate::ops::{AttentionSpec, HostTensor, KvGeometry, Matrix, RowMap, expect_room};
+use crate::ops::{
+    AttentionSpec, HostTensor, KvGeometry, KvScales, Matrix, RowMap, e4m3, expect_room,
+};
 
 /// A row-major f32 matrix: activations and logits alike.
 #[derive(Clone, Debug)]
@@ -95,11 +97,13 @@ pub(super) fn expect_bytes(tensor: &HostTensor<'_>) -> Result<()> {
 }
 
 /// Paged keys and values in f32. Slot `s` of page `g` of a layer holds `[num_kv_heads, head_dim]` at
-/// `(g * page_size + s) * num_kv_heads * head_dim`, keys and values alike.
+/// `(g * page_size + s) * num_kv_heads * head_dim`, keys and values alike. With scales a slot holds what the e4m3 numbers
+/// in it stand for.
 #[derive(Clone, Debug)]
 pub struct KvCache {
     pub(super) geometry: KvGeometry,
     pub(super) layers: Vec<KvLayer>,
+    scales: Option<KvScales>,
 }
 
 /// Keys and values of one layer, each `[num_pages, page_size, num_kv_heads, head_dim]`.
@@ -110,7 +114,7 @@ pub(super) struct KvLayer {
 }
 
 impl KvCache {
-    pub(super) fn new(geometry: &KvGeometry) -> Result<Self> {
+    pub(super) fn new(geometry: &KvGeometry, scales: Option<KvScales>) -> Result<Self> {
         if geometry.page_size == 0 {
             return Err(Error::argument("page_size", "at least 1", 0));
         }
@@ -124,7 +128,38 @@ impl KvCache {
         Ok(Self {
             geometry: *geometry,
             layers: vec![layer; geometry.num_layers],
+            scales,
         })
+    }
+
+    /// Checks that it is as the draft form reads it.
+    pub(super) fn expect_native(&self) -> Result<()> {
+        match self.scales {
+            None => Ok(()),
+            Some(_) => Err(Error::argument("kv", "a native cache", "one in e4m3")),
+        }
+    }
+
+    /// Writes keys and values `[num_kv_heads, head_dim]` of one token to the place that starts at element `start`.
+    pub(super) fn write(&mut self, layer: usize, start: usize, keys: &[f32], values: &[f32]) {
+        let KvLayer {
+            keys: all_keys,
+            values: all_values,
+        } = &mut self.layers[layer];
+        let (k_scales, v_scales) = self.scales.as_ref().map(|s| s.of_layer(layer)).unzip();
+        let head_dim = self.geometry.head_dim;
+        for (all, new, scales) in [(all_keys, keys, k_scales), (all_values, values, v_scales)] {
+            let slot = &mut all[start..start + new.len()];
+            slot.copy_from_slice(new);
+            for (head, scale) in slot
+                .chunks_exact_mut(head_dim)
+                .zip(scales.into_iter().flatten())
+            {
+                for x in head {
+                    *x = scale * e4m3::decode(e4m3::encode(*x / scale));
+                }
+            }
+        }
     }
 
     /// Checks that the heads are those of `spec`.

@@ -7,7 +7,7 @@ mod laws;
 
 use super::philox::{philox4x32, uniform};
 use super::*;
-use crate::ops::{ConfidenceHead, DraftLaw, Dtype, HeadKind, SamplingParams};
+use crate::ops::{ConfidenceHead, DraftLaw, Dtype, HeadKind, KvScales, SamplingParams, e4m3};
 
 /// Numbers in (-1, 1), the same for the same `stream`.
 fn noise(stream: u32, len: usize) -> Vec<f32> {
@@ -235,7 +235,7 @@ fn norms_and_silu() {
             .collect();
         let want: Vec<f64> = sum.chunks(d).flat_map(norm).collect();
         let delta = mat(&mut ops, d, &delta);
-        ops.add_rms_norm(&delta, &mut residual, &w, eps, &mut out)
+        ops.add_rms_norm(&delta, &mut residual, &w, eps, &mut out, None)
             .unwrap();
         assert_close(residual.values(), &sum, 0.0);
         assert_close(out.values(), &want, 1e-6);

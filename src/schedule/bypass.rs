@@ -22,13 +22,18 @@ const POOLED_MEMORY: f32 = 256.0;
 /// Survival from one position to the next before anything was seen: hopeful, so that drafting is tried.
 const HOPE: f32 = 0.8;
 
+/// Rounds that this hope weighs for each request there is, fewest and most: a step that drafts costs about as much for one
+/// as for many, and of one request a step tells a single round.
+const HOPE_ROUNDS_PER_REQUEST: f32 = 1.0 / 16.0;
+const HOPE_ROUNDS: (f32, f32) = (0.5, 4.0);
+
 /// Rounds that the trust in a request's predictions reaches back.
 const TRUST_MEMORY: f32 = 64.0;
 
 /// Predicted tokens that are believed to have come true as often as everyone's, before a request's own count; everyone's
 /// first are believed to.
-const TRUST_PRIOR: f32 = 16.0;
-const POOLED_TRUST_PRIOR: f32 = 4.0;
+const TRUST_PRIOR: f32 = 2.0;
+const POOLED_TRUST_PRIOR: f32 = 2.0;
 
 /// Requests that draft in a step while fewer rounds than [`FIRST_ROUNDS`] have been seen of all.
 const SCOUTS: usize = 8;
@@ -39,8 +44,10 @@ const FIRST_ROUNDS: f32 = 16.0;
 const PLAN_STEPS: u32 = 4;
 const IDLE_PLAN_STEPS: u32 = 16;
 
-/// The share of time that probing may take.
-const PROBE_SHARE: f64 = 0.005;
+/// The share of time that probing may take, with requests of which fewer than [`KNOWN_ROUNDS`] rounds were seen and without.
+const NEW_SHARE: f64 = 0.005;
+const PROBE_SHARE: f64 = 0.003;
+const KNOWN_ROUNDS: f32 = 3.0;
 
 /// Fewest and most steps between probes, and how often the distance may double.
 const PROBE_STEPS: u32 = 16;
@@ -105,7 +112,7 @@ impl Slot {
     /// Whether its mean is mostly that of others.
     fn is_unknown(&self) -> bool {
         let rounds = self.means.as_ref().map_or(0.0, |means| means.rounds);
-        rounds < 2.0 * PRIOR_ROUNDS
+        rounds < PRIOR_ROUNDS + KNOWN_ROUNDS
     }
 }
 
@@ -134,6 +141,8 @@ struct Plan {
 #[derive(Clone, Debug)]
 pub(super) struct Bypass {
     draft_len: usize,
+    /// Rounds that the hope weighed in the mean of all.
+    hope_rounds: f32,
     slots: Vec<Slot>,
     pooled: Means,
     pooled_trust: Trust,
@@ -142,14 +151,17 @@ pub(super) struct Bypass {
 }
 
 impl Bypass {
-    pub(super) fn new(draft_len: usize) -> Self {
-        let hope = (1..=draft_len as i32).map(|k| HOPE.powi(k)).collect();
+    /// For a first step of `num_reqs` requests.
+    pub(super) fn new(draft_len: usize, num_reqs: usize) -> Self {
+        let (fewest, most) = HOPE_ROUNDS;
+        let hope_rounds = (num_reqs as f32 * HOPE_ROUNDS_PER_REQUEST).clamp(fewest, most);
         Self {
             draft_len,
+            hope_rounds,
             slots: Vec::new(),
             pooled: Means {
-                survival: hope,
-                rounds: PRIOR_ROUNDS,
+                survival: hope(draft_len).collect(),
+                rounds: hope_rounds,
             },
             pooled_trust: Trust::default(),
             plan: None,
@@ -241,7 +253,7 @@ impl Bypass {
             self.outlook(slots, drafts, &|n| by_rows(num_reqs + n))
         };
         let none = num_reqs as f64 / seconds(0, 0);
-        if self.pooled.rounds < PRIOR_ROUNDS + FIRST_ROUNDS && num_reqs > SCOUTS {
+        if self.pooled.rounds < self.hope_rounds + FIRST_ROUNDS && num_reqs > SCOUTS {
             return (0..num_reqs).map(|r| r < SCOUTS).collect();
         }
         let all = choice(vec![true; num_reqs]);
@@ -304,28 +316,37 @@ impl Bypass {
     }
 
     /// Adds requests to be looked at: those that hardly anything is known about, and those that were not drafted for in
-    /// a long time. They wait until a probe of all of them takes its share of the steps since the last.
+    /// a long time. They wait until a probe of all of them takes its share of the steps since the last, and until there
+    /// are so many of them that drafting might pay if all were as good as hoped.
     fn probe(&mut self, slots: &[usize], drafts: &mut [bool], seconds: &dyn Fn(usize) -> f64) {
         let num_drafted = drafts.iter().filter(|&&d| d).count();
-        let distance = |num_probed: usize| {
-            let extra = seconds(num_drafted + num_probed) / seconds(num_drafted) - 1.0;
-            ((extra / PROBE_SHARE) as u32).clamp(PROBE_STEPS, MOST_PROBE_STEPS)
-        };
-        let all = distance(slots.len() - num_drafted);
+        let extra =
+            |num_probed: usize| seconds(num_drafted + num_probed) / seconds(num_drafted) - 1.0;
+        let distance =
+            |extra: f64, share: f64| ((extra / share) as u32).clamp(PROBE_STEPS, MOST_PROBE_STEPS);
+        let all = distance(extra(slots.len() - num_drafted), PROBE_SHARE);
         let mut due = Vec::new();
+        let mut share = PROBE_SHARE;
         for (r, (&slot, &drafts)) in slots.iter().zip(drafts.iter()).enumerate() {
             let slot = self.slot_mut(slot);
             if drafts {
                 slot.probing = Probing::default();
-            } else {
-                slot.probing.idle_steps += 1;
-                if slot.is_unknown() || slot.probing.idle_steps > all << slot.probing.failures {
-                    due.push(r);
-                }
+                continue;
+            }
+            slot.probing.idle_steps += 1;
+            if slot.is_unknown() {
+                share = NEW_SHARE;
+                due.push(r);
+            } else if slot.probing.idle_steps > all << slot.probing.failures {
+                due.push(r);
             }
         }
         self.steps_since_probe += 1;
-        if due.is_empty() || self.steps_since_probe <= distance(due.len()) {
+        let extra = extra(due.len());
+        let most_gain: f32 = hope(self.draft_len).sum::<f32>() * due.len() as f32;
+        if self.steps_since_probe <= distance(extra, share)
+            || f64::from(most_gain) <= extra * slots.len() as f64
+        {
             return;
         }
         self.steps_since_probe = 0;
@@ -375,12 +396,17 @@ impl Bypass {
             .collect();
         let prior = Means {
             survival: self.pooled.survival.clone(),
-            rounds: PRIOR_ROUNDS,
+            rounds: self.pooled.rounds.min(PRIOR_ROUNDS),
         };
         let means = self.slot_mut(slot).means.get_or_insert(prior);
         means.add(&sample, MEMORY);
         self.pooled.add(&sample, POOLED_MEMORY);
     }
+}
+
+/// Survivals before anything was seen.
+fn hope(draft_len: usize) -> impl Iterator<Item = f32> {
+    (1..=draft_len as i32).map(|k| HOPE.powi(k))
 }
 
 /// A step of `num_reqs` requests without verified drafts that drafts for some.

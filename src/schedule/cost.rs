@@ -63,7 +63,7 @@ impl CostTable {
 }
 
 /// What the cost of a step depends on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct StepShape {
     /// Requests drafted for; 0 when the step drafts nothing.
     pub num_drafted: usize,

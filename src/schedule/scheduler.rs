@@ -227,7 +227,7 @@ impl Scheduler {
         }
         let bypass = match &mut self.bypass {
             Some(bypass) if bypass.draft_len() >= draft_len => bypass,
-            stale => stale.insert(Bypass::new(draft_len)),
+            stale => stale.insert(Bypass::new(draft_len, slots.len())),
         };
         bypass.drafts(slots, context_tokens, cost)
     }

@@ -66,6 +66,8 @@ pub(super) struct Backlog<O: Ops> {
     rows: Vec<Row>,
     /// Places taken, those of forgotten rows among them.
     num_places: usize,
+    /// First place and number of the rows that were staged last and not yet put aside.
+    staged: Option<(usize, usize)>,
 }
 
 impl<O: Ops> Default for Backlog<O> {
@@ -75,6 +77,7 @@ impl<O: Ops> Default for Backlog<O> {
             no_memory: false,
             rows: Vec::new(),
             num_places: 0,
+            staged: None,
         }
     }
 }
@@ -97,25 +100,47 @@ impl<O: Ops> Backlog<O> {
         }
     }
 
-    /// Puts aside the rows of a pass of one row for each request; whether there was room.
+    /// Whether so many more rows have room, as far as is known.
+    pub(super) fn has_room(&self, num_rows: usize) -> bool {
+        let most = self.store.as_ref().map_or(usize::MAX, Store::max_rows);
+        self.num_places + num_rows <= most
+    }
+
+    /// Copies the rows of a pass behind those that are there, where there is room. They count once they are put aside: a
+    /// pass may be staged while it runs, so that the device does not wait for the host to ask for the copy.
+    pub(super) fn stage(&mut self, ops: &mut O, features: &Features<'_, O>) -> Result<()> {
+        self.staged = None;
+        if self.store.is_none() && !self.no_memory {
+            self.store = Store::like(ops, features).ok();
+            self.no_memory = self.store.is_none();
+        }
+        let num_rows = features.hidden.rows();
+        if self.has_room(num_rows)
+            && let Some(store) = &mut self.store
+        {
+            store.push(ops, features, self.num_places)?;
+            self.staged = Some((self.num_places, num_rows));
+        }
+        Ok(())
+    }
+
+    /// Puts aside the rows of the last pass, of one row for each request, staging them where they are not; whether there was
+    /// room.
     pub(super) fn push(
         &mut self,
         ops: &mut O,
         features: &Features<'_, O>,
         (map, slots, next_tokens): (&RowMap, &[usize], &[u32]),
     ) -> Result<bool> {
-        let num_rows = map.num_rows();
-        if self.store.is_none() && !self.no_memory {
-            self.store = Store::like(ops, features).ok();
-            self.no_memory = self.store.is_none();
+        if self.staged.is_none() {
+            self.stage(ops, features)?;
         }
-        let Some(store) = &mut self.store else {
+        let Some((first, num_rows)) = self.staged.take() else {
             return Ok(false);
         };
-        if features.hidden.rows() != num_rows || self.num_places + num_rows > store.max_rows() {
+        if num_rows != map.num_rows() {
             return Ok(false);
         }
-        store.push(ops, features, self.num_places)?;
         // A sequence that was taken back comes by the same positions again.
         let mut ends = vec![usize::MAX; slots.iter().max().map_or(0, |slot| slot + 1)];
         for (&slot, &len) in slots.iter().zip(&map.seq_lens) {
@@ -128,22 +153,22 @@ impl<O: Ops> Backlog<O> {
                 slot,
                 position: map.seq_lens[r] as usize,
                 next_token,
-                place: (self.num_places + r) as u32,
+                place: (first + r) as u32,
             });
         }
-        self.num_places += num_rows;
+        self.num_places = first + num_rows;
         Ok(true)
     }
 
-    /// Shows the drafter what was put aside of these sequences.
+    /// Shows the drafter what was put aside of these sequences; how many rows that was.
     pub(super) fn show(
         &mut self,
         ops: &mut O,
         drafter: &mut dyn Drafter<O>,
         seqs: &[&mut Sequence],
-    ) -> Result<()> {
+    ) -> Result<usize> {
         let Some(store) = self.store.as_ref().filter(|_| !self.rows.is_empty()) else {
-            return Ok(());
+            return Ok(0);
         };
         let max_pages = seqs.iter().map(|seq| seq.pages.pages().len()).max();
         let mut map = RowMap::new(max_pages.unwrap_or(0));
@@ -176,6 +201,6 @@ impl<O: Ops> Backlog<O> {
         self.rows
             .retain(|row| slots.binary_search(&row.slot).is_err());
         self.reclaim();
-        Ok(())
+        Ok(places.len())
     }
 }

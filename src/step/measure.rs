@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::{DecodeStep, PrefillChunk, Sequence};
+use super::{DecodeStep, PrefillChunk, Proposal, Sequence};
 use crate::error::Result;
 use crate::kv::PagePool;
-use crate::ops::{Ops, SamplingParams};
+use crate::ops::{Matrix as _, Ops, SamplingParams};
 use crate::schedule::{CostTable, StepCost};
 
 /// Passes timed per point, after one that is not; the median counts.
@@ -50,6 +50,76 @@ impl<O: Ops> DecodeStep<O> {
         });
         self.reset_times();
         cost
+    }
+
+    /// Runs steps of 1 to `max_num_reqs * (1 + draft_len)` rows once, with drafts and without, on scratch sequences like those
+    /// of [`DecodeStep::measure_cost`], and prompts of as many tokens as a pass may have rows. No trace is left.
+    ///
+    /// # Errors
+    /// Those of the phases; not even one scratch sequence fits.
+    pub fn warm_up(&mut self, ops: &mut O, pool: &mut PagePool, max_num_reqs: usize) -> Result<()> {
+        let mut scratch = Vec::new();
+        let room = CONTEXT + 1 + self.draft_len();
+        let warmed = self
+            .make_scratch(ops, pool, (max_num_reqs, room), &mut scratch)
+            .and_then(|()| self.run_steps_once(ops, &mut scratch));
+        for seq in &mut scratch {
+            pool.release(&mut seq.pages);
+        }
+        let warmed = warmed.and_then(|()| self.run_prompts_once(ops, pool));
+        self.reset_times();
+        warmed
+    }
+
+    /// Runs prompts of as many tokens as a pass may have rows, in the sizes of [`grid`]: a drafter looks at as many rows after
+    /// steps that drafted nothing.
+    fn run_prompts_once(&mut self, ops: &mut O, pool: &mut PagePool) -> Result<()> {
+        let room = pool.num_free() * pool.page_size();
+        let most = self.target().features().hidden.max_rows();
+        let most = most.min(room).min(self.target().max_position());
+        let mut scratch = Vec::new();
+        let done = self
+            .make_scratch(ops, pool, (1, most), &mut scratch)
+            .and_then(|()| {
+                grid(1, most - 1).into_iter().try_for_each(|num_tokens| {
+                    let sequence = &mut scratch[0];
+                    sequence.pages.rollback(0);
+                    sequence.anchor = None;
+                    let chunk = PrefillChunk {
+                        sequence,
+                        tokens: &vec![0; num_tokens],
+                        next: None,
+                    };
+                    self.prefill(ops, &mut [chunk]).map(|_| ())
+                })
+            });
+        for seq in &mut scratch {
+            pool.release(&mut seq.pages);
+        }
+        done.and_then(|()| ops.synchronize())
+    }
+
+    fn run_steps_once(&mut self, ops: &mut O, scratch: &mut [Sequence]) -> Result<()> {
+        for num_tokens in grid(scratch.len(), self.most_verified()) {
+            let num_reqs = num_tokens.min(scratch.len());
+            let mut seqs: Vec<&mut Sequence> = scratch[..num_reqs].iter_mut().collect();
+            let verify_lens = spread(num_tokens, num_reqs);
+            self.time_step(ops, &mut seqs, &verify_lens, true)?;
+            if num_tokens == num_reqs {
+                let plain = Proposal::default();
+                let pass = self.verify(ops, &mut seqs, &plain, &vec![0; num_reqs])?;
+                self.commit(ops, &mut seqs, &plain, &pass)?;
+                self.catch_up(ops, &seqs)?;
+                self.restart(ops, &mut seqs)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The most drafts of a scratch sequence that are verified.
+    fn most_verified(&self) -> usize {
+        let context_room = self.target().max_position().saturating_sub(CONTEXT + 1);
+        self.draft_len().min(context_room)
     }
 
     /// Seconds for each cache entry of a verify pass and of a draft: both timed for as many requests as find room for a
@@ -170,18 +240,14 @@ impl<O: Ops> DecodeStep<O> {
         scratch: &mut [Sequence],
         on_point: &mut dyn FnMut(usize, usize),
     ) -> Result<StepCost> {
-        let context_room = self.target().max_position().saturating_sub(CONTEXT + 1);
-        let verify_len = self.draft_len().min(context_room);
         let mut verify = Vec::new();
         let mut draft = Vec::new();
-        let grid = grid(scratch.len(), verify_len);
+        let grid = grid(scratch.len(), self.most_verified());
         for (done, &num_tokens) in grid.iter().enumerate() {
             on_point(done, grid.len());
             let num_reqs = num_tokens.min(scratch.len());
             let mut seqs: Vec<&mut Sequence> = scratch[..num_reqs].iter_mut().collect();
-            let verify_lens: Vec<usize> = (0..num_reqs)
-                .map(|r| (num_tokens - num_reqs + r) / num_reqs)
-                .collect();
+            let verify_lens = spread(num_tokens, num_reqs);
             let (drafted, verified) = self.time_points(ops, &mut seqs, &verify_lens, true)?;
             draft.push((num_reqs, drafted));
             verify.push((num_tokens, verified));
@@ -244,6 +310,12 @@ impl<O: Ops> DecodeStep<O> {
         }
         Ok((drafted, verified))
     }
+}
+
+/// Drafts of each of `num_reqs` requests in a pass of `num_tokens` rows, as even as can be.
+fn spread(num_tokens: usize, num_reqs: usize) -> Vec<usize> {
+    let of = |r| (num_tokens - num_reqs + r) / num_reqs;
+    (0..num_reqs).map(of).collect()
 }
 
 /// Row counts to time: 1, 2, 3, 4, 6, 8, 12, … and the ends of the range a full batch can have.

@@ -17,7 +17,7 @@ mod sequence;
 mod verify;
 
 pub use prefill::{FirstToken, PrefillChunk};
-pub use sequence::{PhaseTimes, Proposal, Round, Sequence};
+pub use sequence::{PhaseTimes, Proposal, Round, Sequence, StepRecord};
 pub use verify::{Run, Verified};
 
 use std::time::{Duration, Instant};
@@ -43,6 +43,10 @@ pub struct DecodeStep<O: Ops> {
     /// Calibrated confidences of the last schedule, until its round is committed.
     predicted: Option<Vec<f32>>,
     backlog: Backlog<O>,
+    /// Rows that the drafter looked at since the last step.
+    num_looked_at: usize,
+    /// Of every step, where they are recorded.
+    records: Option<Vec<StepRecord>>,
 }
 
 impl<O: Ops> DecodeStep<O> {
@@ -84,6 +88,8 @@ impl<O: Ops> DecodeStep<O> {
             times: PhaseTimes::default(),
             predicted: None,
             backlog: Backlog::default(),
+            num_looked_at: 0,
+            records: None,
         })
     }
 
@@ -127,6 +133,16 @@ impl<O: Ops> DecodeStep<O> {
     /// Time spent so far.
     pub fn times(&self) -> PhaseTimes {
         self.times
+    }
+
+    /// Keeps a record of every round from now on.
+    pub fn record_steps(&mut self) {
+        self.records.get_or_insert_default();
+    }
+
+    /// The records kept; none where [`DecodeStep::record_steps`] was not asked for.
+    pub fn records(&self) -> &[StepRecord] {
+        self.records.as_deref().unwrap_or_default()
     }
 
     /// One round of every sequence: propose where the schedule expects a gain, schedule, verify, commit.
@@ -174,6 +190,8 @@ impl<O: Ops> DecodeStep<O> {
     ) -> Result<Vec<Round>> {
         let context_tokens = context_tokens(seqs);
         let drafted_context_tokens = seqs[..num_drafted].iter().map(|seq| seq.seq_len()).sum();
+        let times = self.times;
+        self.num_looked_at = 0;
         let proposal = self.draft(ops, seqs, num_drafted)?;
         let mut by = |inputs: &ScheduleInputs<'_>| match ops.schedule(inputs)? {
             Some(scheduled) => Ok(scheduled),
@@ -188,9 +206,31 @@ impl<O: Ops> DecodeStep<O> {
             context_tokens,
             drafted_context_tokens,
         };
-        self.scheduler
-            .observe_step(shape, start.elapsed().as_secs_f64());
+        let seconds = start.elapsed().as_secs_f64();
+        self.record(seqs.len(), shape, seconds, times);
+        self.scheduler.observe_step(shape, seconds);
         Ok(rounds)
+    }
+
+    /// Adds to the records, where they are kept, a step that began at the phase times `before`.
+    fn record(&mut self, num_reqs: usize, shape: StepShape, seconds: f64, before: PhaseTimes) {
+        let Some(records) = &mut self.records else {
+            return;
+        };
+        let now = self.times;
+        let spent =
+            |of: fn(&PhaseTimes) -> Duration| of(&now).saturating_sub(of(&before)).as_secs_f64();
+        records.push(StepRecord {
+            num_reqs,
+            shape,
+            num_looked_at: self.num_looked_at,
+            expected_seconds: self.scheduler.cost().map(|cost| cost.seconds(shape)),
+            seconds,
+            propose_seconds: spent(|times| times.propose),
+            schedule_seconds: spent(|times| times.schedule),
+            verify_seconds: spent(|times| times.verify),
+            commit_seconds: spent(|times| times.commit),
+        });
     }
 
     /// Drafts for every sequence, or for none where the schedule expects no gain from drafting for any. The draft is

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::kv::PageTable;
 use crate::ops::{Constraint, Grammar, SamplingParams, TokenEdits, TokenLogprobs};
+use crate::schedule::StepShape;
 
 /// A request as the step sees it.
 ///
@@ -160,4 +161,29 @@ pub struct PhaseTimes {
     pub verify: Duration,
     /// Moving the sequences on and the drafter's look at the committed rows.
     pub commit: Duration,
+}
+
+/// One step of all its sequences, for who wants to see where time goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct StepRecord {
+    /// Requests in the step.
+    pub num_reqs: usize,
+    /// What its cost depends on.
+    #[serde(flatten)]
+    pub shape: StepShape,
+    /// Rows that the drafter looked at, of this step and of earlier ones.
+    pub num_looked_at: usize,
+    /// What the schedule expected the step to take; `None` where it knows no cost.
+    pub expected_seconds: Option<f64>,
+    /// What it took on the host, which waits for the device once, within `verify`: what `commit` enqueues is found in the
+    /// next step's time.
+    pub seconds: f64,
+    /// Of them, for drafting.
+    pub propose_seconds: f64,
+    /// For choosing how many drafts to verify.
+    pub schedule_seconds: f64,
+    /// For the target's pass and acceptance.
+    pub verify_seconds: f64,
+    /// For moving the sequences on.
+    pub commit_seconds: f64,
 }

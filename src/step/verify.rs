@@ -157,6 +157,9 @@ impl<O: Ops> DecodeStep<O> {
             let expected = format!("at most {} (the draft)", proposal.draft_len);
             return Err(Error::argument("verify_len", expected, len));
         }
+        if proposal.num_drafted == 0 && !self.backlog.has_room(seqs.len()) {
+            self.catch_up(ops, seqs)?;
+        }
         let mut ends = Ends::new(seqs, proposal, verify_lens, self.target.vocab_size());
         let drafts = self.drafts(seqs, proposal, &ends);
         let mut map = row_map(seqs, |r| 1 + drafts.len(r))?;
@@ -169,6 +172,9 @@ impl<O: Ops> DecodeStep<O> {
             check_context(seq.seq_len(), max_position)?;
         }
         self.target.forward(ops, &ids, &map, None)?;
+        if proposal.num_drafted == 0 && self.drafter.is_some() {
+            self.backlog.stage(ops, &self.target.features())?;
+        }
         let law = match &self.drafter {
             Some(drafter) if proposal.draft_len > 0 => drafter.law(),
             _ => DraftLaw::PointMass,
@@ -313,10 +319,10 @@ impl<O: Ops> DecodeStep<O> {
 
     /// Shows the drafter what was put aside of these sequences.
     pub(super) fn catch_up(&mut self, ops: &mut O, seqs: &[&mut Sequence]) -> Result<()> {
-        match &mut self.drafter {
-            Some(drafter) => self.backlog.show(ops, &mut **drafter, seqs),
-            None => Ok(()),
+        if let Some(drafter) = &mut self.drafter {
+            self.num_looked_at += self.backlog.show(ops, &mut **drafter, seqs)?;
         }
+        Ok(())
     }
 
     /// Shows the drafter the first `kept[r]` rows of each request of the target's last pass.
@@ -333,6 +339,7 @@ impl<O: Ops> DecodeStep<O> {
         };
         let slots: Vec<usize> = seqs.iter().map(|seq| seq.slot).collect();
         let features = self.target.features();
+        self.num_looked_at += kept.iter().sum::<usize>();
         drafter.observe(ops, &features, map, &slots, kept, next_tokens)
     }
 }

@@ -127,6 +127,9 @@ static void check_layers(void) {
   CHECK_REFUSED(dspark_rms_norm(&norm, NULL), DSPARK_ERROR_INVALID_ARGUMENT, "hidden_size");
   norm.hidden_size = 16;
   CHECK_REFUSED(dspark_rms_norm(&norm, NULL), DSPARK_ERROR_NULL_POINTER, "x");
+  norm.tap = memory;
+  CHECK_REFUSED(dspark_rms_norm(&norm, NULL), DSPARK_ERROR_INVALID_ARGUMENT, "tap");
+  norm.tap = NULL;
   norm.x = (char*)memory + 2;
   norm.weight = memory;
   norm.out = memory;
@@ -152,6 +155,7 @@ static void check_layers(void) {
 
 static void check_laws(void) {
   dspark_draft_full_params full = DSPARK_DRAFT_FULL_PARAMS_INIT;
+  dspark_draft_bounds_params bounds = DSPARK_DRAFT_BOUNDS_PARAMS_INIT;
   dspark_draft_candidates_params candidates = DSPARK_DRAFT_CANDIDATES_PARAMS_INIT;
   dspark_survival_params survival = DSPARK_SURVIVAL_PARAMS_INIT;
   dspark_schedule_params schedule = DSPARK_SCHEDULE_PARAMS_INIT;
@@ -180,6 +184,15 @@ static void check_laws(void) {
   CHECK_REFUSED(dspark_draft_full(&full, NULL), DSPARK_ERROR_UNSUPPORTED_DTYPE, "w2_dtype");
   full.w2_dtype = DSPARK_DTYPE_BF16;
   CHECK_REFUSED(dspark_draft_full(&full, NULL), DSPARK_ERROR_NULL_POINTER, "logits");
+
+  bounds.w2_dtype = DSPARK_DTYPE_F32;
+  CHECK_REFUSED(dspark_draft_bounds(&bounds, NULL), DSPARK_ERROR_UNSUPPORTED_DTYPE, "dtype");
+  bounds.w2_dtype = DSPARK_DTYPE_BF16;
+  bounds.vocab_size = 1000;
+  bounds.markov_rank = 72;
+  CHECK_REFUSED(dspark_draft_bounds(&bounds, NULL), DSPARK_ERROR_UNSUPPORTED_SHAPE, "markov_rank");
+  bounds.markov_rank = 64;
+  CHECK_REFUSED(dspark_draft_bounds(&bounds, NULL), DSPARK_ERROR_NULL_POINTER, "markov_w2");
 
   candidates.vocab_size = 151936;
   candidates.markov_rank = 64;

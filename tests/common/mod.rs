@@ -2,11 +2,12 @@
 
 #![allow(dead_code)] // every test binary uses its own part
 
+pub mod full;
 pub mod raw;
 
 use dspark::ops::cuda::Cuda;
 use dspark::ops::{
-    AttentionSpec, Dtype, HostTensor, KvGeometry, KvSink, Matrix, Ops, RopeSpec, RowMap,
+    AttentionSpec, Dtype, HostTensor, KvGeometry, KvScales, KvSink, Matrix, Ops, RopeSpec, RowMap,
 };
 use dspark::reference::Reference;
 use half::bf16;
@@ -244,6 +245,24 @@ pub fn identity_rope(head_dim: usize) -> RopeSpec {
     }
 }
 
+/// Makes the rows of every request a tree: row `i` hangs below row `parent_of(i)`, row 0 below the committed tokens.
+pub fn grow_tree(map: &mut RowMap, mut parent_of: impl FnMut(usize) -> usize) {
+    let mut masks: Vec<u64> = Vec::new();
+    for r in 0..map.num_reqs() {
+        let first = map.rows_of(r).start;
+        for (i, row) in map.rows_of(r).enumerate() {
+            let parent = parent_of(i);
+            let ancestors = match i {
+                0 => 0,
+                _ => masks[first + parent] | 1 << parent,
+            };
+            map.positions[row] = map.seq_lens[r] + ancestors.count_ones() as i32;
+            masks.push(ancestors);
+        }
+    }
+    map.tree = Some(masks);
+}
+
 /// A cache whose every slot is NaN, and requests with shuffled pages, holes in the pool and `-1` past their last page.
 pub struct PagedRequests {
     pub geometry: KvGeometry,
@@ -311,7 +330,18 @@ impl PagedRequests {
         spec: &AttentionSpec,
         committed: &[f32],
     ) -> O::KvCache {
-        let mut kv = ops.kv_cache(&self.geometry).expect("a cache");
+        let kv = ops.kv_cache(&self.geometry).expect("a cache");
+        self.filled(ops, spec, committed, kv)
+    }
+
+    /// An empty cache of this geometry as [`PagedRequests::cache`] leaves it.
+    pub fn filled<O: Ops>(
+        &self,
+        ops: &mut O,
+        spec: &AttentionSpec,
+        committed: &[f32],
+        mut kv: O::KvCache,
+    ) -> O::KvCache {
         let all: Vec<i32> = (0..self.geometry.num_pages as i32).collect();
         let slots = all.len() * self.geometry.page_size;
         let mut whole = RowMap::new(all.len());
@@ -332,7 +362,23 @@ impl PagedRequests {
     }
 }
 
-/// Appends `[k | v]` rows exactly as they are.
+/// Factors of every layer and head, no two alike.
+pub fn kv_scales(geometry: &KvGeometry) -> KvScales {
+    let scales = |first: f32| {
+        (0..geometry.num_layers * geometry.num_kv_heads)
+            .map(|head| first * (1.0 + 0.3 * head as f32))
+            .collect()
+    };
+    KvScales::new(geometry, scales(0.011), scales(0.37)).expect("factors")
+}
+
+/// An empty cache of 8 bits with these factors.
+pub fn e4m3_cache<O: Ops>(ops: &mut O, geometry: &KvGeometry) -> O::KvCache {
+    ops.kv_cache_e4m3(geometry, &kv_scales(geometry))
+        .expect("a cache")
+}
+
+/// Appends `[k | v]` rows as they are, or as near as the cache can hold them.
 pub fn append<O: Ops>(
     ops: &mut O,
     spec: &AttentionSpec,

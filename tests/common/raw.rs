@@ -46,3 +46,36 @@ pub fn check(status: sys::dspark_status) {
         panic!("status {status}: {}", message.to_string_lossy());
     }
 }
+
+/// Params of [`draft_full`] that name nothing yet, in bf16.
+pub fn empty_full() -> sys::dspark_draft_full_params {
+    // SAFETY: numbers and pointers, for all of which zero is a value.
+    let empty: sys::dspark_draft_full_params = unsafe { std::mem::zeroed() };
+    sys::dspark_draft_full_params {
+        struct_size: size_of::<sys::dspark_draft_full_params>() as u32,
+        dtype: sys::DSPARK_DTYPE_BF16,
+        logits_dtype: sys::DSPARK_DTYPE_BF16,
+        w2_dtype: sys::DSPARK_DTYPE_BF16,
+        ..empty
+    }
+}
+
+/// Runs the head over the whole vocabulary with a workspace of its own; every pointer is one into a live buffer of the
+/// shape that the params say.
+pub fn draft_full(device: &Device, mut params: sys::dspark_draft_full_params) {
+    // SAFETY: reads the sizes of `params` and writes one host integer.
+    check(unsafe {
+        sys::launch::dspark_draft_full_workspace_size_cu(
+            &raw const params,
+            &raw mut params.workspace_bytes,
+        )
+    });
+    let mut workspace = upload(device, &vec![0xFF_u8; params.workspace_bytes]);
+    params.workspace = workspace.mut_ptr(0).cast();
+    device.bind().unwrap();
+    // SAFETY: the caller's promise.
+    check(unsafe {
+        sys::launch::dspark_draft_full_cu(&raw const params, device.raw_stream().cast())
+    });
+    device.synchronize().unwrap(); // the workspace goes
+}

@@ -2,11 +2,11 @@
 #![allow(dead_code)] // Each test binary uses its own part.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use dspark::engine::{Completion, Engine, EngineConfig, Event, Request};
 use dspark::model::{DecoderTarget, DrafterConfig, Limits, Pair, Target};
-use dspark::ops::{Ops, RowMap, SamplingParams};
+use dspark::ops::{KvDtype, Ops, RowMap, SamplingParams};
 use dspark::schedule::{CostTable, Policy, StepCost};
 
 use crate::model_support::{Golden, drafter_dir, ids, target_dir};
@@ -100,7 +100,18 @@ impl Setting {
         }
     }
 
-    pub fn engine<O: Ops + 'static>(&self, mut ops: O, requests: &[Ask]) -> Engine<O> {
+    pub fn engine<O: Ops + 'static>(&self, ops: O, requests: &[Ask]) -> Engine<O> {
+        let target = target_dir(self.models.target);
+        self.engine_on(ops, requests, (&target, KvDtype::Native))
+    }
+
+    /// The same with the target of another directory and another cache.
+    pub fn engine_on<O: Ops + 'static>(
+        &self,
+        mut ops: O,
+        requests: &[Ask],
+        (target, kv_dtype): (&Path, KvDtype),
+    ) -> Engine<O> {
         let pages = |ask: &Ask, page_size: usize| {
             (ask.prompt.len() + ask.num_tokens + self.draft_len + 1).div_ceil(page_size)
         };
@@ -137,8 +148,8 @@ impl Setting {
             page_size,
         };
         let draft = self.models.draft_dir();
-        let target = target_dir(self.models.target);
-        let pair = Pair::load(&mut ops, &target, draft.as_deref(), &limits).unwrap();
+        let pair =
+            Pair::load_with_kv(&mut ops, target, draft.as_deref(), &limits, kv_dtype).unwrap();
         Engine::new(ops, Box::new(pair.target), pair.drafter, config).unwrap()
     }
 
@@ -154,7 +165,16 @@ impl Setting {
         requests: &[Ask],
         change: impl Fn(usize, &mut Request),
     ) -> Vec<Completion> {
-        let mut engine = self.engine(ops, requests);
+        self.run_on(self.engine(ops, requests), requests, change)
+    }
+
+    /// The same on an engine of this setting.
+    pub fn run_on<O: Ops>(
+        &self,
+        mut engine: Engine<O>,
+        requests: &[Ask],
+        change: impl Fn(usize, &mut Request),
+    ) -> Vec<Completion> {
         let mut done = HashMap::new();
         let mut take = |event| {
             if let Event::Finished {
@@ -235,7 +255,16 @@ pub fn tokens(completions: &[Completion]) -> Vec<Vec<u32>> {
 }
 
 /// Logits after `tokens` in a plain pass.
-pub fn next_logits<O: Ops + 'static>(mut ops: O, target: &str, tokens: &[u32]) -> Vec<f32> {
+pub fn next_logits<O: Ops + 'static>(ops: O, target: &str, tokens: &[u32]) -> Vec<f32> {
+    next_logits_on(ops, (&target_dir(target), KvDtype::Native), tokens)
+}
+
+/// The same of the target in a directory, by a cache of a type.
+pub fn next_logits_on<O: Ops + 'static>(
+    mut ops: O,
+    (dir, kv_dtype): (&Path, KvDtype),
+    tokens: &[u32],
+) -> Vec<f32> {
     let limits = Limits {
         max_num_reqs: 1,
         max_rows: tokens.len(),
@@ -244,7 +273,7 @@ pub fn next_logits<O: Ops + 'static>(mut ops: O, target: &str, tokens: &[u32]) -
         num_pages: 1,
         page_size: tokens.len(),
     };
-    let mut target = DecoderTarget::load(&mut ops, &target_dir(target), &limits, &[]).unwrap();
+    let mut target = DecoderTarget::load_with_kv(&mut ops, dir, &limits, &[], kv_dtype).unwrap();
     let mut map = RowMap::new(1);
     map.push(tokens.len(), 0, 0, &[0]).unwrap();
     let last = [tokens.len() as u32 - 1];
@@ -269,6 +298,19 @@ impl Judge {
         context: &str,
         target: &str,
         prompt: &[u32],
+        tokens: [&[u32]; 2],
+    ) {
+        let on = (&*target_dir(target), KvDtype::Native);
+        self.check_on(open, context, on, prompt, tokens);
+    }
+
+    /// The same for the target in a directory and a cache of a type.
+    pub fn check_on<O: Ops + 'static>(
+        self,
+        open: &dyn Fn() -> O,
+        context: &str,
+        on: (&Path, KvDtype),
+        prompt: &[u32],
         [found, expected]: [&[u32]; 2],
     ) {
         let Self::Regret(share) = self else {
@@ -279,7 +321,7 @@ impl Judge {
         let Some(at) = (0..found.len()).find(|&i| found[i] != expected[i]) else {
             return;
         };
-        let row = next_logits(open(), target, &[prompt, &found[..at]].concat());
+        let row = next_logits_on(open(), on, &[prompt, &found[..at]].concat());
         let best = row.iter().copied().fold(f32::MIN, f32::max);
         let largest = row.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
         for token in [found[at], expected[at]] {

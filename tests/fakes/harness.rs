@@ -112,6 +112,19 @@ impl Outcome {
     }
 }
 
+/// Runs an engine to its end, which gives all pages back.
+pub fn run(engine: &mut Engine<Reference>) -> Outcome {
+    let mut outcome = Outcome::default();
+    engine.run(|event| outcome.take(event)).unwrap();
+    assert!(engine.is_idle());
+    assert_eq!(
+        engine.pool().num_free(),
+        engine.pool().num_pages(),
+        "pages were lost"
+    );
+    outcome
+}
+
 /// The first token and the rounds hold the output, and at most the last round goes on after its end.
 fn check_trace(completion: &Completion) {
     let mut all = completion.tokens[..1].to_vec();

@@ -281,6 +281,7 @@ impl FakeDrafter {
             rank: v,
             markov_w1: Some(weight(ops, &identity, v)),
             markov_w2: Some(w2),
+            row_bounds: None,
             w2_fp8: (spec.form == HeadForm::FullFp8).then_some(copy),
             bigrams: num_bigram.map(|n| ops.token_table(&spec.bigrams(n), n).unwrap()),
             proj_weight: None,
@@ -420,7 +421,7 @@ impl Drafter<Reference> for FakeDrafter {
                 self.sparse = Some(law);
                 Ok(drafted)
             }
-            HeadForm::Full | HeadForm::FullFp8 => {
+            HeadForm::Full | HeadForm::FullSkip | HeadForm::FullFp8 => {
                 let (drafted, mut law) =
                     ops.draft_full(&self.head, &self.logits, &self.hidden, &walk)?;
                 if self.spec.shift_law {

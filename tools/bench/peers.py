@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times other projects' kernels on the cases of `benches/kernels`, for tools/bench/compare.py.
 
-    tools/bench/peers.py --record peers.json [attention draft_head acceptance layers linear]
+    tools/bench/peers.py --record peers.json [--case TEXT] [attention draft_head acceptance layers linear]
 
 Needs torch and a GPU. FlashInfer, vLLM and SGLang are used where they can be imported; a peer or case that fails says
 so in one line and is left out. The method is that of benches/kernels/lab.rs: calls on buffers of their own captured
@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import importlib
 import importlib.metadata
+import itertools
 import json
 import math
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 DEVICE = "cuda"
-BF16, F32 = torch.bfloat16, torch.float32
+BF16, F32, E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 REPLAYS, WARM_UPS, MAX_COPIES = 31, 3, 8192
 ATTENTION_SHAPES = [(1, 1024), (1, 4096), (1, 32768), (8, 1024), (8, 4096), (32, 1024), (32, 4096), (128, 1024),
                     (128, 4096), (256, 512)]
@@ -32,7 +33,8 @@ DRAFT_LEN, RANK = 7, 256
 class Lab:
     """Timing and the rows of this run."""
 
-    def __init__(self):
+    def __init__(self, asked=""):
+        self.asked = asked
         self.l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
         self.rows = []
 
@@ -41,6 +43,8 @@ class Lab:
 
     def case(self, family, case, peer, footprint, prepare, graph=True):
         """`prepare(copies)` returns the call as a function of the copy's index."""
+        if self.asked not in case:
+            return
         name = peer if graph else f"{peer} (eager)"
         try:
             copies = self.copies(footprint)
@@ -105,33 +109,74 @@ def normal(*shape, scale=1.0, dtype=BF16):
     return out
 
 
+def e4m3(*shape):
+    """Random numbers of magnitudes up to 3.75."""
+    size = torch.randint(0, 0x48, shape, device=DEVICE, dtype=torch.uint8)
+    sign = torch.randint(0, 2, shape, device=DEVICE, dtype=torch.uint8) << 7
+    return (size | sign).view(E4M3)
+
+
+def tree_mask(contexts, rows):
+    """Which keys a row sees: those before the pass, itself and what is above it, row i hanging below row (i - 1) / 2."""
+    masks = []
+    for context, count in zip(contexts, rows):
+        mask = torch.ones(count, context, dtype=torch.bool)
+        own = torch.eye(count, dtype=torch.bool)
+        for i in range(1, count):
+            own[i] |= own[(i - 1) // 2]
+        mask[:, context - count:] = own
+        masks.append(mask.flatten())
+    return torch.cat(masks).to(DEVICE)
+
+
+def flashinfer_attention(wrapper, contexts, rows, head_dim, form):
+    """What prepares FlashInfer's attention of requests with `contexts` keys and `rows` rows: form "", "tree", "e4m3" or,
+    with queries of 8 bits too, "e4m3 queries"."""
+    def prepare(copies):
+        ints = lambda values: torch.tensor(values, dtype=torch.int32, device=DEVICE)
+        sums = lambda counts: ints([0, *itertools.accumulate(counts)])
+        pages = [context // PAGE_SIZE for context in contexts]
+        numbers = e4m3 if form.startswith("e4m3") else normal
+        cache = numbers(copies, sum(pages), 2, PAGE_SIZE, NUM_KV_HEADS, head_dim)
+        q = (e4m3 if form == "e4m3 queries" else normal)(copies, sum(rows), NUM_Q_HEADS, head_dim)
+        out = torch.empty(q.shape, device=DEVICE, dtype=BF16)
+        seen = dict(custom_mask=tree_mask(contexts, rows)) if form == "tree" else dict(causal=True)
+        wrapper.plan(sums(rows), sums(pages), torch.randperm(sum(pages), device=DEVICE, dtype=torch.int32),
+                     ints([PAGE_SIZE] * len(contexts)), NUM_Q_HEADS, NUM_KV_HEADS, head_dim, PAGE_SIZE,
+                     q_data_type=q.dtype, kv_data_type=cache.dtype, o_data_type=BF16, **seen)
+        # FlashInfer's kernel of 8-bit queries takes a factor for each head of all three; ours has one for each KV head.
+        ones = lambda count: torch.ones(count, device=DEVICE)
+        scales = [ones(NUM_Q_HEADS), ones(NUM_KV_HEADS), ones(NUM_KV_HEADS)] if q.dtype == E4M3 else []
+        return lambda copy: wrapper.run(q[copy], cache[copy], *scales, out=out[copy])
+
+    return prepare
+
+
 def attention(lab):
     flashinfer = optional("flashinfer")
     if flashinfer is None:
         return
     scratch = torch.empty(512 << 20, dtype=torch.uint8, device=DEVICE)
+
+    def case(name, contexts, rows, head_dim, form="", backend="fa2"):
+        key_bytes = 1 if form.startswith("e4m3") else 2
+        footprint = (key_bytes * sum(contexts) * 2 * NUM_KV_HEADS + 4 * sum(rows) * NUM_Q_HEADS) * head_dim
+        peer = f"FlashInfer {backend}" + (", e4m3 queries" if form == "e4m3 queries" else "")
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(scratch, "NHD", backend=backend)
+        lab.case("attention", name, peer, footprint, flashinfer_attention(wrapper, contexts, rows, head_dim, form))
+
     for head_dim in (128, 64, 256):
         for num_reqs, context in ATTENTION_SHAPES:
-            for name, rows in (("8", [MAX_ROWS] * num_reqs), ("1-8", [1 + r * 5 % MAX_ROWS for r in range(num_reqs)])):
-                def prepare(copies, rows=rows):
-                    pages = context // PAGE_SIZE
-                    ints = lambda values: torch.tensor(values, dtype=torch.int32, device=DEVICE)
-                    cache = normal(copies, num_reqs * pages, 2, PAGE_SIZE, NUM_KV_HEADS, head_dim)
-                    q = normal(copies, sum(rows), NUM_Q_HEADS, head_dim)
-                    out = torch.empty_like(q)
-                    sums = [0]
-                    for count in rows:
-                        sums.append(sums[-1] + count)
-                    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(scratch, "NHD", backend="fa2")
-                    wrapper.plan(ints(sums), ints([r * pages for r in range(num_reqs + 1)]),
-                                 torch.randperm(num_reqs * pages, device=DEVICE, dtype=torch.int32),
-                                 ints([PAGE_SIZE] * num_reqs), NUM_Q_HEADS, NUM_KV_HEADS, head_dim, PAGE_SIZE,
-                                 causal=True, q_data_type=BF16, kv_data_type=BF16)
-                    return lambda copy: wrapper.run(q[copy], cache[copy], out=out[copy])
-
-                footprint = 2 * (num_reqs * context * 2 * NUM_KV_HEADS + 2 * sum(rows) * NUM_Q_HEADS) * head_dim
-                lab.case("attention", f"D={head_dim} reqs={num_reqs} context={context} q={name}", "FlashInfer fa2",
-                         footprint, prepare)
+            name, contexts = f"D={head_dim} reqs={num_reqs} context={context}", [context] * num_reqs
+            full = [MAX_ROWS] * num_reqs
+            case(f"{name} q=8", contexts, full, head_dim)
+            case(f"{name} q=1-8", contexts, [1 + r * 5 % MAX_ROWS for r in range(num_reqs)], head_dim)
+            if head_dim == 128:
+                case(f"{name} q=8 tree", contexts, full, head_dim, "tree")
+                case(f"{name} q=8 e4m3", contexts, full, head_dim, "e4m3")
+                case(f"{name} q=8 e4m3", contexts, full, head_dim, "e4m3 queries", "fa3")
+        skewed = [65536 if r == 17 else 512 for r in range(64)]
+        case(f"D={head_dim} reqs=64 context=512,one=65536 q=8", skewed, [MAX_ROWS] * 64, head_dim)
 
 
 def draft_head(lab):
@@ -303,10 +348,10 @@ def layers(lab):
             out = torch.empty(copies, rows, ffn, device=DEVICE, dtype=BF16)
             return lambda copy: flashinfer.activation.silu_and_mul(gate_up[copy], out=out[copy])
 
-        def rope_append(copies):
+        def rope_append(copies, dtype=BF16):
             num_reqs = math.ceil(rows / MAX_ROWS)
             qkv = normal(copies, rows, q_size + 2 * kv_size)
-            cache = torch.zeros(copies, num_reqs, 2, PAGE_SIZE, NUM_KV_HEADS, head_dim, device=DEVICE, dtype=BF16)
+            cache = torch.zeros(copies, num_reqs, 2, PAGE_SIZE, NUM_KV_HEADS, head_dim, device=DEVICE, dtype=dtype)
             weight = normal(2, head_dim)
             row = torch.arange(rows, device=DEVICE, dtype=torch.int32)
             positions = 5 + row % MAX_ROWS
@@ -318,15 +363,20 @@ def layers(lab):
                 q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in qkv[copy].split([q_size, kv_size, kv_size], -1))
                 q, k = flashinfer.norm.rmsnorm(q, weight[0], eps), flashinfer.norm.rmsnorm(k, weight[1], eps)
                 flashinfer.rope.apply_rope_pos_ids_inplace(q, k, positions, rope_theta=1e6)
+                if dtype == E4M3:
+                    k, v = (k / 0.02).to(dtype), (v / 0.01).to(dtype)
                 flashinfer.page.append_paged_kv_cache(k, v, row // MAX_ROWS, positions, cache[copy], pages, indptr,
                                                       last)
 
             return call
 
+        rotated = rows * (q_size + 2 * kv_size)
+        lab.case("layers", f"qk_norm_rope_append rows={rows} e4m3", "FlashInfer, separate ops",
+                 4 * rotated - 2 * rows * kv_size, lambda copies: rope_append(copies, E4M3))
         for name, elements, prepare, peer in (
                 ("rms_norm", (2 * rows + 1) * hidden, rms_norm, "FlashInfer"),
                 ("add_rms_norm", (4 * rows + 1) * hidden, add_rms_norm, "FlashInfer"),
-                ("qk_norm_rope_append", 2 * rows * (q_size + 2 * kv_size), rope_append, "FlashInfer, separate ops"),
+                ("qk_norm_rope_append", 2 * rotated, rope_append, "FlashInfer, separate ops"),
                 ("silu_mul", 3 * rows * ffn, silu_mul, "FlashInfer")):
             lab.case("layers", f"{name} rows={rows}", peer, 2 * elements, prepare)
 
@@ -358,6 +408,7 @@ def header():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="family", help=f"some of {', '.join(FAMILIES)}; default all")
+    parser.add_argument("--case", metavar="TEXT", default="", help="only the cases whose name contains this text")
     parser.add_argument("--record", metavar="FILE", help="write the rows as JSON")
     options = parser.parse_args()
     unknown = [name for name in options.families if name not in FAMILIES]
@@ -367,7 +418,7 @@ def main():
         print("skipped: no CUDA device")
         return
     torch.manual_seed(1)
-    lab = Lab()
+    lab = Lab(options.case)
     for name in options.families or FAMILIES:
         FAMILIES[name](lab)
         if options.record:  # after every family: a peer may take the process down

@@ -67,7 +67,7 @@ struct RowTop {
   const int32_t* mask; /* of the row; nullptr: none */
   int32_t vocab_size;
   int32_t num_top;
-  bool aligned; /* the row starts at a multiple of 16 bytes */
+  bool aligned;              /* the row starts at a multiple of 16 bytes */
   const uint32_t* zone_tops; /* kZoned: of the row */
   int32_t num_zones;
   unsigned char* shared; /* a ring, unless kZoned, then lists */
@@ -300,7 +300,7 @@ struct RowTop {
   /* Keys of the listed zones from `least` on whose logits `reach` names go to the list, as many as fit. */
   template <typename Reach>
   __device__ __forceinline__ void collect(uint32_t least, Reach reach) const {
-    visit_zones(least, [&](const float(&values)[kTokens], int32_t token) {
+    visit_zones(least, [&](const float (&values)[kTokens], int32_t token) {
       const uint32_t bits = reach(values, token);
       if (bits == 0) return;
       int at = atomicAdd(&state.num_survivors, __popc(bits));
@@ -325,7 +325,7 @@ struct RowTop {
     }
     const uint32_t bound = list_zones(tops); /* a barrier, at least */
     const float least = race_score(static_cast<RaceKey>(bound) << 32);
-    collect(bound, [&](const float(&values)[kTokens], int32_t) {
+    collect(bound, [&](const float (&values)[kTokens], int32_t) {
       uint32_t bits = 0;
 #pragma unroll
       for (int j = 0; j < kTokens; ++j) bits |= static_cast<uint32_t>(values[j] >= least) << j;
@@ -335,7 +335,7 @@ struct RowTop {
     CtaCounter<RowPolicy::kNumWarps> counter{state.counts, 0};
     const RaceKey last = largest_reached<0, RaceKey>(num_top, [&](RaceKey trial) {
       int count = 0;
-      visit_zones(bound, [&](const float(&values)[kTokens], int32_t token) {
+      visit_zones(bound, [&](const float (&values)[kTokens], int32_t token) {
         count += __popc(reaching(values, token, trial));
       });
       return counter.sum(count);
@@ -343,7 +343,7 @@ struct RowTop {
     __syncthreads();
     if (threadIdx.x == 0) state.num_survivors = 0;
     __syncthreads();
-    collect(bound, [&](const float(&values)[kTokens], int32_t token) {
+    collect(bound, [&](const float (&values)[kTokens], int32_t token) {
       return reaching(values, token, last);
     });
   }

@@ -70,13 +70,11 @@ struct ClusterWalk {
   const WalkArgs<T, U>& args;
   int32_t req;
   PlacedCandidate* candidates; /* shared, [num_steps, num_top] */
-  float* sums;           /* shared, [2, kParts, tiles * kTile] */
-  Runner runner;         /* position: of the first step */
+  float* sums;                 /* shared, [2, kParts, tiles * kTile] */
+  Runner runner;               /* position: of the first step */
 
-  __device__ __forceinline__ ClusterWalk(const WalkArgs<T, U>& args,
-                                         int32_t req,
-                                         PlacedCandidate* candidates,
-                                         float* sums)
+  __device__ __forceinline__
+  ClusterWalk(const WalkArgs<T, U>& args, int32_t req, PlacedCandidate* candidates, float* sums)
       : args(args),
         req(req),
         candidates(candidates),
@@ -223,8 +221,8 @@ struct ClusterWalk {
   __device__ __forceinline__ void run(int32_t* winner) {
     const bool biased = args.markov_w2 != nullptr;
     const LawFilter law = law_filter(args, req);
-    const bool filtered = runner.temperature > 0.f &&
-                          (law.top_k > 0 || law.top_p < 1.f || law.min_p > 0.f);
+    const bool filtered =
+        runner.temperature > 0.f && (law.top_k > 0 || law.top_p < 1.f || law.min_p > 0.f);
     int32_t previous = biased ? args.in.anchors[req] : 0;
     WalkRows rows;
     if (biased && warp() != 0) read_tile(0, 0, rows);
@@ -267,8 +265,7 @@ __device__ __forceinline__ float noise_by_four(const Runner& runner, int32_t tok
   const uint32_t what = lane == 0 ? zone / kZonesPerCounter : lane == 1 ? zone : token / kQuad;
   const uint32_t kind = lane == 0 ? kMinimaWord : lane == 1 ? kWhoseWord : 0u;
   const uint4 words = philox4x32_10(
-      runner.seed,
-      make_uint4(what, static_cast<uint32_t>(runner.position), runner.purpose, kind));
+      runner.seed, make_uint4(what, static_cast<uint32_t>(runner.position), runner.purpose, kind));
   const int at = lane == 0 ? zone % kZonesPerCounter : token % kQuad;
   const uint32_t word = at == 0 ? words.x : at == 1 ? words.y : at == 2 ? words.z : words.w;
   const float exponential = exponential_from_word(word);
@@ -329,7 +326,8 @@ __global__ void __launch_bounds__(RowPolicy::kNumThreads, 2)
     barrier_init(&handed_over, 1);
     fence_barrier_init();
     if (rank == 0) {
-      const auto bytes = static_cast<uint32_t>(sizeof(PlacedCandidate)) * args.num_top * args.num_steps;
+      const auto bytes =
+          static_cast<uint32_t>(sizeof(PlacedCandidate)) * args.num_top * args.num_steps;
       barrier_arrive_expect(&handed_over, bytes);
     }
   }
@@ -348,11 +346,10 @@ __global__ void __launch_bounds__(RowPolicy::kNumThreads, 2)
           if (step == rank) cluster_wait(); /* for the others to begin */
         },
         [&](int32_t i, const Candidate& candidate) {
-          store_remote_counted(shared_address(walk.of_step(step) + i),
-                               shared_address(&handed_over), 0,
-                               make_uint4(__float_as_uint(candidate.logit),
-                                          __float_as_uint(candidate.noise),
-                                          static_cast<uint32_t>(candidate.token), 0u));
+          store_remote_counted(
+              shared_address(walk.of_step(step) + i), shared_address(&handed_over), 0,
+              make_uint4(__float_as_uint(candidate.logit), __float_as_uint(candidate.noise),
+                         static_cast<uint32_t>(candidate.token), 0u));
         });
     __syncthreads();
   }

@@ -28,8 +28,8 @@
  */
 #pragma once
 
-#include "common/grid_sync.cuh"
-#include "kernels/draft/full_products.cuh"
+#include "kernels/draft/full_latents.cuh"
+#include "kernels/draft/full_rows.cuh"
 
 namespace dspark {
 
@@ -107,6 +107,17 @@ __device__ __forceinline__ void forbid_tokens(const FullCta<T, W>& cta,
   }
 }
 
+/* One group of requests and fp8 W2: latency is what limits. Noise of a warp's first span at a step is made
+ * while leaders travel, and these travel by a board. (16-bit W2 gains 2 % and has no registers for it.) */
+template <int kNTiles, typename W>
+constexpr bool kHurries = kNTiles == 1 && LowRank<W>::kScaled;
+
+/* Whether leaders of a launch are left on a board. */
+template <int kNTiles, typename T, typename W>
+__device__ __forceinline__ bool has_board(const FullArgs<T, W>& args) {
+  return kHurries<kNTiles, W> && args.board != nullptr;
+}
+
 /* Scales of a lane's tokens. */
 using LaneScales = float[kLaneTokens];
 
@@ -161,22 +172,11 @@ __device__ __forceinline__ void add_base(const FullCta<T, W>& cta,
   if (args.mask.words != nullptr) forbid_tokens<kNTiles>(cta, first_q, step, token, tile);
 }
 
-/* Noise of the i-th span of a step, before its latents and rows are there, where registers are to
- * spare: with one group of requests. */
-template <int kNTiles, typename T, typename W>
-__device__ __forceinline__ SpanNoise early_noise(const FullCta<T, W>& cta,
-                                                 const SpanOwner& owner,
-                                                 int32_t step,
-                                                 int32_t i) {
-  if (kNTiles > 1 || i >= cta.num_spans) return {0.f, 0.f};
-  return span_noise(owner, step, cta.first_span + cta.span_at(step, i));
-}
-
 /* One span for this warp. */
 template <int kNTiles, typename T, typename W>
 __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
                                          SpanOwner& owner,
-                                         SpanNoise noise, /* with one group of requests */
+                                         const SpanNoise& made, /* kHurries: its noise */
                                          int32_t step,
                                          int32_t i, /* of the step */
                                          int32_t first_q) {
@@ -186,12 +186,19 @@ __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
   const int32_t steps_done = step - args.first_step;
   const int32_t span = cta.span_at(step, i);
   const int32_t span_bytes = kSpan * shape.weight_row_bytes;
-  const bool has_board = kNTiles == 1 && args.board != nullptr;
-  RaceKey* keys = has_board ? nullptr
-                            : args.keys + static_cast<int64_t>(step) * args.in.num_reqs +
-                                  args.first_req + first_q;
-  LaneScales scales = {};
+  RaceKey* keys =
+      args.keys + static_cast<int64_t>(step) * args.in.num_reqs + args.first_req + first_q;
+  /* With registers to spare: noise while the span is on its way. */
+  constexpr bool kEarly = kNTiles == 1;
+  SpanNoise noise;
+  if (kHurries<kNTiles, W>) {
+    noise = made;
+  } else if (kEarly) {
+    noise = span_noise(owner, step, cta.first_span + span);
+  }
+  LaneScales scales;
   if constexpr (LowRank<W>::kScaled) read_scales(cta, span, scales);
+
   SpanTile<kNTiles> tile;
   const bool streams = i < cta.num_stream;
   const int32_t weight_fill = steps_done * cta.num_stream + i;
@@ -234,16 +241,18 @@ __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
   if (kNTiles > 1) refill_logits();
 
   /* Asked for now, used after the weights. */
-  const RaceKey latest =
-      owner.runner == nullptr || has_board ? kEmptyRaceKey : __ldcg(keys + owned_request(lane));
+  const RaceKey latest = owner.runner == nullptr || has_board<kNTiles>(args)
+                             ? kEmptyRaceKey
+                             : __ldcg(keys + owned_request(lane));
   const SpanRunner* runners = cta.state.runners + first_q;
   weigh_span<kNTiles>(tile, runners, owner);
-  if (kNTiles > 1) noise = span_noise(owner, step, cta.first_span + span);
+  if (!kEarly) noise = span_noise(owner, step, cta.first_span + span);
   owner.seen = max(owner.seen, latest);
   if (owner.runner != nullptr) {
     cta.shared.spans[span * shape.padded_reqs + first_q + owned_request(lane)] = owner.weight;
   }
-  race_span<kNTiles>(tile, runners, owner, noise, step, cta.first_span + span, keys);
+  race_span<kNTiles>(tile, runners, owner, noise, step, cta.first_span + span, keys,
+                     !has_board<kNTiles>(args));
   if (kNTiles == 1) refill_logits(); /* a ring for nearly all spans: no hurry */
 }
 
@@ -253,15 +262,13 @@ __device__ __forceinline__ SpanWeight larger_top(SpanWeight a, SpanWeight b) {
   return {a.sum == 0.f ? b.scaled_top : fmaxf(a.scaled_top, b.scaled_top), a.sum + b.sum};
 }
 
-/* The weights of this CTA's share at a step, spans in order; by num_threads threads, the last ones
- * first: the first warps may have leaders to wait for. */
+/* The weights of this CTA's share at a step, spans in order; `thread`: this one's number. */
 template <typename T, typename W>
 __device__ __forceinline__ void publish_share(const FullCta<T, W>& cta,
                                               int32_t step,
-                                              int32_t num_threads) {
+                                              int32_t thread) {
   const FullArgs<T, W>& args = cta.args;
-  for (int32_t q = num_threads - 1 - static_cast<int32_t>(threadIdx.x); q < args.shape.num_reqs;
-       q += num_threads) {
+  for (int32_t q = thread; q < args.shape.num_reqs; q += blockDim.x) {
     if (!cta.takes_part(q, step)) continue;
     const SpanWeight* spans = cta.shared.spans + q;
     SpanWeight share = {0.f, 0.f};
@@ -299,62 +306,16 @@ __device__ __forceinline__ float log_normalizer(const SpanWeight* shares, int32_
   return static_cast<float>((top + log2(sum)) * 0.6931471805599453);
 }
 
-/* Tokens, normalisers and confidences of the launch's rows, a warp each, after the last race. */
 template <typename T, typename W>
 __device__ __forceinline__ void finish_rows(const FullCta<T, W>& cta, int32_t num_warps) {
-  const FullArgs<T, W>& args = cta.args;
-  const int lane = threadIdx.x % kWarpSize;
-  const int32_t num_rows = args.shape.num_reqs * args.num_steps;
-  for (int32_t i = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x; i < num_rows;
-       i += num_warps * gridDim.x) {
-    const int32_t q = i / args.num_steps;
-    const int32_t step = args.first_step + i % args.num_steps;
-    if (!cta.takes_part(q, step)) continue; /* whole warps */
-    const int64_t req = args.first_req + q;
-    const int64_t row = req * args.in.draft_len + step;
-    const int64_t race = static_cast<int64_t>(step) * args.in.num_reqs + req;
-    const float normalizer = log_normalizer(args.shares + race * gridDim.x, gridDim.x);
-    const int32_t token = race_token(leader_of(args, q, step));
-    if (lane == 0) {
-      args.draft_tokens[row] = token;
-      args.log_normalizers[row] = normalizer;
-    }
-    if (args.confidence_weight == nullptr) continue;
-    const T* markov = args.confidence_with_markov ? led_markov_row(args, q, step) : nullptr;
-    const T* hidden = hidden_row(args.in, static_cast<int32_t>(req), step);
-    const float z = args.confidence_bias +
-                    (args.confidence_vec
-                         ? confidence_dot<true>(args.confidence_weight, hidden, args.in.hidden_size,
-                                                markov, args.in.markov_rank)
-                         : confidence_dot<false>(args.confidence_weight, hidden,
-                                                 args.in.hidden_size, markov, args.in.markov_rank));
-    if (lane != 0) continue;
-    args.confidence[row] = sigmoid(z);
-    if (args.confidence_logits != nullptr) args.confidence_logits[row] = z;
-  }
+  finish_rows(cta.args, cta.state.runners, num_warps, [&](int64_t race) {
+    return log_normalizer(cta.args.shares + race * gridDim.x, gridDim.x);
+  });
 }
 
-/* How the launch's requests draw; a barrier of the CTA follows. */
 template <typename T, typename W>
 __device__ __forceinline__ void set_up_runners(FullCta<T, W>& cta) {
-  const FullArgs<T, W>& args = cta.args;
-  for (int q = threadIdx.x; q < FullPolicy::kMaxReqs; q += blockDim.x) {
-    SpanRunner runner = {};
-    if (q < args.shape.num_reqs) {
-      const int32_t req = args.first_req + q;
-      const float temperature = args.temperature[req];
-      const uint32_t purpose = draft_purpose(args.rules, req);
-      const bool hot = temperature > 0.f;
-      runner.runner = {args.seeds[req], temperature, hot ? kLog2e / temperature : kLog2e,
-                       args.anchor_positions[req] + 1, purpose};
-      runner.mode = !hot                              ? DrawMode::kGreedy
-                    : purpose == DSPARK_PURPOSE_BONUS ? DrawMode::kCoupled
-                                                      : DrawMode::kSampled;
-      runner.draft_len = args.draft_lens == nullptr ? args.in.draft_len
-                                                    : min(args.draft_lens[req], args.in.draft_len);
-    }
-    cta.state.runners[q] = runner;
-  }
+  set_up_runners(cta.args, cta.state.runners, FullPolicy::kMaxReqs);
 }
 
 template <typename T, typename W>
@@ -409,6 +370,29 @@ __device__ __forceinline__ void post_leaders(const FullCta<T, W>& cta,
   }
 }
 
+/* What the lane owns at a step. */
+template <int kNTiles, typename T, typename W>
+__device__ __forceinline__ SpanOwner owner_at(const FullCta<T, W>& cta,
+                                              int32_t first_q,
+                                              int32_t step) {
+  SpanOwner owner = {};
+  const int lane = threadIdx.x % kWarpSize;
+  const int32_t owned = first_q + owned_request(lane);
+  if (lane / 4 < 2 * kNTiles && cta.takes_part(owned, step)) {
+    owner.runner = cta.state.runners + owned;
+  }
+  return owner;
+}
+
+/* kHurries: the noise of the i-th span of a step. */
+template <int kNTiles, typename T, typename W>
+__device__ __forceinline__ SpanNoise noise_ahead(const FullCta<T, W>& cta,
+                                                 int32_t step,
+                                                 int32_t i) {
+  if (!kHurries<kNTiles, W> || i >= cta.num_spans) return {0.f, 0.f};
+  return span_noise(owner_at<kNTiles>(cta, 0, step), step, cta.first_span + cta.span_at(step, i));
+}
+
 /* Grid: shares of the vocabulary, all resident. */
 template <typename T, typename W, int kNTiles>
 __global__ void __launch_bounds__(full_warps(kNTiles) * kWarpSize, 1)
@@ -416,7 +400,6 @@ __global__ void __launch_bounds__(full_warps(kNTiles) * kWarpSize, 1)
   extern __shared__ float4 shared_full[];
   __shared__ FullState state;
   __shared__ WarpLeaders leaders;
-  const bool has_board = kNTiles == 1 && args.board != nullptr;
   FullCta<T, W> cta(args, state, shared_full);
   set_up(cta);
 
@@ -424,51 +407,45 @@ __global__ void __launch_bounds__(full_warps(kNTiles) * kWarpSize, 1)
   const int warp = threadIdx.x / kWarpSize;
   const int32_t num_turns = full_warps(kNTiles) / args.shape.num_sets;
   const int32_t first_q = warp % args.shape.num_sets * kNTiles * kGroupReqs;
-  const int32_t first = warp / args.shape.num_sets; /* of the warp's spans at a step */
-  const auto owner_at = [&](int32_t step) {
-    SpanOwner owner = {};
-    const int32_t owned = first_q + owned_request(lane);
-    if (lane / 4 < 2 * kNTiles && cta.takes_part(owned, step)) {
-      owner.runner = state.runners + owned;
-    }
-    return owner;
-  };
-  SpanNoise noise = early_noise<kNTiles>(cta, owner_at(args.first_step), args.first_step, first);
+  SpanNoise noise = noise_ahead<kNTiles>(cta, args.first_step, warp);
   for (int32_t step = args.first_step; step < args.first_step + args.num_steps; ++step) {
     if (args.markov_w2 != nullptr) {
+      if (!args.vanilla) {
+        make_latents(args, state.runners, cta.shared.latents, step, full_warps(kNTiles),
+                     [] { __syncthreads(); });
+      }
       stage_latents<4>(
           cta, step, full_warps(kNTiles), [&](int32_t q, int piece, const uint4& words) {
             store_latents<W>(cta.shared.latents + q * cta.latent_row_bytes(), piece, words);
           });
+      __syncthreads();
     }
-    __syncthreads();
-    SpanOwner owner = owner_at(step);
-    for (int32_t i = first; i < cta.num_spans; i += num_turns) {
+    SpanOwner owner = owner_at<kNTiles>(cta, first_q, step);
+    for (int32_t i = warp / args.shape.num_sets; i < cta.num_spans; i += num_turns) {
+      if (kHurries<kNTiles, W> && i != warp) noise = noise_ahead<kNTiles>(cta, step, i);
       run_span<kNTiles>(cta, owner, noise, step, i, first_q);
-      noise = early_noise<kNTiles>(cta, owner, step, i + num_turns);
     }
     /* The share of the last step is read after the wait; others have until the next one. */
     const bool is_last = step + 1 == args.first_step + args.num_steps;
-    if (has_board && lane / 4 < 2) {
+    if (has_board<kNTiles>(args) && lane / 4 < 2) {
       leaders.keys[warp * WarpLeaders::kMaxReqs + owned_request(lane)] = owner.seen;
     }
     __syncthreads(); /* all leaders are pushed and all weights are there */
-    if (has_board) {
-      post_leaders(cta, step, leaders);
-      if (!is_last) { /* who needs a leader waits for it */
-        publish_share(cta, step, full_warps(kNTiles) * kWarpSize);
-        noise = early_noise<kNTiles>(cta, owner_at(step + 1), step + 1, first);
-        continue;
-      }
+    if (has_board<kNTiles>(args)) post_leaders(cta, step, leaders);
+    if (has_board<kNTiles>(args) && !is_last) {
+      /* Whoever needs a leader waits for it: the first warps, before the latents' barrier. */
+      publish_share(cta, step, static_cast<int32_t>(blockDim.x - 1 - threadIdx.x));
+      noise = noise_ahead<kNTiles>(cta, step + 1, warp);
+      continue;
     }
     if (is_last) {
-      publish_share(cta, step, full_warps(kNTiles) * kWarpSize);
+      publish_share(cta, step, threadIdx.x);
       __syncthreads();
     }
     if (threadIdx.x == 0) signal_arrival(args.arrivals + step);
     if (!is_last) {
-      publish_share(cta, step, full_warps(kNTiles) * kWarpSize);
-      noise = early_noise<kNTiles>(cta, owner_at(step + 1), step + 1, first);
+      publish_share(cta, step, threadIdx.x);
+      noise = noise_ahead<kNTiles>(cta, step + 1, warp);
     }
     if (threadIdx.x == 0) wait_for_arrivals(args.arrivals + step, gridDim.x);
     __syncthreads();

@@ -11,17 +11,12 @@
 
 namespace dspark {
 
-/* The leader of local request q at a step, by a warp: where the race left it after all CTAs have arrived, or the best
- * of the board, once all CTAs have put theirs there. */
-template <typename T, typename W>
-__device__ __forceinline__ RaceKey leader_of(const FullArgs<T, W>& args, int32_t q, int32_t step) {
-  const int64_t race = static_cast<int64_t>(step) * args.in.num_reqs + args.first_req + q;
-  if (args.board == nullptr) return __ldcg(args.keys + race);
+/* The best of a race's places on the board, once all CTAs have theirs there; by a warp. */
+__device__ __forceinline__ RaceKey best_on_board(const RaceKey* board) {
   constexpr int kAtOnce = 5;
-  const RaceKey* board = args.board + race * gridDim.x;
-  const int32_t lane = threadIdx.x % kWarpSize;
+  const auto num_ctas = static_cast<int32_t>(gridDim.x);
   RaceKey best = kEmptyRaceKey;
-  for (int32_t first = lane; first < gridDim.x; first += kAtOnce * kWarpSize) {
+  for (int32_t first = threadIdx.x % kWarpSize; first < num_ctas; first += kAtOnce * kWarpSize) {
     RaceKey keys[kAtOnce];
     bool all;
     do {
@@ -29,7 +24,7 @@ __device__ __forceinline__ RaceKey leader_of(const FullArgs<T, W>& args, int32_t
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int32_t cta = first + i * kWarpSize;
-        keys[i] = cta < gridDim.x ? load_relaxed(board + cta) : kNoLeader;
+        keys[i] = cta < num_ctas ? load_relaxed(board + cta) : kNoLeader;
         all = all && keys[i] != kEmptyRaceKey;
       }
     } while (!all);
@@ -39,6 +34,15 @@ __device__ __forceinline__ RaceKey leader_of(const FullArgs<T, W>& args, int32_t
   __syncwarp();
   best = warp_leader(best);
   return best == kNoLeader ? kEmptyRaceKey : best;
+}
+
+/* The leader of local request q at a step, by a warp: where the race left it after all CTAs have
+ * arrived, or on the board. */
+template <typename T, typename W>
+__device__ __forceinline__ RaceKey leader_of(const FullArgs<T, W>& args, int32_t q, int32_t step) {
+  const int64_t race = static_cast<int64_t>(step) * args.in.num_reqs + args.first_req + q;
+  return LowRank<W>::kScaled && args.board != nullptr ? best_on_board(args.board + race * gridDim.x)
+                                                      : __ldcg(args.keys + race);
 }
 
 /* x_{k-1} of local request q, by a warp. */

@@ -208,6 +208,10 @@ __device__ __forceinline__ void run_wide(FullCta<T, W>& cta, WideState& state) {
   const FullArgs<T, W>& args = cta.args;
   WideGroup<T, W> group(cta, state);
   for (int32_t step = args.first_step; step < args.first_step + args.num_steps; ++step) {
+    if (!args.vanilla) {
+      make_latents(args, cta.state.runners, cta.shared.latents, step, WidePolicy::kNumWarps,
+                   [] { sync_threads<kThreads>(kBarrier); });
+    }
     stage_wide_latents(cta, step);
     sync_threads<kThreads>(kBarrier);
     group.begin_step(step);
@@ -217,11 +221,11 @@ __device__ __forceinline__ void run_wide(FullCta<T, W>& cta, WideState& state) {
     sync_threads<kThreads>(kBarrier); /* all leaders are pushed and all weights are there */
     const bool is_last = step + 1 == args.first_step + args.num_steps;
     if (is_last) {
-      publish_share(cta, step, kThreads);
+      publish_share(cta, step, threadIdx.x);
       sync_threads<kThreads>(kBarrier);
     }
     if (threadIdx.x == 0) signal_arrival(args.arrivals + step);
-    if (!is_last) publish_share(cta, step, kThreads);
+    if (!is_last) publish_share(cta, step, threadIdx.x);
     if (threadIdx.x == 0) wait_for_arrivals(args.arrivals + step, gridDim.x);
     sync_threads<kThreads>(kBarrier);
   }

@@ -261,7 +261,8 @@ struct WideSpan {
     const uint32_t coupled = __ballot_sync(kAllLanes, owns_coupled);
     Indexed best = empty_race();
     if (claims != coupled) {
-      best = {claim.score, (cta.first_span + span) * kSpan + draw(tile, owner, noise, claims & ~coupled)};
+      best = {claim.score,
+              (cta.first_span + span) * kSpan + draw(tile, owner, noise, claims & ~coupled)};
     }
     if (coupled != 0) {
       const Indexed raced = race_coupled(tile, noise, claim.score, coupled);
@@ -292,10 +293,9 @@ struct WideSpan {
         return make_float4(wide_element(tile, half, i), wide_element(tile, half, i + 1),
                            wide_element(tile, half, i + 2), wide_element(tile, half, i + 3));
       };
-      const int32_t token = draw_of_four(four(0), four(4), four(8), four(12), greedy,
-                                         greedy ? top : scaled_top,
-                                         runner.runner.log2e_per_temperature,
-                                         __shfl_sync(kAllLanes, noise.second, half, 4));
+      const int32_t token = draw_of_four(
+          four(0), four(4), four(8), four(12), greedy, greedy ? top : scaled_top,
+          runner.runner.log2e_per_temperature, __shfl_sync(kAllLanes, noise.second, half, 4));
       if (threadIdx.x % 4 == half) drawn = token;
     }
     return drawn;
@@ -327,9 +327,9 @@ struct WideSpan {
       const SpanRunner& runner = cta.state.runners[first_req + from / 4 + from % 4 * 8];
       const float4 low = {own[0], own[1], own[2], own[3]};
       const float4 high = {own[4], own[5], own[6], own[7]};
-      const Indexed raced = race_zone(low, high, &runner.runner, step, zone,
-                                      __shfl_sync(kAllLanes, noise.first, from),
-                                      __shfl_sync(kAllLanes, score, from));
+      const Indexed raced =
+          race_zone(low, high, &runner.runner, step, zone,
+                    __shfl_sync(kAllLanes, noise.first, from), __shfl_sync(kAllLanes, score, from));
       const float value = __shfl_sync(kAllLanes, raced.value, rank % 4);
       const int32_t index = __shfl_sync(kAllLanes, raced.index, rank % 4);
       if (rank / 4 == turn) best = {value, index};

@@ -31,11 +31,19 @@ __device__ __forceinline__ uint32_t draft_purpose(const int32_t* rules, int32_t 
   return coupled ? DSPARK_PURPOSE_BONUS : DSPARK_PURPOSE_DRAFT;
 }
 
+/* An integer of the score's order, and back. */
+__device__ __forceinline__ uint32_t score_order(float score) {
+  const uint32_t bits = __float_as_uint(score + 0.f); /* -0 is 0 */
+  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float score_of_order(uint32_t order) {
+  return __uint_as_float((order & 0x80000000u) != 0 ? order & 0x7fffffffu : ~order);
+}
+
 __device__ __forceinline__ RaceKey race_key(Indexed leader) {
   if (leader.index == kNoRunner) return kEmptyRaceKey;
-  const uint32_t bits = __float_as_uint(leader.value + 0.f); /* -0 is 0 */
-  const uint32_t order = (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-  return static_cast<RaceKey>(order) << 32 | ~static_cast<uint32_t>(leader.index);
+  return static_cast<RaceKey>(score_order(leader.value)) << 32 |
+         ~static_cast<uint32_t>(leader.index);
 }
 
 /* The token that leads; 0 when none takes part. */
@@ -45,9 +53,7 @@ __device__ __forceinline__ int32_t race_token(RaceKey key) {
 
 /* The score that leads; -inf when no token takes part. */
 __device__ __forceinline__ float race_score(RaceKey key) {
-  if (key == kEmptyRaceKey) return -INFINITY;
-  const uint32_t order = static_cast<uint32_t>(key >> 32);
-  return __uint_as_float((order & 0x80000000u) != 0 ? order & 0x7fffffffu : ~order);
+  return key == kEmptyRaceKey ? -INFINITY : score_of_order(static_cast<uint32_t>(key >> 32));
 }
 
 /* The best of a warp's keys, for every lane. */

@@ -64,9 +64,9 @@ struct WalkArgs {
   int32_t first_step;
   int32_t num_steps; /* of this launch */
   /* These: cluster_walk.cuh. */
-  int32_t num_ctas;  /* of a cluster */
-  bool aligned_rows; /* rows of base logits start at multiples of 16 bytes */
-  bool ask_for_w1;   /* L2 for the candidates' rows */
+  int32_t num_ctas;          /* of a cluster */
+  bool aligned_rows;         /* rows of base logits start at multiples of 16 bytes */
+  bool ask_for_w1;           /* L2 for the candidates' rows */
   const uint32_t* zone_tops; /* of zone_top_kernel, where it ran */
   int32_t num_zones;
 };
@@ -307,11 +307,8 @@ __device__ __forceinline__ void drop_candidates(C* candidates,
 /* Cuts softmax(l / temperature) over the candidates down: what is left out gets -inf. Threads as
  * above. */
 template <typename C, typename Sync>
-__device__ __forceinline__ void filter_candidates(C* candidates,
-                                                  int32_t count,
-                                                  float temperature,
-                                                  const LawFilter& filter,
-                                                  Sync sync) {
+__device__ __forceinline__ void filter_candidates(
+    C* candidates, int32_t count, float temperature, const LawFilter& filter, Sync sync) {
   const auto in_top_k = [&](float l) {
     int32_t larger = 0;
     for (int32_t i = 0; i < count; ++i) larger += candidates[i].logit > l;

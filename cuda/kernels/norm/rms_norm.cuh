@@ -1,7 +1,8 @@
 /*
  * RMSNorm with an optional residual update.
  *
- *   residual += delta                      (rounded to the storage type, written back)
+ *   residual += delta                      (rounded to the storage type, written back; where a
+ *                                           drafter reads this layer, to its input as well)
  *   out = residual * rsqrt(mean(residual^2) + eps) * weight
  *
  * Mapping: one CTA per row, 16 bytes (8 elements) per thread and access. A row up to
@@ -9,7 +10,8 @@
  * is wider is read again, by the thread that wrote it. The CTA size depends on hidden_size alone,
  * and so does the order of the sum.
  *
- * Per row: 2 * hidden_size * 2 bytes (4 with delta), the weight from L2; ~4 flops per element.
+ * Per row: 2 * hidden_size * 2 bytes (4 with delta, 5 with a tap), the weight from L2; ~4 flops per
+ * element.
  * Limited by memory bandwidth for many rows, by one round trip to memory for few.
  */
 #pragma once
@@ -31,18 +33,20 @@ template <typename T>
 struct RmsNormArgs {
   T* x;
   const T* delta; /* may be nullptr */
+  T* tap;         /* may be nullptr */
   const T* weight;
   T* out;
   int64_t stride_x_row;
   int64_t stride_delta_row;
+  int64_t stride_tap_row;
   int64_t stride_out_row;
   int32_t hidden_size;
   float eps;
 };
 
-/* x + delta rounded to T as f32 values; the sum is written back to x. */
+/* x + delta rounded to T as f32 values; the sum is written back to x, and to tap. */
 template <typename T>
-__device__ __forceinline__ void update_residual(T* x, const T* delta, float (&values)[8]) {
+__device__ __forceinline__ void update_residual(T* x, const T* delta, T* tap, float (&values)[8]) {
   load_vec(x, values);
   if (delta == nullptr) return;
   float step[8];
@@ -52,6 +56,7 @@ __device__ __forceinline__ void update_residual(T* x, const T* delta, float (&va
     values[i] = Element<T>::to_float(Element<T>::from_float(values[i] + step[i]));
   }
   store_vec(x, values);
+  if (tap != nullptr) store_vec(tap, values);
 }
 
 __device__ __forceinline__ float sum_of_squares(const float (&values)[8]) {
@@ -79,6 +84,7 @@ __global__ void __launch_bounds__(Policy::kNumThreads) rms_norm_kernel(RmsNormAr
   const int64_t row = blockIdx.x;
   T* x = args.x + row * args.stride_x_row;
   const T* delta = args.delta == nullptr ? nullptr : args.delta + row * args.stride_delta_row;
+  T* tap = args.tap == nullptr ? nullptr : args.tap + row * args.stride_tap_row;
   T* out = args.out + row * args.stride_out_row;
   const int num_vecs = args.hidden_size / 8;
 
@@ -88,13 +94,15 @@ __global__ void __launch_bounds__(Policy::kNumThreads) rms_norm_kernel(RmsNormAr
   for (int i = 0; i < Policy::kCachedVecs; ++i) {
     const int vec = threadIdx.x + i * Policy::kNumThreads;
     if (vec < num_vecs) {
-      update_residual(x + vec * 8, delta == nullptr ? nullptr : delta + vec * 8, cached[i]);
+      update_residual(x + vec * 8, delta == nullptr ? nullptr : delta + vec * 8,
+                      tap == nullptr ? nullptr : tap + vec * 8, cached[i]);
       sum += sum_of_squares(cached[i]);
     }
   }
   for (int vec = threadIdx.x + Policy::kMaxCachedVecs; vec < num_vecs; vec += Policy::kNumThreads) {
     float values[8];
-    update_residual(x + vec * 8, delta == nullptr ? nullptr : delta + vec * 8, values);
+    update_residual(x + vec * 8, delta == nullptr ? nullptr : delta + vec * 8,
+                    tap == nullptr ? nullptr : tap + vec * 8, values);
     sum += sum_of_squares(values);
   }
 

@@ -5,18 +5,19 @@ use std::num::NonZeroUsize;
 
 use anyhow::Result;
 use dspark::engine::{Completion, Event, Piece};
-use dspark::ops::Ops;
+use dspark::ops::{HeadForm, Ops};
 use serde::Serialize;
 
 use crate::args::{CompareArgs, DraftArgs, Mode};
 use crate::generate::paint;
+use crate::paired::Difference;
 use crate::report::{Figures, table};
 use crate::session::{self, Drafting, Job, Texts};
 use crate::{colour, note, prompts};
 
 /// One mode's outputs.
 struct Outcome {
-    name: &'static str,
+    name: String,
     device: String,
     completions: Vec<Completion>,
     /// Of the first prompt.
@@ -33,6 +34,9 @@ struct Row<'a> {
     figures: &'a Figures,
     /// Requests whose tokens are those of mode none; meaningful at temperature 0.
     same_as_none: usize,
+    /// Of drafters after the first: the accepted length against the first's, paired by prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    to_first_drafter: Option<Difference>,
 }
 
 pub fn run(args: &CompareArgs) -> Result<()> {
@@ -41,14 +45,15 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     prompts.truncate(args.limit.map_or(prompts.len(), NonZeroUsize::get));
     let mut runs = vec![Drafting::none()];
     for (mode, dir) in &args.draft {
-        let draft_args = draft_args(*mode, &args.drafting);
-        let target = &args.run.target;
-        runs.push(Drafting::new(Some(*mode), Some(dir), target, &draft_args)?);
+        for draft_args in draft_args(*mode, &args.drafting, &args.head_forms) {
+            let target = &args.run.target;
+            runs.push(Drafting::new(Some(*mode), Some(dir), target, &draft_args)?);
+        }
     }
     let mut outcomes = Vec::new();
     for drafting in &runs {
-        let (mode, count) = (drafting.mode.name(), prompts.len());
-        note(format_args!("running {mode} on {count} prompts"));
+        let (name, count) = (name(drafting), prompts.len());
+        note(format_args!("running {name} on {count} prompts"));
         let job = Compare {
             args,
             texts: &texts,
@@ -61,7 +66,8 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     if args.json {
         let rows: Vec<Row> = outcomes
             .iter()
-            .map(|outcome| row(outcome, &outcomes[0]))
+            .enumerate()
+            .map(|(i, outcome)| row(outcome, &outcomes[0], difference(&outcomes, i)))
             .collect();
         writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
     } else {
@@ -70,19 +76,37 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     Ok(())
 }
 
-/// The options as far as a mode has them: an MTP-1 module drafts one token, and only DSpark's drafters are scheduled.
-fn draft_args(mode: Mode, args: &DraftArgs) -> DraftArgs {
-    match mode {
+/// The options as far as a mode has them, once for each form of its head: an MTP-1 module drafts one token in one form, and
+/// only DSpark's drafters are scheduled.
+fn draft_args(mode: Mode, args: &DraftArgs, forms: &[HeadForm]) -> Vec<DraftArgs> {
+    let of_mode = match mode {
         Mode::Dspark | Mode::None => args.clone(),
         Mode::Dflash => DraftArgs {
             draft_len: args.draft_len,
             head_form: args.head_form,
             ..DraftArgs::fixed()
         },
-        Mode::Mtp => DraftArgs {
-            draft_len: Some(1),
-            ..DraftArgs::fixed()
-        },
+        Mode::Mtp => {
+            return vec![DraftArgs {
+                draft_len: Some(1),
+                ..DraftArgs::fixed()
+            }];
+        }
+    };
+    let others = forms.iter().filter(|&&form| form != of_mode.head_form);
+    let forms = std::iter::once(&of_mode.head_form).chain(others);
+    let with = |&head_form: &HeadForm| DraftArgs {
+        head_form,
+        ..of_mode.clone()
+    };
+    forms.map(with).collect()
+}
+
+/// The mode, and the form of the head where it is not the usual one.
+fn name(drafting: &Drafting) -> String {
+    match drafting.head_form {
+        HeadForm::Full => drafting.mode.name().to_owned(),
+        form => format!("{} {form}", drafting.mode.name()),
     }
 }
 
@@ -113,9 +137,9 @@ impl Job for Compare<'_> {
             Ok(())
         })?;
         let figures = Figures::new(&completions, engine.times());
-        let device = engine.ops().describe();
+        let device = session::device_of(engine.ops(), &args.run);
         Ok(Outcome {
-            name: drafting.mode.name(),
+            name: name(drafting),
             device,
             completions,
             pieces: first,
@@ -124,13 +148,25 @@ impl Job for Compare<'_> {
     }
 }
 
-fn row<'a>(outcome: &'a Outcome, base: &Outcome) -> Row<'a> {
+fn row<'a>(outcome: &'a Outcome, base: &Outcome, to_first_drafter: Option<Difference>) -> Row<'a> {
     Row {
-        mode: outcome.name,
+        mode: &outcome.name,
         device: &outcome.device,
         figures: &outcome.figures,
         same_as_none: num_same(outcome, base),
+        to_first_drafter,
     }
+}
+
+/// The accepted length of drafter `i` against that of the first, number 1.
+fn difference(outcomes: &[Outcome], i: usize) -> Option<Difference> {
+    let of = |outcome: usize| {
+        outcomes[outcome]
+            .completions
+            .iter()
+            .map(|c| &c.stats.rounds)
+    };
+    (i > 1).then(|| Difference::of(of(i), of(1)))?
 }
 
 fn num_same(outcome: &Outcome, base: &Outcome) -> usize {
@@ -152,9 +188,21 @@ fn print(out: &mut impl io::Write, outcomes: &[Outcome], greedy: bool) -> io::Re
     }
     let rows: Vec<_> = outcomes
         .iter()
-        .map(|o| (o.name.to_owned(), o.figures.clone()))
+        .map(|o| (o.name.clone(), o.figures.clone()))
         .collect();
     write!(out, "{}\n{}", outcomes[0].device, table(&rows))?;
+    for (i, outcome) in outcomes.iter().enumerate() {
+        if let Some(difference) = difference(outcomes, i) {
+            writeln!(
+                out,
+                "{}: accepted length {:+.3} against {} (standard error {:.3}, paired by prompt)",
+                outcome.name,
+                difference.accepted_length,
+                outcomes[1].name,
+                difference.standard_error
+            )?;
+        }
+    }
     if greedy {
         for outcome in &outcomes[1..] {
             let (same, all) = (num_same(outcome, &outcomes[0]), outcome.completions.len());

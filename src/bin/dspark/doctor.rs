@@ -7,7 +7,9 @@ use anyhow::Result;
 use dspark::device_is_available;
 use dspark::engine::text::Tokenizer;
 use dspark::model::selfcheck::self_check;
-use dspark::model::{DSparkDrafter, DecoderTarget, DrafterConfig, Limits, Pair, TargetConfig};
+use dspark::model::{
+    DSparkDrafter, DecoderTarget, DrafterConfig, Limits, Pair, TargetConfig, kv_scales,
+};
 use dspark::ops::Ops;
 
 use crate::args::DoctorArgs;
@@ -43,6 +45,11 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
         decoder.vocab_size,
         decoder.max_position
     );
+    let scales = match kv_scales(target)? {
+        Some(_) => "with the checkpoint's factors",
+        None => "with factors of 1: the checkpoint brings none",
+    };
+    say!("KV cache native; fp8 where asked for (--kv-dtype fp8), {scales}");
     session::on_device(
         args.device,
         None,

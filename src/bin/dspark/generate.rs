@@ -8,7 +8,7 @@ use dspark::engine::{Completion, Engine, Event, Piece};
 use dspark::ops::Ops;
 
 use crate::args::GenerateArgs;
-use crate::report::Figures;
+use crate::report::{self, Figures};
 use crate::session::{self, Drafting, Job, Texts};
 use crate::trace::{Trace, TraceFile, TraceRequest};
 use crate::{colour, note, prompts};
@@ -68,9 +68,12 @@ impl Job for Generate<'_> {
             request.logprobs = args.logprobs;
         }
         let mut engine = session::start(ops, &args.run, &self.drafting, requests)?;
+        if self.trace.is_some() {
+            engine.record_steps();
+        }
         if args.stats {
-            let (device, mode) = (engine.ops().describe(), self.drafting.mode.name());
-            note(format_args!("{device}, mode {mode}"));
+            let device = session::device_of(engine.ops(), &args.run);
+            note(format_args!("{device}, mode {}", self.drafting.mode.name()));
         }
         let completions = self.print(&mut engine)?;
         let figures = Figures::new(&completions, engine.times());
@@ -78,10 +81,12 @@ impl Job for Generate<'_> {
             file.write(&Trace {
                 requests: completions.iter().map(TraceRequest::new).collect(),
                 stats: &figures,
+                steps: engine.step().records(),
             })?;
         }
         if args.stats {
-            note(format_args!("{}", figures.describe().trim_end()));
+            let text = figures.describe() + &report::by_request(&completions);
+            note(format_args!("{}", text.trim_end()));
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ mod doctor;
 mod examples;
 mod generate;
 mod invariance;
+mod paired;
 mod profile;
 mod progress;
 mod prompts;

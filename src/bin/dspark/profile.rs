@@ -48,7 +48,7 @@ impl Job for Profile<'_> {
         bar.finish_and_clear();
         let draft_len = engine.step().draft_len();
         let pair = self.drafting.identity(&run.target)?;
-        let device = engine.ops().describe();
+        let device = session::device_of(engine.ops(), run);
         let identity = CostIdentity::of_this_build(pair, device, draft_len);
         println!("{}, {} drafts a round", identity.device, draft_len);
         for &(tokens, seconds) in cost.verify().points() {

@@ -67,6 +67,18 @@ impl Figures {
             self.accepted_length,
             self.verify_len
         );
+        for (name, counts) in [
+            ("proposed", &self.rounds.proposed),
+            ("verified", &self.rounds.verified),
+            ("accepted", &self.rounds.accepted),
+        ] {
+            if !self.rounds.proposed.is_empty() {
+                let mut counts = counts.clone();
+                counts.resize(self.rounds.proposed.len(), 0);
+                let counts: Vec<String> = counts.iter().map(u64::to_string).collect();
+                let _ = writeln!(text, "drafts {name} by position: {}", counts.join(" "));
+            }
+        }
         if !self.acceptance.is_empty() {
             let _ = writeln!(
                 text,
@@ -90,10 +102,49 @@ impl Figures {
     }
 }
 
+/// Requests that `--stats` has a line for.
+const MAX_REQUEST_LINES: usize = 32;
+
+/// A line for each of several requests: what was proposed for it, verified and accepted, and predicted to be.
+pub fn by_request(completions: &[Completion]) -> String {
+    let mut text = String::new();
+    if completions.len() < 2 {
+        return text;
+    }
+    text += "request  tokens  rounds  proposed  verified  accepted  predicted  accepted length  tokens/s\n";
+    for (i, completion) in completions.iter().enumerate().take(MAX_REQUEST_LINES) {
+        let (stats, rounds) = (&completion.stats, &completion.stats.rounds);
+        let sum = |counts: &[u64]| counts.iter().sum::<u64>();
+        let _ = writeln!(
+            text,
+            "{:>7} {:>7} {:>7} {:>9} {:>9} {:>9} {:>10.1} {:>16.2} {:>9.1}",
+            i + 1,
+            stats.num_generated,
+            rounds.num_rounds,
+            sum(&rounds.proposed),
+            sum(&rounds.verified),
+            sum(&rounds.accepted),
+            rounds.predicted.iter().sum::<f64>(),
+            ratio(rounds.num_committed as f64, rounds.num_rounds as f64),
+            if stats.decode_seconds > 0.0 {
+                stats.tokens_per_second()
+            } else {
+                0.0
+            }
+        );
+    }
+    if completions.len() > MAX_REQUEST_LINES {
+        let more = completions.len() - MAX_REQUEST_LINES;
+        let _ = writeln!(text, "and {more} more, which --trace has");
+    }
+    text
+}
+
 /// One row of figures for each named run; the first is the base of the speed-up.
 pub fn table(rows: &[(String, Figures)]) -> String {
+    let width = rows.iter().map(|(name, _)| name.len()).fold(8, usize::max);
     let mut text = format!(
-        "{:<8} {:>9} {:>9} {:>16} {:>14}  {}\n",
+        "{:<width$} {:>9} {:>9} {:>16} {:>14}  {}\n",
         "mode",
         "tokens/s",
         "speed-up",
@@ -107,7 +158,7 @@ pub fn table(rows: &[(String, Figures)]) -> String {
     for (name, figures) in rows {
         let _ = writeln!(
             text,
-            "{:<8} {:>9.1} {:>8.2}x {:>16.2} {:>14.2}  {}",
+            "{:<width$} {:>9.1} {:>8.2}x {:>16.2} {:>14.2}  {}",
             name,
             figures.tokens_per_second,
             if base > 0.0 {

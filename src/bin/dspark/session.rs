@@ -8,7 +8,7 @@ use dspark::engine::{Completion, Engine, EngineConfig, Event, Request};
 use dspark::model::{
     DrafterConfig, GenerationConfig, Limits, Pair, TargetConfig, drafter_identity, target_identity,
 };
-use dspark::ops::{HeadForm, HeadKind, MAX_TREE_ROWS, Ops, SamplingParams};
+use dspark::ops::{HeadForm, HeadKind, KvDtype, MAX_TREE_ROWS, Ops, SamplingParams};
 use dspark::reference::Reference;
 use dspark::schedule::{
     Adapt, CALIBRATION_FILE, Calibration, CostFile, CostIdentity, PairIdentity, Policy,
@@ -35,6 +35,14 @@ pub fn on_device<J: Job>(
 /// The same on the device of a run.
 pub fn on_device_of<J: Job>(run: &RunArgs, job: J) -> Result<J::Output> {
     on(run.device, run.threads, run.batch_invariant, job)
+}
+
+/// What a run's passes go through: its device, and its cache where that is not the native one.
+pub fn device_of<O: Ops>(ops: &O, run: &RunArgs) -> String {
+    match run.kv_dtype {
+        KvDtype::Native => ops.describe(),
+        KvDtype::Fp8 => format!("{}, KV cache in fp8", ops.describe()),
+    }
 }
 
 #[cfg_attr(
@@ -323,7 +331,7 @@ pub fn build<O: Ops + 'static>(
     }
     let mut config = engine_config(run, drafting, requests, target.max_position)?;
     config.sts_temperatures = drafting.temperatures(&run.target)?;
-    let costs = drafting.costs(&run.target, ops.describe())?;
+    let costs = drafting.costs(&run.target, device_of(&ops, run))?;
     config.cost = match &costs {
         Some((file, identity)) if file.exists() => {
             let held = CostFile::read(file)?;
@@ -341,13 +349,15 @@ pub fn build<O: Ops + 'static>(
         num_pages: config.num_pages,
         page_size: config.page_size,
     };
-    let mut pair = Pair::load(&mut ops, &run.target, drafting.dir.as_deref(), &limits)?;
+    let draft = drafting.dir.as_deref();
+    let mut pair = Pair::load_with_kv(&mut ops, &run.target, draft, &limits, run.kv_dtype)?;
     if let Some(drafter) = &mut pair.drafter {
         drafter.set_head_form(&mut ops, drafting.head_form)?;
     }
     let mut engine = Engine::new(ops, Box::new(pair.target), pair.drafter, config)?;
     engine.set_alternates(drafting.alternates)?;
     engine.set_adapt(Adapt::ON);
+    engine.warm_up()?;
     if let (Some((file, identity)), Some(cost), true) =
         (costs, engine.step().scheduler().cost(), measured)
     {

@@ -4,11 +4,11 @@ use std::fs::File;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use dspark::engine::Completion;
+use dspark::engine::{Completion, RequestStats};
 use dspark::ops::TokenLogprobs;
 use dspark::schedule::simulate::RecordedRequest;
 use dspark::schedule::sts::RecordedRound;
-use dspark::step::Round;
+use dspark::step::{Round, StepRecord};
 use dspark::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +19,8 @@ use crate::report::Figures;
 pub struct Trace<'a> {
     pub requests: Vec<TraceRequest<'a>>,
     pub stats: &'a Figures,
+    /// Of all requests, in order of time.
+    pub steps: &'a [StepRecord],
 }
 
 /// One request. The first token comes from the prefill and belongs to no round.
@@ -31,6 +33,8 @@ pub struct TraceRequest<'a> {
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     pub logprobs: &'a [TokenLogprobs],
     pub rounds: &'a [Round],
+    /// Its counts and times.
+    pub stats: &'a RequestStats,
 }
 
 impl<'a> TraceRequest<'a> {
@@ -40,6 +44,7 @@ impl<'a> TraceRequest<'a> {
             tokens: &completion.tokens,
             logprobs: &completion.logprobs,
             rounds: &completion.rounds,
+            stats: &completion.stats,
         }
     }
 }

@@ -32,6 +32,7 @@ impl Cuda {
         if let Some(block) = block {
             expect("block.rows", q.rows(), block.rows())?;
             expect("block.cols", 2 * kv_cols, block.cols())?;
+            kv.expect_native()?;
         }
         let reach = if block.is_some() {
             Reach::Committed
@@ -45,6 +46,7 @@ impl Cuda {
         }
         let raw = rows.raw()?;
         let (k_cache, v_cache) = kv.layer(layer);
+        let (k_scale, v_scale) = kv.scales(layer);
         let (page, slot, head) = kv.strides();
         let mut params = sys::dspark_attention_params {
             struct_size: struct_size::<sys::dspark_attention_params>(),
@@ -60,8 +62,8 @@ impl Cuda {
             max_pages_per_req: raw.max_pages_per_req,
             scale: spec.scale,
             q: q.ptr(0, 0).cast(),
-            k_cache: k_cache.cast(),
-            v_cache: v_cache.cast(),
+            k_cache,
+            v_cache,
             k_block: block.map_or(null(), |block| block.ptr(0, 0).cast()),
             v_block: block.map_or(null(), |block| block.ptr(0, kv_cols).cast()),
             qo_indptr: raw.qo_indptr,
@@ -84,9 +86,9 @@ impl Cuda {
             window: int("window", spec.window)?,
             softcap: spec.softcap,
             batch_invariant: i32::from(self.batch_invariant),
-            kv_dtype: 0,
-            k_scale: null(),
-            v_scale: null(),
+            kv_dtype: kv.dtype(),
+            k_scale,
+            v_scale,
         };
         // The size depends on the current device.
         self.device.bind()?;

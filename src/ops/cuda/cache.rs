@@ -1,25 +1,69 @@
 //! Paged keys and values, and the commit of a token tree in them.
 
+use std::ffi::c_void;
+use std::ptr::null;
+
 use half::bf16;
 
 use super::rows::Reach;
 use super::{Cuda, Rows, check, int, struct_size};
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
-use crate::ops::{AttentionSpec, KvGeometry};
+use crate::ops::{AttentionSpec, KvGeometry, KvScales};
 use crate::sys;
 
-/// Keys and values of every layer, each `[num_layers][num_pages, page_size, num_kv_heads, head_dim]` in bf16. Starts as
-/// zeros, so that a slot read before it is written is at worst wrong, never NaN.
+/// Keys or values.
+#[derive(Debug)]
+enum Numbers {
+    Bf16(Buffer<bf16>),
+    E4m3(Buffer<u8>),
+}
+
+impl Numbers {
+    fn zeros(device: &Device, len: usize, is_e4m3: bool) -> Result<Self> {
+        Ok(if is_e4m3 {
+            Self::E4m3(Buffer::zeros(device, len)?)
+        } else {
+            Self::Bf16(Buffer::zeros(device, len)?)
+        })
+    }
+
+    fn ptr(&self, element: usize) -> *const c_void {
+        match self {
+            Self::Bf16(numbers) => numbers.ptr(element).cast(),
+            Self::E4m3(numbers) => numbers.ptr(element).cast(),
+        }
+    }
+
+    fn mut_ptr(&mut self, element: usize) -> *mut c_void {
+        match self {
+            Self::Bf16(numbers) => numbers.mut_ptr(element).cast(),
+            Self::E4m3(numbers) => numbers.mut_ptr(element).cast(),
+        }
+    }
+}
+
+/// Keys and values of every layer, each `[num_layers][num_pages, page_size, num_kv_heads, head_dim]` in bf16, or in e4m3
+/// with scales. Starts as zeros, so that a slot read before it is written is at worst wrong, never NaN.
 #[derive(Debug)]
 pub struct KvCache {
-    k: Buffer<bf16>,
-    v: Buffer<bf16>,
+    k: Numbers,
+    v: Numbers,
+    /// `[2][num_layers][num_kv_heads]`, of keys and of values in e4m3.
+    scales: Option<Buffer<f32>>,
     geometry: KvGeometry,
 }
 
 impl KvCache {
-    pub(super) fn new(device: &Device, geometry: &KvGeometry) -> Result<Self> {
+    /// A cache in bf16, or in e4m3 with `scales`.
+    pub(super) fn new(
+        device: &Device,
+        geometry: &KvGeometry,
+        scales: Option<&KvScales>,
+    ) -> Result<Self> {
+        if let Some(scales) = scales {
+            scales.check(geometry)?;
+        }
         let sides = [
             ("num_layers", geometry.num_layers),
             ("num_pages", geometry.num_pages),
@@ -34,9 +78,16 @@ impl KvCache {
                 _ => return Err(Error::argument(field, "a size that fits memory", side)),
             };
         }
+        let upload = |scales: &KvScales| {
+            let scales = scales.all();
+            let mut buffer = Buffer::uninit(device, scales.len())?;
+            buffer.upload(0, &scales)?;
+            Ok(buffer)
+        };
         Ok(Self {
-            k: Buffer::zeros(device, len)?,
-            v: Buffer::zeros(device, len)?,
+            k: Numbers::zeros(device, len, scales.is_some())?,
+            v: Numbers::zeros(device, len, scales.is_some())?,
+            scales: scales.map(upload).transpose()?,
             geometry: *geometry,
         })
     }
@@ -47,15 +98,45 @@ impl KvCache {
     }
 
     /// Addresses of a layer's keys and values.
-    pub(super) fn layer(&self, layer: usize) -> (*const bf16, *const bf16) {
+    pub(super) fn layer(&self, layer: usize) -> (*const c_void, *const c_void) {
         let offset = layer * self.layer_len();
         (self.k.ptr(offset), self.v.ptr(offset))
     }
 
     /// Addresses of a layer's keys and values, to write there.
-    pub(super) fn layer_mut(&mut self, layer: usize) -> (*mut bf16, *mut bf16) {
+    pub(super) fn layer_mut(&mut self, layer: usize) -> (*mut c_void, *mut c_void) {
         let offset = layer * self.layer_len();
         (self.k.mut_ptr(offset), self.v.mut_ptr(offset))
+    }
+
+    /// Type of its elements.
+    pub(super) fn dtype(&self) -> sys::dspark_dtype {
+        match self.k {
+            Numbers::Bf16(_) => sys::DSPARK_DTYPE_BF16,
+            Numbers::E4m3(_) => sys::DSPARK_DTYPE_E4M3,
+        }
+    }
+
+    /// Addresses of the factors of a layer's keys and values; null without any.
+    pub(super) fn scales(&self, layer: usize) -> (*const f32, *const f32) {
+        let KvGeometry {
+            num_layers,
+            num_kv_heads,
+            ..
+        } = self.geometry;
+        self.scales.as_ref().map_or((null(), null()), |scales| {
+            let keys = layer * num_kv_heads;
+            let values = (num_layers + layer) * num_kv_heads;
+            (scales.ptr(keys), scales.ptr(values))
+        })
+    }
+
+    /// Refuses a cache that the draft form does not read.
+    pub(super) fn expect_native(&self) -> Result<()> {
+        match self.k {
+            Numbers::Bf16(_) => Ok(()),
+            Numbers::E4m3(_) => Err(Error::argument("kv", "a native cache", "one in e4m3")),
+        }
     }
 
     /// Refuses a layer or heads this cache does not have.
@@ -106,11 +187,12 @@ impl Cuda {
         let flags = self.upload_index(&flags.collect::<Vec<_>>())?;
         let raw = rows.raw()?;
         let geometry = kv.geometry;
+        let kv_dtype = kv.dtype();
         let (page, slot, head) = kv.strides();
         let (k_cache, v_cache) = kv.layer_mut(0);
         let params = sys::dspark_commit_tree_params {
             struct_size: struct_size::<sys::dspark_commit_tree_params>(),
-            kv_dtype: sys::DSPARK_DTYPE_BF16,
+            kv_dtype,
             num_reqs: raw.num_reqs,
             num_layers: int("num_layers", geometry.num_layers)?,
             draft_len: int("draft_len", draft_len)?,
@@ -122,8 +204,8 @@ impl Cuda {
             accept_flags: flags,
             seq_lens: raw.seq_lens,
             page_table: raw.page_table,
-            k_cache: k_cache.cast(),
-            v_cache: v_cache.cast(),
+            k_cache,
+            v_cache,
             stride_cache_layer: kv.layer_len() as i64,
             stride_cache_page: page,
             stride_cache_slot: slot,

@@ -60,6 +60,8 @@ impl Cuda {
         walk.check()?;
         let head = walk.head;
         let copy = head.w2_fp8.as_ref();
+        let bounds = head.row_bounds.as_ref();
+        let bounds = bounds.filter(|_| copy.is_none() && walk.batch.wants_winners_alone());
         let answers = Answers {
             drafts: DraftWords::new(head, walk.logits.rows()),
             rank: head.rank,
@@ -89,6 +91,9 @@ impl Cuda {
                 _ => latents,
             },
             confidence_logits: null_mut(),
+            w2_bounds: bounds.map_or(null(), |rows| rows.bounds.ptr(0)),
+            w2_basis: bounds.map_or(null(), |rows| rows.basis.ptr(0)),
+            rows_read: null_mut(),
         });
         self.device.bind()?;
         // SAFETY: reads the sizes of `params` and writes one host integer.

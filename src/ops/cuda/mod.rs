@@ -1,6 +1,7 @@
 //! The CUDA backend: [`Ops`] over the launchers of the C ABI and cuBLASLt.
 //!
-//! Activations, weights and caches are bf16 (f32 and f16 checkpoints are rounded at load), and so are the target's logits;
+//! Activations, weights and caches are bf16 (f32 and f16 checkpoints are rounded at load; a cache may be e4m3), and so are
+//! the target's logits;
 //! a drafter's are f32. Everything goes
 //! to the device's one stream in the order of the calls; only [`Ops::draft_full`],
 //! [`Ops::draft_candidates`], [`Ops::accept`] and the `read_*`
@@ -11,6 +12,7 @@
 
 mod arguments;
 mod attention;
+mod bounds;
 mod cache;
 mod candidates;
 mod draft;
@@ -29,7 +31,8 @@ use half::bf16;
 
 use super::{
     AcceptBatch, Accepted, AttentionSpec, DraftBatch, DraftHead, Drafted, HostTensor, KvGeometry,
-    KvSink, LowRankLaw, Ops, PassKey, RopeSpec, RowMap, ScheduleInputs, Scheduled, SparseLaw,
+    KvScales, KvSink, LowRankLaw, Ops, PassKey, RopeSpec, RowMap, ScheduleInputs, Scheduled,
+    SparseLaw,
 };
 use crate::device::{Device, Gemm, Growing};
 use crate::error::{Error, Result};
@@ -38,6 +41,7 @@ use crate::sys;
 use draft::Walk;
 use passes::Passes;
 
+pub use bounds::RowBounds;
 pub use cache::KvCache;
 pub use logits::Logits;
 pub use matrix::{DeviceMatrix, Norm, Quantized};
@@ -167,6 +171,7 @@ impl Ops for Cuda {
     type Logits = Logits;
     type Weight = DeviceMatrix<bf16>;
     type Quantized = Quantized;
+    type RowBounds = RowBounds;
     type TokenTable = DeviceMatrix<u32>;
     type Norm = Norm;
     type KvCache = KvCache;
@@ -182,12 +187,20 @@ impl Ops for Cuda {
         self.device.synchronize()
     }
 
+    fn is_slow_at_first(&self) -> bool {
+        true
+    }
+
     fn weight(&mut self, parts: &[HostTensor<'_>]) -> Result<Self::Weight> {
         DeviceMatrix::from_parts(&self.device, parts)
     }
 
     fn quantize(&mut self, weight: &DeviceMatrix<bf16>) -> Result<Quantized> {
         Quantized::new(&self.device, weight)
+    }
+
+    fn row_bounds(&mut self, w2: &DeviceMatrix<bf16>) -> Result<RowBounds> {
+        self.find_row_bounds(w2)
     }
 
     fn token_table(&mut self, tokens: &[u32], cols: usize) -> Result<DeviceMatrix<u32>> {
@@ -218,7 +231,11 @@ impl Ops for Cuda {
     }
 
     fn kv_cache(&mut self, geometry: &KvGeometry) -> Result<Self::KvCache> {
-        KvCache::new(&self.device, geometry)
+        KvCache::new(&self.device, geometry, None)
+    }
+
+    fn kv_cache_e4m3(&mut self, geometry: &KvGeometry, scales: &KvScales) -> Result<Self::KvCache> {
+        KvCache::new(&self.device, geometry, Some(scales))
     }
 
     fn rows(&mut self) -> Result<Self::Rows> {
@@ -291,8 +308,9 @@ impl Ops for Cuda {
         weight: &Self::Norm,
         eps: f32,
         out: &mut Self::Mat,
+        tap: Option<(&mut Self::Mat, usize)>,
     ) -> Result<()> {
-        self.add_norm_rows(delta, residual, weight, eps, out)
+        self.add_norm_rows(delta, residual, weight, eps, out, tap)
     }
 
     fn linear(&mut self, x: &Self::Mat, weight: &Self::Weight, out: &mut Self::Mat) -> Result<()> {

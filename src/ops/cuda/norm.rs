@@ -1,7 +1,7 @@
 //! Family norm: RMSNorm, SwiGLU, gathers and copies.
 
 use std::ffi::c_void;
-use std::ptr::null;
+use std::ptr::{null, null_mut};
 
 use bytemuck::Zeroable;
 use cudarc::driver::DeviceRepr;
@@ -27,6 +27,28 @@ impl Element for f32 {
     const DTYPE: sys::dspark_dtype = sys::DSPARK_DTYPE_F32;
 }
 
+/// What a norm reads and updates: `x` and `delta` are contiguous matrices of this shape, `tap` a window as large.
+struct NormInput {
+    x: *mut c_void,
+    delta: *const c_void,
+    shape: [usize; 2],
+    tap: *mut c_void,
+    stride_tap_row: i64,
+}
+
+/// Refuses a window of `dst` at `[row, col]` that it has no room for.
+fn check_window(dst: &Mat, [row, col]: [usize; 2], [num_rows, num_cols]: [usize; 2]) -> Result<()> {
+    if row + num_rows > dst.max_rows() {
+        let expected = format!("at most {} rows", dst.max_rows());
+        return Err(Error::argument("dst_row", expected, row + num_rows));
+    }
+    if col + num_cols > dst.cols() {
+        let expected = format!("at most {} columns", dst.cols());
+        return Err(Error::argument("dst_col", expected, col + num_cols));
+    }
+    Ok(())
+}
+
 impl Cuda {
     /// `out = rms_norm(x)`.
     pub(super) fn norm_rows(
@@ -36,18 +58,18 @@ impl Cuda {
         eps: f32,
         out: &mut Mat,
     ) -> Result<()> {
-        // The launcher writes x only together with delta, so the const cast changes nothing.
-        self.launch_rms_norm(
-            x.ptr(0, 0).cast_mut().cast(),
-            null(),
-            [x.rows(), x.cols()],
-            weight,
-            eps,
-            out,
-        )
+        let input = NormInput {
+            // The launcher writes x only together with delta, so the const cast changes nothing.
+            x: x.ptr(0, 0).cast_mut().cast(),
+            delta: null(),
+            shape: [x.rows(), x.cols()],
+            tap: null_mut(),
+            stride_tap_row: 0,
+        };
+        self.launch_rms_norm(&input, weight, eps, out)
     }
 
-    /// `residual += delta; out = rms_norm(residual)`.
+    /// `residual += delta; out = rms_norm(residual)`; the residual goes to the window of `tap` at its column as well.
     pub(super) fn add_norm_rows(
         &mut self,
         delta: &Mat,
@@ -55,30 +77,33 @@ impl Cuda {
         weight: &Norm,
         eps: f32,
         out: &mut Mat,
+        tap: Option<(&mut Mat, usize)>,
     ) -> Result<()> {
         expect("delta.rows", residual.rows(), delta.rows())?;
         expect("delta.cols", residual.cols(), delta.cols())?;
-        let shape = [residual.rows(), residual.cols()];
-        self.launch_rms_norm(
-            residual.mut_ptr(0, 0).cast(),
-            delta.ptr(0, 0).cast(),
-            shape,
-            weight,
-            eps,
-            out,
-        )
+        let mut input = NormInput {
+            x: residual.mut_ptr(0, 0).cast(),
+            delta: delta.ptr(0, 0).cast(),
+            shape: [residual.rows(), residual.cols()],
+            tap: null_mut(),
+            stride_tap_row: 0,
+        };
+        if let Some((tap, col)) = tap {
+            check_window(tap, [0, col], input.shape)?;
+            input.tap = tap.mut_ptr(0, col).cast();
+            input.stride_tap_row = tap.stride();
+        }
+        self.launch_rms_norm(&input, weight, eps, out)
     }
 
-    /// `x` and `delta` are contiguous `[rows, cols]`.
     fn launch_rms_norm(
         &mut self,
-        x: *mut c_void,
-        delta: *const c_void,
-        [rows, cols]: [usize; 2],
+        input: &NormInput,
         weight: &Norm,
         eps: f32,
         out: &mut Mat,
     ) -> Result<()> {
+        let [rows, cols] = input.shape;
         expect("weight", cols, weight.len())?;
         expect("out.cols", cols, out.cols())?;
         out.set_rows(rows)?;
@@ -91,13 +116,15 @@ impl Cuda {
             num_rows: int("rows", rows)?,
             hidden_size: int("cols", cols)?,
             eps,
-            x,
-            delta,
+            x: input.x,
+            delta: input.delta,
             weight: weight.ptr().cast(),
             out: out.mut_ptr(0, 0).cast(),
             stride_x_row: cols as i64,
             stride_delta_row: cols as i64,
             stride_out_row: out.stride(),
+            tap: input.tap,
+            stride_tap_row: input.stride_tap_row,
         };
         self.device.bind()?;
         // SAFETY: the operands are live device matrices of the shapes checked above, distinct by Rust's borrows.
@@ -164,14 +191,7 @@ impl Cuda {
         dst: &mut Mat,
         [row, col]: [usize; 2],
     ) -> Result<()> {
-        if row + src.rows() > dst.max_rows() {
-            let expected = format!("at most {} rows", dst.max_rows());
-            return Err(Error::argument("dst_row", expected, row + src.rows()));
-        }
-        if col + src.cols() > dst.cols() {
-            let expected = format!("at most {} columns", dst.cols());
-            return Err(Error::argument("dst_col", expected, col + src.cols()));
-        }
+        check_window(dst, [row, col], [src.rows(), src.cols()])?;
         if src.rows() == 0 {
             return Ok(());
         }

@@ -92,6 +92,10 @@ impl Cuda {
             stride_cache_page: 0,
             stride_cache_slot: 0,
             stride_cache_head: 0,
+            kv_dtype: 0,
+            reserved: 0,
+            k_scale: null(),
+            v_scale: null(),
         };
         if let Some(q_out) = q_out {
             expect("q_out.cols", num_q_heads * head_dim, q_out.cols())?;
@@ -107,9 +111,9 @@ impl Cuda {
                 params.stride_cache_page = page;
                 params.stride_cache_slot = slot;
                 params.stride_cache_head = head;
-                let (k, v) = kv.layer_mut(layer);
-                params.k_cache = k.cast();
-                params.v_cache = v.cast();
+                params.kv_dtype = kv.dtype();
+                (params.k_scale, params.v_scale) = kv.scales(layer);
+                (params.k_cache, params.v_cache) = kv.layer_mut(layer);
             }
             KvSink::Block(block) => {
                 expect("block.cols", 2 * num_kv_heads * head_dim, block.cols())?;

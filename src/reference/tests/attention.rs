@@ -369,6 +369,68 @@ fn qk_norm_rope_against_the_formula() {
     }
 }
 
+/// A cache of 8 bits holds of each key and value the nearest that its head's factor can be multiplied to, and no other head
+/// of any layer is touched.
+#[test]
+fn an_e4m3_cache_holds_the_nearest_numbers() {
+    let mut ops = ops();
+    let batch = batch(SPEC, 3, |page| 63 - page as i32);
+    let rows = batch.map.num_rows();
+    let own: Vec<f32> = (noise(7, rows * 40).iter().enumerate())
+        .map(|(i, x)| x * 4_f32.powi(i as i32 % 9 - 3))
+        .collect();
+    let own = mat(&mut ops, 40, &own);
+    let geometry = batch.cache(&mut ops).geometry;
+    let keys = vec![0.5, 0.5, 0.07, 0.003];
+    let values = vec![0.5, 0.5, 1.0, 0.3];
+    let scales = KvScales::new(&geometry, keys, values).unwrap();
+    let mut kv = ops.kv_cache_e4m3(&geometry, &scales).unwrap();
+    let still = RopeSpec {
+        inv_freq: vec![0.0; 5],
+        scale: 1.0,
+    };
+    let sink = KvSink::Cache {
+        kv: &mut kv,
+        layer: 1,
+    };
+    ops.qk_norm_rope(&SPEC, &own, None, &still, &batch.map, None, sink)
+        .unwrap();
+    let numbers: Vec<f32> = (0..=255)
+        .map(e4m3::decode)
+        .filter(|x| !x.is_nan())
+        .collect();
+    let nearest = |x: f32, scale: f32| {
+        let distance = |n: f32| (f64::from(n) * f64::from(scale) - f64::from(x)).abs();
+        let by_distance = |a: &&f32, b: &&f32| distance(**a).total_cmp(&distance(**b));
+        let nearest = numbers.iter().min_by(by_distance).unwrap();
+        scale * nearest
+    };
+    let (k_scales, v_scales) = scales.of_layer(1);
+    let mut cut = 0;
+    for r in 0..batch.map.num_reqs() {
+        for (i, row) in batch.map.rows_of(r).enumerate() {
+            let (page, slot) = (batch.map)
+                .place_of(r, batch.map.seq_lens[r] as usize + i, 3)
+                .unwrap();
+            let at = (page * 3 + slot) * 20;
+            for c in 0..20 {
+                let [k, v] = [0, 20].map(|first| own.row(row)[first + c]);
+                let (k_scale, v_scale) = (k_scales[c / 10], v_scales[c / 10]);
+                assert_eq!(kv.layers[1].keys[at + c], nearest(k, k_scale), "{k}");
+                assert_eq!(kv.layers[1].values[at + c], nearest(v, v_scale), "{v}");
+                cut += usize::from(k.abs() > e4m3::MAX * k_scale);
+            }
+        }
+    }
+    assert!(cut > 0, "no key lay beyond the largest");
+    assert!(kv.layers[0].keys.iter().all(|key| key.is_nan()));
+
+    let q = mat(&mut ops, 60, &noise(1, rows * 60));
+    let mut out = poisoned(&mut ops, rows, 60);
+    let refused = ops.draft_attention(&SPEC, &q, &kv, 1, &own, &batch.map, &mut out);
+    assert_argument(refused, "kv");
+}
+
 #[test]
 fn row_maps_are_checked() {
     let mut ops = ops();

@@ -37,6 +37,7 @@ fn head(ops: &mut Reference, kind: HeadKind, with_markov: bool) -> (DraftHead<Re
         markov_w1: (rank > 0).then_some(w1),
         markov_w2: (rank > 0).then_some(w2),
         w2_fp8: None,
+        row_bounds: None,
         bigrams: None,
         proj_weight: projected.then_some(proj),
         proj_bias: projected.then(|| bias.clone()),

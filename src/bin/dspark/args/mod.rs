@@ -1,14 +1,16 @@
 //! The command line's grammar.
 
+mod schedule;
+
+pub use schedule::{CalibrateArgs, ProfileArgs, SimulateArgs};
+
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::builder::TypedValueParser as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use dspark::ops::{HeadForm, Rule};
+use dspark::ops::{HeadForm, KvDtype, Rule};
 use dspark::schedule::Policy;
-use dspark::schedule::simulate::Arrivals;
 
 use crate::examples::{
     CALIBRATE_EXAMPLES, COMPARE_EXAMPLES, DOCTOR_EXAMPLES, GENERATE_EXAMPLES, INVARIANCE_EXAMPLES,
@@ -125,6 +127,11 @@ pub struct RunArgs {
     /// Pages in the KV pool [default: enough for max-num-reqs of the longest request; more are never made].
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub num_pages: Option<usize>,
+    /// How the target's KV cache holds keys and values: native (bf16 on CUDA, f32 on the CPU) or fp8 (e4m3: half of the
+    /// memory and traffic, with the checkpoint's k_scale and v_scale, else as they are, cut at +-448). The output is that of
+    /// plain decoding with the same cache; a drafter's own cache stays native.
+    #[arg(long, default_value = "native", value_name = "TYPE")]
+    pub kv_dtype: KvDtype,
     /// Prompt tokens run through the target in one pass.
     #[arg(
         long,
@@ -289,98 +296,6 @@ impl DraftArgs {
 }
 
 #[derive(Clone, Debug, Args)]
-pub struct CalibrateArgs {
-    #[command(flatten)]
-    pub run: RunArgs,
-    /// Drafter checkpoint with a confidence head.
-    #[arg(long, value_name = "DIR")]
-    pub draft: PathBuf,
-    /// A JSONL file of prompts to generate from; may be given several times.
-    #[arg(long, value_name = "FILE", required_unless_present = "traces")]
-    pub prompts: Vec<PathBuf>,
-    /// Fit recorded rounds instead of generating; may be given several times.
-    #[arg(long, value_name = "FILE", conflicts_with = "prompts")]
-    pub traces: Vec<PathBuf>,
-    /// Judge the fit on these recorded rounds; may be given several times.
-    #[arg(long, value_name = "FILE")]
-    pub held_out: Vec<PathBuf>,
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
-    /// Where to write the temperatures.
-    #[arg(short, long, value_name = "FILE", default_value = "calibration.json")]
-    pub out: PathBuf,
-}
-
-#[derive(Clone, Debug, Args)]
-pub struct ProfileArgs {
-    #[command(flatten)]
-    pub run: RunArgs,
-    /// Drafter checkpoint.
-    #[arg(long, value_name = "DIR")]
-    pub draft: Option<PathBuf>,
-    /// Tokens drafted in a round [default: the drafter's block size; 1 for mtp].
-    #[arg(long, value_name = "N")]
-    pub draft_len: Option<usize>,
-    /// The longest context to measure at.
-    #[arg(long, default_value_t = 1024, value_name = "N")]
-    pub context: usize,
-    /// Where to write the costs.
-    #[arg(short, long, value_name = "FILE", default_value = "cost.json")]
-    pub out: PathBuf,
-}
-
-#[derive(Clone, Debug, Args)]
-pub struct SimulateArgs {
-    /// Recorded rounds, all drafts verified; may be given several times.
-    #[arg(long, value_name = "FILE", required = true)]
-    pub traces: Vec<PathBuf>,
-    /// Step costs.
-    #[arg(long, value_name = "FILE")]
-    pub cost: PathBuf,
-    /// Temperatures of the confidences.
-    #[arg(long, value_name = "FILE")]
-    pub calibration: Option<PathBuf>,
-    /// Most requests at once, one run for each number.
-    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1,8,64,512",
-        value_parser = clap::value_parser!(u32).range(1..=4096).map(|n| n as usize))]
-    pub loads: Vec<usize>,
-    /// Schedules to run beside no drafts, every fixed length and the oracle.
-    #[arg(
-        long,
-        value_name = "RULE,..",
-        value_delimiter = ',',
-        default_value = "algorithm1,delayed"
-    )]
-    pub rules: Vec<Policy>,
-    /// How requests come: closed (always as many as the load); poisson:RATE (requests a second, at most the load at
-    /// once, the others wait); bursts:CALM:BUSY:SECONDS (the rate jumps between two); waves:TOKENS:LOW (the load and LOW
-    /// requests in turns of equal work) or tides:SECONDS:LOW (in turns of equal time).
-    #[arg(long, value_name = "HOW", default_value = "closed", value_parser = crate::simulate::parse_arrivals)]
-    pub arrivals: Arrivals,
-    /// Tokens drafted in a round [default: as recorded].
-    #[arg(long, value_name = "N")]
-    pub draft_len: Option<usize>,
-    /// Steps to run (with poisson and bursts: as many requests as full batches serve in them).
-    #[arg(long, default_value_t = 2000, value_name = "N")]
-    pub steps: usize,
-    /// Tokens of a request, on average.
-    #[arg(long, default_value_t = 512, value_name = "N")]
-    pub num_tokens: usize,
-    /// Cache entries of a request when it starts.
-    #[arg(long, default_value_t = 512, value_name = "N")]
-    pub prompt_len: usize,
-    /// Learn on the way: online STS, cost factors, bypass.
-    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
-    pub adapt: bool,
-    /// Of all draws.
-    #[arg(long, default_value_t = 0, value_name = "S")]
-    pub seed: u64,
-    /// Print the figures as JSON instead of a table.
-    #[arg(long)]
-    pub json: bool,
-}
-
-#[derive(Clone, Debug, Args)]
 pub struct GenerateArgs {
     #[command(flatten)]
     pub run: RunArgs,
@@ -399,7 +314,7 @@ pub struct GenerateArgs {
     /// Print after each answer how likely its tokens were and the N likeliest beside each; at most 20, 0 for none.
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub logprobs: Option<usize>,
-    /// Write every round as JSON.
+    /// Write every round and every step as JSON, with what each took and was expected to.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
     /// Print accepted length, acceptance by position and speed to standard error.
@@ -423,6 +338,9 @@ pub struct CompareArgs {
     pub sampling: SamplingArgs,
     #[command(flatten)]
     pub drafting: DraftArgs,
+    /// Also run each DSpark and DFlash drafter with these forms of its head (--head-form).
+    #[arg(long, value_name = "FORM,..", value_delimiter = ',')]
+    pub head_forms: Vec<HeadForm>,
     /// Print the figures as JSON instead of a table.
     #[arg(long)]
     pub json: bool,
