@@ -1,13 +1,14 @@
 /*
  * The K largest logits of a row, by one CTA that reads the row once (sm_90).
  *
- * Every thread reads its own pieces of 16 bytes by way of its own places in shared memory and keeps the largest logit of each zone of 64 of its tokens in a register:
- * nothing is exchanged while the row comes. Or the maxima of zones have been found before. Each warp
- * names the K / 16 best zones of different lanes, so that the least of these is a bound that K zones
- * reach; among the zones that do the K-th is found by bisection, only zones that reach it are read
- * again (from L2), and what reaches it there is ranked by counting, so that equal logits come in order of index and nothing depends on the
- * order of atomics. Should more reach it than fit, as in a row of equal logits, the K-th key itself
- * is found by bisection over those zones: slower, not wrong.
+ * Every thread reads its own pieces of 16 bytes by way of its own places in shared memory and keeps the
+ * largest logit of each zone of 64 of its tokens in a register: nothing is exchanged while the row
+ * comes. Or the maxima of zones have been found before. Each warp names the K / 16 best zones of
+ * different lanes, so that the least of these is a bound that K zones reach; among the zones that do the
+ * K-th is found by bisection, only zones that reach it are read again (from L2), and what reaches it
+ * there is ranked by counting, so that equal logits come in order of index and nothing depends on the
+ * order of atomics. Should more reach it than fit, as in a row of equal logits, the K-th key itself is
+ * found by bisection over those zones: slower, not wrong.
  *
  * NaN, -inf and what a grammar forbids are not candidates. Keys as in race.cuh.
  */

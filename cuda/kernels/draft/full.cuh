@@ -9,22 +9,26 @@
  * even steps and backwards on odd ones, so that the end of one pass is found in L2 by the next. The
  * ring knows nothing of steps: while a step's winner travels, the next step's rows are on their
  * way. A warp takes a span for up to 32 requests (W2 is A, their latents B); with more requests the
- * warps form 2 or 4 sets, and whoever is last to finish a span refills its place. There is no barrier of the CTA within a step.
+ * warps form 2 or 4 sets, and whoever is last to finish a span refills its place. There is no barrier of
+ * the CTA within a step.
  *
  * Between steps: leaders are 64-bit atomic maxima (race.cuh), which also screen later spans; then a
- * count of arrivals that all CTAs wait for, which needs a cooperative launch. The normaliser is
+ * count of arrivals that all CTAs wait for, which needs a cooperative launch. With up to 8 requests and
+ * fp8 W2 each CTA leaves its leader in its own place on a board instead, one word that is a message by itself:
+ * who needs the winner reads all places until they are filled. The normaliser is
  * summed in the order of spans within a share and of shares over the row, in f64 there, once at the
  * end, together with the confidences.
  *
  * Per step: W2 once for 128 requests (2 or 1 bytes a weight; what is resident or still in L2 does
  * not come from memory), 2 or 4 bytes of base logits per token and request. bf16 W2 with few
  * requests is limited by that traffic; fp8 W2 by the latency of a span in its warp and of the
- * exchange (5 of 16 us a step); many requests by latency, with 2 spans of W2 in the ring: on sm_90
- * full_wide.cuh takes more than 32 requests.
+ * exchange (3 of 14 us a step); many requests by latency, with 2 spans of W2 in the ring: on sm_90
+ * full_wide.cuh takes more than 8 requests, with fp8 W2 more than 16.
  *
  * Dropped: tiles of 16 requests as A and tokens as B with logits written back (8 bytes of traffic a
  * logit); one exponential per token (20 instructions for each element); latents in registers, which
- * leaves room for 8 warps (708 us for 128 requests against 470).
+ * leaves room for 8 warps (708 us for 128 requests against 470); a board for 16 and 32 requests, which then
+ * know nothing of the others' leaders within a step (218 us against 207, 296 against 271).
  */
 #pragma once
 

@@ -12,16 +12,18 @@
  * requests g and g + 8 of its warp, two of the lanes' shares of span.cuh, and a row's base logits are
  * one line that four lanes read straight into registers. Two shuffles reduce what
  * takes three there, for twice the tokens. Lanes c = 0, 1 own requests g, g + 8; 2, 3 make the same
- * requests' noise for the group's next span. Claims are rare after a step's first spans: what has to
- * look at tokens gathers four requests' logits into the columns of span.cuh.
+ * requests' noise for the group's next span. Claims are rare after a step's first spans. Greedy
+ * and sampled ones draw for all requests of a warp at once, four lanes each; coupled ones gather four
+ * requests' logits into the columns of span.cuh.
  *
- * Per step: W2 and the base logits, once each. Limited by latency more than by memory (ncu, 128
- * requests: 66 % of memory bandwidth, half of all issue slots, 5 warps a scheduler); a row of base
- * logits for all, which leaves only W2 to be read, takes 331 of 371 us.
+ * Per step: W2 and the base logits, once each. Limited by latency and instructions more than by memory
+ * (ncu, 128 requests: 54 % of memory bandwidth, 0.42 of all issue slots, 1,080 instructions a warp and
+ * span, a third of the stalls for base logits).
  *
  * Dropped: asking L2 for base logits some spans ahead (cp.async.bulk.prefetch: 390 us against 370);
  * the proxy fence by those that wait for rows, which made them wait for their base logits (468 us); base
- * logits a span ahead in registers and W1 rows of the leaders asked for before the exchange (379 us).
+ * logits a span ahead in registers and W1 rows of the leaders asked for before the exchange (379 us), or in
+ * shared memory by cp.async, which takes a place of W2 (407 us against 348).
  */
 #pragma once
 

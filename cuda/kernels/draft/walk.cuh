@@ -12,7 +12,8 @@
  * a reduction: four barriers.
  *
  * Bytes per request and step: (K + M) * 2 * rank, and the pairs written. Limited by latency. gated
- * and rnn latents come from a kernel of their own, with a launch per step.
+ * and rnn latents come from a kernel of their own, with a launch per step. On sm_90 vanilla heads
+ * without bigrams take cluster_walk.cuh.
  */
 #pragma once
 
