@@ -366,8 +366,13 @@ fn cases() -> Vec<Case> {
             .bigrams(9)
             .bf16()
             .filtered(),
-        // More than one row's worth of equal logits.
+        // Rows of a request for more CTAs than a cluster has, all parts of the rank, few requests and many.
+        Case::new(1, 9, 12_800, 256),
+        Case::new(12, 9, 12_800, 256).bf16().filtered(),
+        Case::new(40, 7, 3203, 128).top(256).bf16().masked(),
+        // More than one row's worth of equal logits, read by whoever judges them and before.
         Case::new(2, 2, 40_000, 32).top(64).flat(),
+        Case::new(20, 4, 40_000, 32).top(64).flat(),
     ]
 }
 

@@ -71,6 +71,19 @@ __device__ __forceinline__ uint4 load_remote(uint32_t shared, uint32_t cta) {
   return words;
 }
 
+/* Writes 16 bytes to what the CTA `cta` has at the shared address `shared`, which count at the
+ * barrier (bulk_copy.cuh) that it has at `barrier`; nothing else becomes visible with them. */
+__device__ __forceinline__ void store_remote_counted(uint32_t shared,
+                                                     uint32_t barrier,
+                                                     uint32_t cta,
+                                                     const uint4& words) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];\n" ::"r"(remote_address(shared, cta)),
+      "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(remote_address(barrier, cta))
+      : "memory");
+}
+
 #endif
 
 }  // namespace dspark

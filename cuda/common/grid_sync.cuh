@@ -25,6 +25,21 @@ __device__ __forceinline__ void signal_arrival(uint32_t* counter) {
                : "memory");
 }
 
+/* One word that is a message by itself: nothing else becomes visible with it. */
+__device__ __forceinline__ void store_relaxed(unsigned long long* to, unsigned long long word) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;\n" ::"l"(__cvta_generic_to_global(to)),
+               "l"(word)
+               : "memory");
+}
+__device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* from) {
+  unsigned long long word;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];\n"
+               : "=l"(word)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return word;
+}
+
 /* Returns once `count` CTAs have arrived. */
 __device__ __forceinline__ void wait_for_arrivals(const uint32_t* counter, uint32_t count) {
   uint32_t arrived;

@@ -30,11 +30,12 @@ __host__ __device__ constexpr uint32_t slab_offset(uint32_t row, uint32_t piece)
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* What the instruction wants to know of the operand at a shared address: 8 rows are 1024 bytes. */
+/* What the instruction wants to know of the operand at a shared address: 8 rows are 1024 bytes. The
+ * compiler has to see that the address is the same for all lanes, or it moves words for each. */
 __device__ __forceinline__ uint64_t slab_descriptor(uint32_t shared) {
   constexpr uint64_t kPermuted128 = uint64_t{1} << 62;
   constexpr uint64_t kEightRows = uint64_t{1024 / 16} << 32;
-  return static_cast<uint64_t>((shared & 0x3FFFFu) >> 4) | kEightRows | kPermuted128;
+  return static_cast<uint64_t>(shared >> 4) | kEightRows | kPermuted128; /* below 2^18 */
 }
 
 /* Before the first product of a batch, after the last, and until all are done. */

@@ -9,22 +9,26 @@
  * even steps and backwards on odd ones, so that the end of one pass is found in L2 by the next. The
  * ring knows nothing of steps: while a step's winner travels, the next step's rows are on their
  * way. A warp takes a span for up to 32 requests (W2 is A, their latents B); with more requests the
- * warps form 2 or 4 sets, and whoever is last to finish a span refills its place. There is no barrier of the CTA within a step.
+ * warps form 2 or 4 sets, and whoever is last to finish a span refills its place. There is no barrier of
+ * the CTA within a step.
  *
  * Between steps: leaders are 64-bit atomic maxima (race.cuh), which also screen later spans; then a
- * count of arrivals that all CTAs wait for, which needs a cooperative launch. The normaliser is
+ * count of arrivals that all CTAs wait for, which needs a cooperative launch. With up to 8 requests and
+ * fp8 W2 each CTA leaves its leader in its own place on a board instead, one word that is a message by itself:
+ * who needs the winner reads all places until they are filled. The normaliser is
  * summed in the order of spans within a share and of shares over the row, in f64 there, once at the
  * end, together with the confidences.
  *
  * Per step: W2 once for 128 requests (2 or 1 bytes a weight; what is resident or still in L2 does
  * not come from memory), 2 or 4 bytes of base logits per token and request. bf16 W2 with few
  * requests is limited by that traffic; fp8 W2 by the latency of a span in its warp and of the
- * exchange (5 of 16 us a step); many requests by latency, with 2 spans of W2 in the ring: on sm_90
- * full_wide.cuh takes more than 32 requests.
+ * exchange (3 of 14 us a step); many requests by latency, with 2 spans of W2 in the ring: on sm_90
+ * full_wide.cuh takes more than 8 requests, with fp8 W2 more than 16.
  *
  * Dropped: tiles of 16 requests as A and tokens as B with logits written back (8 bytes of traffic a
  * logit); one exponential per token (20 instructions for each element); latents in registers, which
- * leaves room for 8 warps (708 us for 128 requests against 470).
+ * leaves room for 8 warps (708 us for 128 requests against 470); a board for 16 and 32 requests, which then
+ * know nothing of the others' leaders within a step (218 us against 207, 296 against 271).
  */
 #pragma once
 
@@ -107,6 +111,34 @@ __device__ __forceinline__ void forbid_tokens(const FullCta<T, W>& cta,
   }
 }
 
+/* One group of requests and fp8 W2: latency is what limits. Noise of a warp's first span at a step is made
+ * while leaders travel, and these travel by a board. (16-bit W2 gains 2 % and has no registers for it.) */
+template <int kNTiles, typename W>
+constexpr bool kHurries = kNTiles == 1 && LowRank<W>::kScaled;
+
+/* Whether leaders of a launch are left on a board. */
+template <int kNTiles, typename T, typename W>
+__device__ __forceinline__ bool has_board(const FullArgs<T, W>& args) {
+  return kHurries<kNTiles, W> && args.board != nullptr;
+}
+
+/* Scales of a lane's tokens. */
+using LaneScales = float[kLaneTokens];
+
+template <typename T, typename W>
+__device__ __forceinline__ void read_scales(const FullCta<T, W>& cta,
+                                            int32_t span,
+                                            LaneScales& scales) {
+  const FullArgs<T, W>& args = cta.args;
+  const int32_t token = (cta.first_span + span) * kSpan +
+                        static_cast<int32_t>(threadIdx.x) % kWarpSize / 4 * kLaneTokens;
+#pragma unroll
+  for (int i = 0; i < kLaneTokens; ++i) {
+    const bool read = args.markov_w2 != nullptr && token + i < args.in.vocab_size;
+    scales[i] = read ? __ldg(args.w2_scales + token + i) : 0.f;
+  }
+}
+
 /* Products become logits. `slot`: base logits in shared memory, from the warp's first request on, or
  * nullptr. */
 template <int kNTiles, typename T, typename W>
@@ -115,6 +147,7 @@ __device__ __forceinline__ void add_base(const FullCta<T, W>& cta,
                                          int32_t first_q,
                                          int32_t step,
                                          int32_t span,
+                                         const LaneScales& scales,
                                          SpanTile<kNTiles>& tile) {
   const FullArgs<T, W>& args = cta.args;
   const int lane = threadIdx.x % kWarpSize;
@@ -122,11 +155,10 @@ __device__ __forceinline__ void add_base(const FullCta<T, W>& cta,
   if (LowRank<W>::kScaled && args.markov_w2 != nullptr) {
 #pragma unroll
     for (int i = 0; i < kLaneTokens; ++i) {
-      const float scale = token + i < args.in.vocab_size ? args.w2_scales[token + i] : 0.f;
 #pragma unroll
       for (int j = 0; j < 2 * kNTiles; ++j) {
         float& dot = span_element<kNTiles>(tile, j / 2, j % 2, i);
-        dot = low_rank_bias<W>(dot, scale);
+        dot = low_rank_bias<W>(dot, scales[i]);
       }
     }
   }
@@ -148,6 +180,7 @@ __device__ __forceinline__ void add_base(const FullCta<T, W>& cta,
 template <int kNTiles, typename T, typename W>
 __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
                                          SpanOwner& owner,
+                                         const SpanNoise& made, /* kHurries: its noise */
                                          int32_t step,
                                          int32_t i, /* of the step */
                                          int32_t first_q) {
@@ -162,7 +195,13 @@ __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
   /* With registers to spare: noise while the span is on its way. */
   constexpr bool kEarly = kNTiles == 1;
   SpanNoise noise;
-  if (kEarly) noise = span_noise(owner, step, cta.first_span + span);
+  if (kHurries<kNTiles, W>) {
+    noise = made;
+  } else if (kEarly) {
+    noise = span_noise(owner, step, cta.first_span + span);
+  }
+  LaneScales scales;
+  if constexpr (LowRank<W>::kScaled) read_scales(cta, span, scales);
 
   SpanTile<kNTiles> tile;
   const bool streams = i < cta.num_stream;
@@ -196,7 +235,7 @@ __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
       cta.shared.logits + (logit_slot * shape.padded_reqs + first_q) * shape.logit_row_bytes;
   add_base<kNTiles>(cta,
                     cta.staged(span) ? cta.shared.base + (slot - cta.shared.resident) : nullptr,
-                    first_q, step, span, tile);
+                    first_q, step, span, scales, tile);
   const auto refill_logits = [&] {
     cta.release(cta.state.logits + logit_slot, [&] {
       cta.fill_logit_slot(logit_slot, logit_fill / shape.logit_slots + 1, step,
@@ -206,8 +245,9 @@ __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
   if (kNTiles > 1) refill_logits();
 
   /* Asked for now, used after the weights. */
-  const RaceKey latest =
-      owner.runner == nullptr ? kEmptyRaceKey : __ldcg(keys + owned_request(lane));
+  const RaceKey latest = owner.runner == nullptr || has_board<kNTiles>(args)
+                             ? kEmptyRaceKey
+                             : __ldcg(keys + owned_request(lane));
   const SpanRunner* runners = cta.state.runners + first_q;
   weigh_span<kNTiles>(tile, runners, owner);
   if (!kEarly) noise = span_noise(owner, step, cta.first_span + span);
@@ -215,7 +255,8 @@ __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
   if (owner.runner != nullptr) {
     cta.shared.spans[span * shape.padded_reqs + first_q + owned_request(lane)] = owner.weight;
   }
-  race_span<kNTiles>(tile, runners, owner, noise, step, cta.first_span + span, keys);
+  race_span<kNTiles>(tile, runners, owner, noise, step, cta.first_span + span, keys,
+                     !has_board<kNTiles>(args));
   if (kNTiles == 1) refill_logits(); /* a ring for nearly all spans: no hurry */
 }
 
@@ -225,11 +266,13 @@ __device__ __forceinline__ SpanWeight larger_top(SpanWeight a, SpanWeight b) {
   return {a.sum == 0.f ? b.scaled_top : fmaxf(a.scaled_top, b.scaled_top), a.sum + b.sum};
 }
 
-/* The weights of this CTA's share at a step, spans in order. */
+/* The weights of this CTA's share at a step, spans in order; `thread`: this one's number. */
 template <typename T, typename W>
-__device__ __forceinline__ void publish_share(const FullCta<T, W>& cta, int32_t step) {
+__device__ __forceinline__ void publish_share(const FullCta<T, W>& cta,
+                                              int32_t step,
+                                              int32_t thread) {
   const FullArgs<T, W>& args = cta.args;
-  for (int32_t q = threadIdx.x; q < args.shape.num_reqs; q += blockDim.x) {
+  for (int32_t q = thread; q < args.shape.num_reqs; q += blockDim.x) {
     if (!cta.takes_part(q, step)) continue;
     const SpanWeight* spans = cta.shared.spans + q;
     SpanWeight share = {0.f, 0.f};
@@ -308,12 +351,59 @@ __device__ __forceinline__ void set_up(FullCta<T, W>& cta) {
   }
 }
 
+/* Leaders of each warp's requests at a step, where there is a board; in shared memory. */
+struct WarpLeaders {
+  static constexpr int kMaxReqs = kGroupReqs;
+  RaceKey keys[full_warps(1) * kMaxReqs];
+};
+
+/* The CTA's leaders at a step onto the board, of those that its warps have; a warp each. */
+template <typename T, typename W>
+__device__ __forceinline__ void post_leaders(const FullCta<T, W>& cta,
+                                             int32_t step,
+                                             const WarpLeaders& leaders) {
+  constexpr int kNumWarps = full_warps(1);
+  const FullArgs<T, W>& args = cta.args;
+  const int lane = threadIdx.x % kWarpSize;
+  for (int32_t q = threadIdx.x / kWarpSize; q < args.shape.num_reqs; q += kNumWarps) {
+    if (!cta.takes_part(q, step)) continue; /* whole warps */
+    const RaceKey best = warp_leader(
+        lane < kNumWarps ? leaders.keys[lane * WarpLeaders::kMaxReqs + q] : kEmptyRaceKey);
+    const int64_t race = static_cast<int64_t>(step) * args.in.num_reqs + args.first_req + q;
+    if (lane == 0) store_relaxed(args.board + race * gridDim.x + blockIdx.x, max(best, kNoLeader));
+  }
+}
+
+/* What the lane owns at a step. */
+template <int kNTiles, typename T, typename W>
+__device__ __forceinline__ SpanOwner owner_at(const FullCta<T, W>& cta,
+                                              int32_t first_q,
+                                              int32_t step) {
+  SpanOwner owner = {};
+  const int lane = threadIdx.x % kWarpSize;
+  const int32_t owned = first_q + owned_request(lane);
+  if (lane / 4 < 2 * kNTiles && cta.takes_part(owned, step)) {
+    owner.runner = cta.state.runners + owned;
+  }
+  return owner;
+}
+
+/* kHurries: the noise of the i-th span of a step. */
+template <int kNTiles, typename T, typename W>
+__device__ __forceinline__ SpanNoise noise_ahead(const FullCta<T, W>& cta,
+                                                 int32_t step,
+                                                 int32_t i) {
+  if (!kHurries<kNTiles, W> || i >= cta.num_spans) return {0.f, 0.f};
+  return span_noise(owner_at<kNTiles>(cta, 0, step), step, cta.first_span + cta.span_at(step, i));
+}
+
 /* Grid: shares of the vocabulary, all resident. */
 template <typename T, typename W, int kNTiles>
 __global__ void __launch_bounds__(full_warps(kNTiles) * kWarpSize, 1)
     full_kernel(const __grid_constant__ FullArgs<T, W> args) {
   extern __shared__ float4 shared_full[];
   __shared__ FullState state;
+  __shared__ WarpLeaders leaders;
   FullCta<T, W> cta(args, state, shared_full);
   set_up(cta);
 
@@ -321,6 +411,7 @@ __global__ void __launch_bounds__(full_warps(kNTiles) * kWarpSize, 1)
   const int warp = threadIdx.x / kWarpSize;
   const int32_t num_turns = full_warps(kNTiles) / args.shape.num_sets;
   const int32_t first_q = warp % args.shape.num_sets * kNTiles * kGroupReqs;
+  SpanNoise noise = noise_ahead<kNTiles>(cta, args.first_step, warp);
   for (int32_t step = args.first_step; step < args.first_step + args.num_steps; ++step) {
     if (args.markov_w2 != nullptr) {
       if (!args.vanilla) {
@@ -333,23 +424,33 @@ __global__ void __launch_bounds__(full_warps(kNTiles) * kWarpSize, 1)
           });
       __syncthreads();
     }
-    SpanOwner owner = {};
-    const int32_t owned = first_q + owned_request(lane);
-    if (lane / 4 < 2 * kNTiles && cta.takes_part(owned, step)) {
-      owner.runner = state.runners + owned;
-    }
+    SpanOwner owner = owner_at<kNTiles>(cta, first_q, step);
     for (int32_t i = warp / args.shape.num_sets; i < cta.num_spans; i += num_turns) {
-      run_span<kNTiles>(cta, owner, step, i, first_q);
+      if (kHurries<kNTiles, W> && i != warp) noise = noise_ahead<kNTiles>(cta, step, i);
+      run_span<kNTiles>(cta, owner, noise, step, i, first_q);
     }
     /* The share of the last step is read after the wait; others have until the next one. */
     const bool is_last = step + 1 == args.first_step + args.num_steps;
+    if (has_board<kNTiles>(args) && lane / 4 < 2) {
+      leaders.keys[warp * WarpLeaders::kMaxReqs + owned_request(lane)] = owner.seen;
+    }
     __syncthreads(); /* all leaders are pushed and all weights are there */
+    if (has_board<kNTiles>(args)) post_leaders(cta, step, leaders);
+    if (has_board<kNTiles>(args) && !is_last) {
+      /* Whoever needs a leader waits for it: the first warps, before the latents' barrier. */
+      publish_share(cta, step, static_cast<int32_t>(blockDim.x - 1 - threadIdx.x));
+      noise = noise_ahead<kNTiles>(cta, step + 1, warp);
+      continue;
+    }
     if (is_last) {
-      publish_share(cta, step);
+      publish_share(cta, step, threadIdx.x);
       __syncthreads();
     }
     if (threadIdx.x == 0) signal_arrival(args.arrivals + step);
-    if (!is_last) publish_share(cta, step);
+    if (!is_last) {
+      publish_share(cta, step, threadIdx.x);
+      noise = noise_ahead<kNTiles>(cta, step + 1, warp);
+    }
     if (threadIdx.x == 0) wait_for_arrivals(args.arrivals + step, gridDim.x);
     __syncthreads();
   }

@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(ProjectPolicy::kNumThreads, 1)
 #pragma unroll
   for (int t = 0; t < Policy::kTiles; ++t) {
     const int32_t row = first_row + t * 8 + lane / 4;
-    rows[t] = row < args.num_rows ? args.hidden + static_cast<int64_t>(row) * args.hidden_size
-                                  : nullptr;
+    rows[t] =
+        row < args.num_rows ? args.hidden + static_cast<int64_t>(row) * args.hidden_size : nullptr;
   }
   float dots[Policy::kTiles][4] = {};
 #pragma unroll 2
@@ -128,9 +128,10 @@ __device__ __forceinline__ void stage_markov_rows(const FullArgs<T, W>& args,
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int32_t q = base + i * num_warps;
-      if (q >= args.shape.num_reqs || step >= runners[q].draft_len || lane >= rank / 8) continue;
+      if (q >= args.shape.num_reqs || step >= runners[q].draft_len) continue; /* whole warps */
       const T* row = led_markov_row(args, q, step);
-      if (row != nullptr) words[i] = __ldg(reinterpret_cast<const uint4*>(row) + lane);
+      if (row == nullptr || lane >= rank / 8) continue;
+      words[i] = __ldg(reinterpret_cast<const uint4*>(row) + lane);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {

@@ -6,20 +6,52 @@
 
 #include <type_traits>
 
+#include "common/grid_sync.cuh"
 #include "kernels/draft/full_cta.cuh"
 
 namespace dspark {
 
-/* x_{k-1} of local request q; the winner of an earlier step is read where the race left it. */
-template <typename T, typename W>
-__device__ __forceinline__ int32_t led_token(const FullArgs<T, W>& args, int32_t q, int32_t step) {
-  const int32_t req = args.first_req + q;
-  return step == 0 ? args.in.anchors[req]
-                   : race_token(__ldcg(args.keys +
-                                       static_cast<int64_t>(step - 1) * args.in.num_reqs + req));
+/* The best of a race's places on the board, once all CTAs have theirs there; by a warp. */
+__device__ __forceinline__ RaceKey best_on_board(const RaceKey* board) {
+  constexpr int kAtOnce = 5;
+  const auto num_ctas = static_cast<int32_t>(gridDim.x);
+  RaceKey best = kEmptyRaceKey;
+  for (int32_t first = threadIdx.x % kWarpSize; first < num_ctas; first += kAtOnce * kWarpSize) {
+    RaceKey keys[kAtOnce];
+    bool all;
+    do {
+      all = true;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int32_t cta = first + i * kWarpSize;
+        keys[i] = cta < num_ctas ? load_relaxed(board + cta) : kNoLeader;
+        all = all && keys[i] != kEmptyRaceKey;
+      }
+    } while (!all);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) best = max(best, keys[i]);
+  }
+  __syncwarp();
+  best = warp_leader(best);
+  return best == kNoLeader ? kEmptyRaceKey : best;
 }
 
-/* W1[x_{k-1}]; nullptr when the token is outside the vocabulary. */
+/* The leader of local request q at a step, by a warp: where the race left it after all CTAs have
+ * arrived, or on the board. */
+template <typename T, typename W>
+__device__ __forceinline__ RaceKey leader_of(const FullArgs<T, W>& args, int32_t q, int32_t step) {
+  const int64_t race = static_cast<int64_t>(step) * args.in.num_reqs + args.first_req + q;
+  return LowRank<W>::kScaled && args.board != nullptr ? best_on_board(args.board + race * gridDim.x)
+                                                      : __ldcg(args.keys + race);
+}
+
+/* x_{k-1} of local request q, by a warp. */
+template <typename T, typename W>
+__device__ __forceinline__ int32_t led_token(const FullArgs<T, W>& args, int32_t q, int32_t step) {
+  return step == 0 ? args.in.anchors[args.first_req + q] : race_token(leader_of(args, q, step - 1));
+}
+
+/* W1[x_{k-1}], by a warp; nullptr when the token is outside the vocabulary. */
 template <typename T, typename W>
 __device__ __forceinline__ const T* led_markov_row(const FullArgs<T, W>& args,
                                                    int32_t q,
@@ -76,11 +108,13 @@ __device__ __forceinline__ void stage_latents(const FullCta<T, W>& cta,
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
       const int32_t q = base + i * num_warps;
-      if (!cta.takes_part(q, step) || !has_piece) continue;
+      if (!cta.takes_part(q, step)) continue;
       if (args.vanilla) {
         const T* row = led_markov_row(args, q, step);
-        if (row != nullptr) words[i] = __ldg(reinterpret_cast<const uint4*>(row) + lane);
-      } else {
+        if (row != nullptr && has_piece) {
+          words[i] = __ldg(reinterpret_cast<const uint4*>(row) + lane);
+        }
+      } else if (has_piece) {
         const int64_t row = static_cast<int64_t>(args.first_req + q) * args.in.draft_len + step;
         words[i] = __ldcg(reinterpret_cast<const uint4*>(args.latents + row * rank) + lane);
       }

@@ -50,8 +50,9 @@ __device__ __forceinline__ void finish_rows(const FullArgs<T, W>& args,
     const int64_t row = req * args.in.draft_len + step;
     const int64_t race = static_cast<int64_t>(step) * args.in.num_reqs + req;
     const float normalizer = normalizer_of(race);
+    const int32_t token = race_token(leader_of(args, q, step));
     if (lane == 0) {
-      args.draft_tokens[row] = race_token(__ldcg(args.keys + race));
+      args.draft_tokens[row] = token;
       args.log_normalizers[row] = normalizer;
     }
     if (args.confidence_weight == nullptr) continue;

@@ -12,16 +12,18 @@
  * requests g and g + 8 of its warp, two of the lanes' shares of span.cuh, and a row's base logits are
  * one line that four lanes read straight into registers. Two shuffles reduce what
  * takes three there, for twice the tokens. Lanes c = 0, 1 own requests g, g + 8; 2, 3 make the same
- * requests' noise for the group's next span. Claims are rare after a step's first spans: what has to
- * look at tokens gathers four requests' logits into the columns of span.cuh.
+ * requests' noise for the group's next span. Claims are rare after a step's first spans. Greedy
+ * and sampled ones draw for all requests of a warp at once, four lanes each; coupled ones gather four
+ * requests' logits into the columns of span.cuh.
  *
- * Per step: W2 and the base logits, once each. Limited by latency more than by memory (ncu, 128
- * requests: 66 % of memory bandwidth, half of all issue slots, 5 warps a scheduler); a row of base
- * logits for all, which leaves only W2 to be read, takes 331 of 371 us.
+ * Per step: W2 and the base logits, once each. Limited by latency and instructions more than by memory
+ * (ncu, 128 requests: 54 % of memory bandwidth, 0.42 of all issue slots, 1,080 instructions a warp and
+ * span, a third of the stalls for base logits).
  *
  * Dropped: asking L2 for base logits some spans ahead (cp.async.bulk.prefetch: 390 us against 370);
  * the proxy fence by those that wait for rows, which made them wait for their base logits (468 us); base
- * logits a span ahead in registers and W1 rows of the leaders asked for before the exchange (379 us).
+ * logits a span ahead in registers and W1 rows of the leaders asked for before the exchange (379 us), or in
+ * shared memory by cp.async, which takes a place of W2 (407 us against 348).
  */
 #pragma once
 
@@ -38,37 +40,45 @@ __device__ __forceinline__ void multiply_slabs(uint32_t latents,
                                                int32_t rank,
                                                WideTile& tile) {
   constexpr int kStepsOfSlab = kSlabColumns / kLowRankStep;
-  const uint64_t a = slab_descriptor(latents);
-  const uint64_t b = slab_descriptor(rows);
   wgmma_begin();
 #pragma unroll
   for (int s = 0; s < FullPolicy::kMaxSteps; ++s) {
     if (!kWhole && s * kLowRankStep >= rank) break;
     const uint32_t at = s / kStepsOfSlab * kSlabBytes + s % kStepsOfSlab * kLowRankStep * 2;
-    wgmma_m64n64k16<Latent>(tile, a + at / 16, b + at / 16, s > 0);
+    wgmma_m64n64k16<Latent>(tile, slab_descriptor(latents + at), slab_descriptor(rows + at), s > 0);
   }
   wgmma_end();
 }
 
-/* What a group carries from span to span. */
+/* What a group carries from span to span. Its numbers are the same for all lanes of a warp, and known
+ * to be: the operands of products have to be. */
 template <typename T, typename W>
 struct WideGroup {
   FullCta<T, W>& cta;
   WideState& state;
+  int32_t warp;  /* of the CTA */
   int32_t place; /* of the span's rows */
   uint32_t parity;
   SpanNoise noise; /* lanes 0, 1 of four: of this span; 2, 3: of the group's next */
+  /* Of the step: base logits of the lane's first request at its first token of the share, and who takes part:
+   * that one, the other one, the owned one. */
+  const unsigned char* base_row;
+  uint32_t taking_part;
+
+  __device__ __forceinline__ WideGroup(FullCta<T, W>& cta, WideState& state)
+      : cta(cta),
+        state(state),
+        warp(__shfl_sync(kAllLanes, static_cast<int32_t>(threadIdx.x) / kWarpSize, 0)) {}
 
   /* One or two sets of requests. */
   __device__ __forceinline__ int32_t set() const {
-    return static_cast<int32_t>(threadIdx.x) / WidePolicy::kGroupThreads &
-           (cta.args.shape.num_sets - 1);
+    return warp / 4 & (cta.args.shape.num_sets - 1);
   }
   __device__ __forceinline__ int32_t num_turns() const {
     return WidePolicy::kNumGroups >> (cta.args.shape.num_sets - 1);
   }
   __device__ __forceinline__ int32_t first_req() const {
-    return set() * WidePolicy::kReqs + static_cast<int32_t>(threadIdx.x) / kWarpSize % 4 * 16;
+    return set() * WidePolicy::kReqs + warp % 4 * 16;
   }
   /* The request that a lane owns, or whose noise it makes ahead. */
   __device__ __forceinline__ int32_t owned() const {
@@ -79,8 +89,7 @@ struct WideGroup {
     return threadIdx.x % 4 < 2 && cta.takes_part(owned(), step);
   }
   __device__ __forceinline__ int32_t first_turn() const {
-    return static_cast<int32_t>(threadIdx.x) / WidePolicy::kGroupThreads >>
-           (cta.args.shape.num_sets - 1);
+    return warp / 4 >> (cta.args.shape.num_sets - 1);
   }
   __device__ __forceinline__ WideSpan<T, W> work(int32_t step, int32_t i) const {
     return {cta, step, cta.span_at(step, i), first_req()};
@@ -89,6 +98,16 @@ struct WideGroup {
     return cta.args.f32_logits || !cta.staged(span);
   }
 
+  __device__ __forceinline__ void begin_step(int32_t step) {
+    const FullArgs<T, W>& args = cta.args;
+    const WideSpan<T, W> first = work(step, 0);
+    const int64_t token = int64_t{cta.first_span} * kSpan + WidePolicy::kTokens * (threadIdx.x % 4);
+    base_row = cta.logit_row(first.req(0), step) + token * 2;
+    taking_part = static_cast<uint32_t>(cta.takes_part(first.req(0), step)) |
+                  static_cast<uint32_t>(cta.takes_part(first.req(1), step)) << 1 |
+                  static_cast<uint32_t>(owns(step)) << 2;
+    find_place(step, first_turn());
+  }
   __device__ __forceinline__ void find_place(int32_t step, int32_t i) {
     const int32_t fill = (step - cta.args.first_step) * cta.num_spans + i;
     place = fill % cta.args.shape.weight_slots;
@@ -117,13 +136,13 @@ struct WideGroup {
     const FullArgs<T, W>& args = cta.args;
     const FullShape& shape = args.shape;
     const WideSpan<T, W> span = work(step, i);
-    RaceKey* key =
-        args.keys + static_cast<int64_t>(step) * args.in.num_reqs + args.first_req + owned();
     uint4 base[2][2] = {};
-    if (!direct(span.span)) span.read_base(base);
+    if (!direct(span.span)) span.read_base(base_row, taking_part, base);
     const SpanNoise now = find_noise(step, i);
     SpanOwner owner = {};
-    if (owns(step)) owner.runner = state.runners + owned();
+    if ((taking_part & 4u) != 0) owner.runner = state.runners + owned();
+    RaceKey* key =
+        args.keys + static_cast<int64_t>(step) * args.in.num_reqs + args.first_req + owned();
     barrier_wait(state.filled + place, parity);
     WideTile tile = {};
     const uint32_t latents =
@@ -136,8 +155,12 @@ struct WideGroup {
     }
     const RaceKey latest = owner.runner == nullptr ? kEmptyRaceKey : __ldcg(key);
     if (LowRank<W>::kScaled) span.scale_dots(state.scales[place], tile);
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) barrier_arrive(state.emptied + place);
+    if (LowRank<W>::kScaled) {
+      barrier_arrive(state.emptied + place);
+    } else {
+      __syncwarp();
+      if (threadIdx.x % kWarpSize == 0) barrier_arrive(state.emptied + place);
+    }
     next_place();
     if (!direct(span.span)) {
       span.add_base(base, tile);
@@ -185,7 +208,7 @@ __device__ __forceinline__ void run_wide(FullCta<T, W>& cta, WideState& state) {
   constexpr int kThreads = WidePolicy::kNumGroups * WidePolicy::kGroupThreads;
   constexpr int kBarrier = 1;
   const FullArgs<T, W>& args = cta.args;
-  WideGroup<T, W> group = {cta, state};
+  WideGroup<T, W> group(cta, state);
   for (int32_t step = args.first_step; step < args.first_step + args.num_steps; ++step) {
     if (!args.vanilla) {
       make_latents(args, cta.state.runners, cta.shared.latents, step, WidePolicy::kNumWarps,
@@ -193,18 +216,18 @@ __device__ __forceinline__ void run_wide(FullCta<T, W>& cta, WideState& state) {
     }
     stage_wide_latents(cta, step);
     sync_threads<kThreads>(kBarrier);
-    group.find_place(step, group.first_turn());
+    group.begin_step(step);
     for (int32_t i = group.first_turn(); i < cta.num_spans; i += group.num_turns()) {
       group.run(step, i);
     }
     sync_threads<kThreads>(kBarrier); /* all leaders are pushed and all weights are there */
     const bool is_last = step + 1 == args.first_step + args.num_steps;
     if (is_last) {
-      publish_share(cta, step);
+      publish_share(cta, step, threadIdx.x);
       sync_threads<kThreads>(kBarrier);
     }
     if (threadIdx.x == 0) signal_arrival(args.arrivals + step);
-    if (!is_last) publish_share(cta, step);
+    if (!is_last) publish_share(cta, step, threadIdx.x);
     if (threadIdx.x == 0) wait_for_arrivals(args.arrivals + step, gridDim.x);
     sync_threads<kThreads>(kBarrier);
   }
@@ -228,7 +251,8 @@ __global__ void __launch_bounds__(WidePolicy::kNumThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < args.shape.weight_slots; ++i) {
       barrier_init(state.filled + i, WidePolicy::kGroupThreads);
-      barrier_init(state.emptied + i, args.shape.num_sets * 4);
+      barrier_init(state.emptied + i,
+                   args.shape.num_sets * (LowRank<W>::kScaled ? WidePolicy::kGroupThreads : 4));
     }
   }
   __syncthreads();

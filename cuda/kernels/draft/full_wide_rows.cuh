@@ -24,8 +24,8 @@ struct WidePolicy {
   static constexpr int kWeighRegisters = 112;
 };
 
-/* Rows and scales of a place are handed over by its two barriers; lanes that read scales are ahead of
- * their warp's arrival by __syncwarp(), which racecheck does not follow (it reports the scales). */
+/* Rows and scales of a place are handed over by its two barriers, where whoever read scales arrives by
+ * himself. */
 struct WideState : FullState {
   float stage_scales[WidePolicy::kByteStages][kSpan]; /* e4m3 */
   float scales[WidePolicy::kMaxPlaces][kSpan];
@@ -84,29 +84,64 @@ struct WideRows {
     for (int k = 0; k < kMaxPieces; ++k) {
       const int32_t i = piece(k);
       if (!kWhole && i >= kSpan * pieces) break;
-      copy_async_16(to + i * 16, rows + (i < valid ? i : 0), i < valid);
+      const int32_t source = kWhole ? own_piece() + k * WidePolicy::kGroupThreads : i;
+      copy_async_16(to + i * 16, rows + (source < valid ? source : 0), source < valid);
     }
   }
 
-  /* And from there into slabs as f16, in the order of store_latents(). */
+  /* Of whole rows a thread brings this piece of eight rows, and of the next eight: of eight
+   * neighbours four have an even row and four the odd one after it, so that what they store into
+   * slabs at once lies in different banks. */
+  static __device__ __forceinline__ int32_t own_piece() {
+    const int32_t thread = piece(0);
+    const int32_t row = thread / 32 * 2 + thread / 4 % 2;
+    return row * (FullPolicy::kMaxRank / 16) + thread / 8 % 4 * 4 + thread % 4;
+  }
+
+  /* 16 e4m3 numbers as f16, in the order of store_latents(), where the pieces of a slab are. */
+  static __device__ __forceinline__ void store_halves(const uint4& bytes,
+                                                      unsigned char* first,
+                                                      unsigned char* second) {
+    const uint2 a = LowRank<__nv_fp8_e4m3>::widen(bytes.x);
+    const uint2 b = LowRank<__nv_fp8_e4m3>::widen(bytes.y);
+    const uint2 c = LowRank<__nv_fp8_e4m3>::widen(bytes.z);
+    const uint2 d = LowRank<__nv_fp8_e4m3>::widen(bytes.w);
+    *reinterpret_cast<uint4*>(first) = make_uint4(a.x, b.x, c.x, d.x);
+    *reinterpret_cast<uint4*>(second) = make_uint4(a.y, b.y, c.y, d.y);
+  }
+
+  /* And from there into slabs as f16. */
   __device__ __forceinline__ void widen(const unsigned char* bytes, unsigned char* to) const {
+    if constexpr (kWhole) {
+      widen_whole(bytes, to);
+      return;
+    }
     const int32_t pieces = pieces_of_row();
-#pragma unroll 2
-    for (int k = 0; k < kMaxPieces; ++k) {
-      const int32_t i = piece(k);
-      if (!kWhole && i >= kSpan * pieces) break;
+#pragma unroll 1
+    for (int32_t i = piece(0); i < kSpan * pieces; i += WidePolicy::kGroupThreads) {
       const int32_t row = wide_row(i / pieces);
       const int32_t column = i % pieces * 2;
-      const uint4 words = reinterpret_cast<const uint4*>(bytes)[i];
-      const uint2 a = LowRank<__nv_fp8_e4m3>::widen(words.x);
-      const uint2 b = LowRank<__nv_fp8_e4m3>::widen(words.y);
-      const uint2 c = LowRank<__nv_fp8_e4m3>::widen(words.z);
-      const uint2 d = LowRank<__nv_fp8_e4m3>::widen(words.w);
       unsigned char* slab = to + column / 8 * kSlabBytes;
-      *reinterpret_cast<uint4*>(slab + slab_offset(row, column % 8)) =
-          make_uint4(a.x, b.x, c.x, d.x);
-      *reinterpret_cast<uint4*>(slab + slab_offset(row, column % 8 + 1)) =
-          make_uint4(a.y, b.y, c.y, d.y);
+      store_halves(reinterpret_cast<const uint4*>(bytes)[i], slab + slab_offset(row, column % 8),
+                   slab + slab_offset(row, column % 8 + 1));
+    }
+  }
+
+  /* The same of whole rows, eight at a time: a thread keeps its columns, and the row of B of token
+   * 8 k + t is that of t and the constant wide_row(8 k), without a carry. */
+  __device__ __forceinline__ void widen_whole(const unsigned char* bytes, unsigned char* to) const {
+    constexpr int kPieces = FullPolicy::kMaxRank / 16;
+    static_assert(WidePolicy::kGroupThreads / kPieces == 8);
+    const int row = wide_row(own_piece() / kPieces);
+    const int column = own_piece() % kPieces * 2;
+    const auto* from = reinterpret_cast<const uint4*>(bytes) + piece(0);
+    unsigned char* slab = to + column / 8 * kSlabBytes;
+    const uint32_t at = slab_offset(row, column % 8);
+#pragma unroll
+    for (int k = 0; k < kSpan / 8; ++k) {
+      const int more = wide_row(8 * k);
+      const uint32_t first = (at ^ (more % 8 * 16)) + more * 128;
+      store_halves(from[k * WidePolicy::kGroupThreads], slab + first, slab + (first ^ 16));
     }
   }
 };

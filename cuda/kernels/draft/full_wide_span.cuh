@@ -17,17 +17,70 @@ __device__ __forceinline__ float& wide_element(WideTile& tile, int half, int i) 
   return tile[i / 2 * 4 + half * 2 + i % 2];
 }
 
-/* draw_row() of a lane's eight logits, out of line as well; `top`: the largest logit, scaled unless
+/* draw_row() of a request whose logits four lanes hold, 16 each, in the order of draw_token(): the four
+ * get the token. Out of line: rare, and needs registers. `top`: the largest logit, scaled unless
  * greedy. */
-__device__ __noinline__ int32_t
-draw_of_span(float4 low, float4 high, bool greedy, float top, float scale, float uniform) {
-  const float logits[kLaneTokens] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-  float weights[kLaneTokens];
+__device__ __noinline__ int32_t draw_of_four(
+    float4 a, float4 b, float4 c, float4 d, bool greedy, float top, float scale, float uniform) {
+  constexpr int kParts = 2; /* of a lane: shares of span.cuh, numbered 2 * column + part */
+  const int column = threadIdx.x % 4;
+  float weights[kParts][kLaneTokens] = {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w},
+                                        {c.x, c.y, c.z, c.w, d.x, d.y, d.z, d.w}};
+  float sums[kParts];
 #pragma unroll
-  for (int i = 0; i < kLaneTokens; ++i) {
-    weights[i] = greedy ? (logits[i] == top ? 1.f : 0.f) : fast_exp2(fmaf(logits[i], scale, -top));
+  for (int part = 0; part < kParts; ++part) {
+    sums[part] = 0.f;
+#pragma unroll
+    for (int i = 0; i < kLaneTokens; ++i) {
+      float& w = weights[part][i];
+      w = greedy ? (w == top ? 1.f : 0.f) : fast_exp2(fmaf(w, scale, -top));
+      sums[part] += w;
+    }
   }
-  return draw_token(weights, uniform);
+  /* Running sums over the eight shares: distances 1, 2 and 4. */
+  const auto from_left = [&](float value, int distance) {
+    const float left = __shfl_up_sync(kAllLanes, value, distance, 4);
+    return column >= distance ? left : 0.f;
+  };
+  float even = sums[0] + from_left(sums[1], 1);
+  float odd = sums[1] + sums[0];
+  even += from_left(even, 1);
+  odd += from_left(odd, 1);
+  even += from_left(even, 2);
+  odd += from_left(odd, 2);
+  const float target = uniform * __shfl_sync(kAllLanes, odd, 3, 4);
+  const float before[kParts] = {from_left(odd, 1), even};
+  const float running[kParts] = {even, odd};
+
+  uint32_t live = 0; /* bit: number of a share */
+  uint32_t past = 0;
+  int32_t tokens[kParts];
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const bool positive = sums[part] > 0.f;
+    live |= static_cast<uint32_t>(positive) << (2 * column + part);
+    past |= static_cast<uint32_t>(positive && running[part] > target) << (2 * column + part);
+    float sum = before[part];
+    int drawn = -1;
+    int last = 0;
+#pragma unroll
+    for (int i = 0; i < kLaneTokens; ++i) {
+      sum += weights[part][i];
+      if (weights[part][i] > 0.f) last = i;
+      if (weights[part][i] > 0.f && sum > target && drawn < 0) drawn = i;
+    }
+    tokens[part] = (2 * column + part) * kLaneTokens + (drawn < 0 ? last : drawn);
+  }
+  live |= shuffle_xor(live, 1);
+  past |= shuffle_xor(past, 1);
+  live |= shuffle_xor(live, 2);
+  past |= shuffle_xor(past, 2);
+  /* Past rounding: the last that has any weight. */
+  const int share =
+      (past != 0 ? __ffs(static_cast<int>(past)) - 1 : 31 - __clz(static_cast<int>(live))) & 7;
+  const int32_t even_token = __shfl_sync(kAllLanes, tokens[0], share / 2, 4);
+  const int32_t odd_token = __shfl_sync(kAllLanes, tokens[1], share / 2, 4);
+  return share % 2 == 0 ? even_token : odd_token;
 }
 
 /* race_column() of a lane's eight logits, out of line: rare, and needs registers. */
@@ -62,14 +115,16 @@ struct WideSpan {
            static_cast<int32_t>(threadIdx.x) % 4 * WidePolicy::kTokens;
   }
 
-  /* Base logits, 16 bits, of whole spans. */
-  __device__ __forceinline__ void read_base(uint4 (&base)[2][2]) const {
+  /* Base logits, 16 bits, of whole spans; the first two as in WideGroup. */
+  __device__ __forceinline__ void read_base(const unsigned char* first_row,
+                                            uint32_t taking_part,
+                                            uint4 (&base)[2][2]) const {
+    const int64_t half_bytes = int64_t{16} * cta.args.in.draft_len * cta.args.stride_logits_row;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int32_t q = req(half);
-      if (!cta.takes_part(q, step)) continue;
+      if ((taking_part >> half & 1u) == 0) continue;
       const auto* row =
-          reinterpret_cast<const uint4*>(cta.logit_row(q, step) + int64_t{first_token()} * 2);
+          reinterpret_cast<const uint4*>(first_row + span * kSpan * 2 + half * half_bytes);
       base[half][0] = __ldcs(row);
       base[half][1] = __ldcs(row + 1);
     }
@@ -194,15 +249,66 @@ struct WideSpan {
     }
   }
 
-  /* Lets the span run: up to four claims at a time, a column each. */
+  /* Lets the span run for every request. */
   __device__ __forceinline__ void race(WideTile& tile,
                                        SpanOwner& owner,
                                        const SpanNoise& noise,
                                        RaceKey* keys) const {
-    const int lane = threadIdx.x % kWarpSize;
     const SpanClaim claim = claim_span(owner, noise);
-    uint32_t claims = __ballot_sync(kAllLanes, claim.may_lead);
+    const uint32_t claims = __ballot_sync(kAllLanes, claim.may_lead);
     if (claims == 0) return;
+    const bool owns_coupled = claim.may_lead && owner.runner->mode == DrawMode::kCoupled;
+    const uint32_t coupled = __ballot_sync(kAllLanes, owns_coupled);
+    Indexed best = empty_race();
+    if (claims != coupled) {
+      best = {claim.score,
+              (cta.first_span + span) * kSpan + draw(tile, owner, noise, claims & ~coupled)};
+    }
+    if (coupled != 0) {
+      const Indexed raced = race_coupled(tile, noise, claim.score, coupled);
+      if (owns_coupled) best = raced;
+    }
+    if (!claim.may_lead) return;
+    const RaceKey key = race_key(best);
+    if (key <= owner.seen) return;
+    owner.seen = key;
+    atomicMax(keys, key);
+  }
+
+  /* Tokens of the span drawn for the greedy and sampled requests that `claims` names by their owners,
+   * each for its owner. */
+  __device__ __forceinline__ int32_t draw(WideTile& tile,
+                                          const SpanOwner& owner,
+                                          const SpanNoise& noise,
+                                          uint32_t claims) const {
+    int32_t drawn = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if ((claims & 0x11111111u << half) == 0) continue;
+      const SpanRunner& runner = cta.state.runners[req(half)];
+      const bool greedy = runner.mode == DrawMode::kGreedy;
+      const float top = __shfl_sync(kAllLanes, owner.top, half, 4);
+      const float scaled_top = __shfl_sync(kAllLanes, owner.weight.scaled_top, half, 4);
+      const auto four = [&](int i) {
+        return make_float4(wide_element(tile, half, i), wide_element(tile, half, i + 1),
+                           wide_element(tile, half, i + 2), wide_element(tile, half, i + 3));
+      };
+      const int32_t token = draw_of_four(
+          four(0), four(4), four(8), four(12), greedy, greedy ? top : scaled_top,
+          runner.runner.log2e_per_temperature, __shfl_sync(kAllLanes, noise.second, half, 4));
+      if (threadIdx.x % 4 == half) drawn = token;
+    }
+    return drawn;
+  }
+
+  /* Leaders of the coupled requests that `claims` names by their owners, each for its owner: four at
+   * a time, a column of span.cuh each. `score`: the owner's. */
+  __device__ __forceinline__ Indexed race_coupled(WideTile& tile,
+                                                  const SpanNoise& noise,
+                                                  float score,
+                                                  uint32_t claims) const {
+    const int lane = threadIdx.x % kWarpSize;
+    const int32_t zone = cta.first_span + span;
     Indexed best = empty_race();
     const int rank = __popc(claims & ((1u << lane) - 1u)); /* of the owner's claim */
 #pragma unroll 1
@@ -216,47 +322,19 @@ struct WideSpan {
       /* With no claim left the column runs for the first one in vain. */
       const int first = __shfl_sync(kAllLanes, __ffs(static_cast<int>(mine)) - 1, 0);
       const int from = mine == 0 ? first : __ffs(static_cast<int>(mine)) - 1;
-      const Indexed raced = race_columns(tile, owner, noise, claim.score, from);
+      float own[kLaneTokens];
+      gather(tile, from, own);
+      const SpanRunner& runner = cta.state.runners[first_req + from / 4 + from % 4 * 8];
+      const float4 low = {own[0], own[1], own[2], own[3]};
+      const float4 high = {own[4], own[5], own[6], own[7]};
+      const Indexed raced =
+          race_zone(low, high, &runner.runner, step, zone,
+                    __shfl_sync(kAllLanes, noise.first, from), __shfl_sync(kAllLanes, score, from));
       const float value = __shfl_sync(kAllLanes, raced.value, rank % 4);
       const int32_t index = __shfl_sync(kAllLanes, raced.index, rank % 4);
       if (rank / 4 == turn) best = {value, index};
     }
-    if (!claim.may_lead) return;
-    const RaceKey key = race_key(best);
-    if (key <= owner.seen) return;
-    owner.seen = key;
-    atomicMax(keys, key);
-  }
-
-  /* Leaders of four requests, those that lanes `from` own, a column each. */
-  __device__ __forceinline__ Indexed race_columns(WideTile& tile,
-                                                  const SpanOwner& owner,
-                                                  const SpanNoise& noise,
-                                                  float claimed,
-                                                  int from) const {
-    const int32_t zone = cta.first_span + span;
-    float own[kLaneTokens];
-    gather(tile, from, own);
-    const SpanRunner& runner = cta.state.runners[first_req + from / 4 + from % 4 * 8];
-    const bool coupled = runner.mode == DrawMode::kCoupled;
-    const float score = __shfl_sync(kAllLanes, claimed, from);
-    Indexed raced = {score, 0};
-    const float4 low = {own[0], own[1], own[2], own[3]};
-    const float4 high = {own[4], own[5], own[6], own[7]};
-    if (__any_sync(kAllLanes, !coupled)) {
-      const float top = __shfl_sync(kAllLanes, owner.top, from);
-      const float scaled_top = __shfl_sync(kAllLanes, owner.weight.scaled_top, from);
-      const bool greedy = runner.mode == DrawMode::kGreedy;
-      raced.index = zone * kSpan + draw_of_span(low, high, greedy, greedy ? top : scaled_top,
-                                                runner.runner.log2e_per_temperature,
-                                                __shfl_sync(kAllLanes, noise.second, from));
-    }
-    if (__any_sync(kAllLanes, coupled)) {
-      const Indexed best = race_zone(low, high, &runner.runner, step, zone,
-                                     __shfl_sync(kAllLanes, noise.first, from), score);
-      if (coupled) raced = best;
-    }
-    return raced;
+    return best;
   }
 };
 

@@ -23,6 +23,7 @@ namespace dspark {
 
 using RaceKey = unsigned long long;
 constexpr RaceKey kEmptyRaceKey = 0;
+constexpr RaceKey kNoLeader = 1; /* below every other: nobody takes part, and that is final */
 
 /* Coupled drafts share the target's noise. `rules` may be nullptr: none is coupled. */
 __device__ __forceinline__ uint32_t draft_purpose(const int32_t* rules, int32_t req) {
@@ -53,6 +54,14 @@ __device__ __forceinline__ int32_t race_token(RaceKey key) {
 /* The score that leads; -inf when no token takes part. */
 __device__ __forceinline__ float race_score(RaceKey key) {
   return key == kEmptyRaceKey ? -INFINITY : score_of_order(static_cast<uint32_t>(key >> 32));
+}
+
+/* The best of a warp's keys, for every lane. */
+__device__ __forceinline__ RaceKey warp_leader(RaceKey key) {
+  const uint32_t order = static_cast<uint32_t>(key >> 32);
+  const uint32_t most = __reduce_max_sync(kAllLanes, order);
+  const uint32_t low = order == most ? static_cast<uint32_t>(key) : 0u;
+  return static_cast<RaceKey>(most) << 32 | __reduce_max_sync(kAllLanes, low);
 }
 
 /* How one request draws at one step. */

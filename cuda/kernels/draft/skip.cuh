@@ -39,13 +39,13 @@ struct SkipPolicy {
 
 template <typename T, typename W>
 struct SkipArgs {
-  FullArgs<T, W> full; /* shape: num_reqs, num_spans, spans_per_share, latent_row_bytes */
+  FullArgs<T, W> full;  /* shape: num_reqs, num_spans, spans_per_share, latent_row_bytes */
   const float4* bounds; /* [vocab_size] */
   const float* basis;
   const RaceKey* seeds; /* [num_reqs * draft_len, kSkipSeeds] */
-  uint64_t* rows_read; /* [num_reqs] or nullptr */
-  int32_t num_seeds;             /* looked at: 1, 2, 4, 8, 16 */
-  bool paired_logits;            /* rows start at multiples of two elements */
+  uint64_t* rows_read;  /* [num_reqs] or nullptr */
+  int32_t num_seeds;    /* looked at: 1, 2, 4, 8, 16 */
+  bool paired_logits;   /* rows start at multiples of two elements */
 };
 
 /* ---- the first pass ---- */
@@ -119,11 +119,11 @@ __global__ void __launch_bounds__(SkipPolicy::kSeedThreads) seed_kernel(SeedArgs
     }
   }
   if (args.draft_lens != nullptr && step >= args.draft_lens[req]) {
-    if (threadIdx.x == 0) args.seeds[static_cast<int64_t>(row) * kSkipSeeds + blockIdx.x] = kEmptyRaceKey;
+    if (threadIdx.x == 0)
+      args.seeds[static_cast<int64_t>(row) * kSkipSeeds + blockIdx.x] = kEmptyRaceKey;
     return;
   }
-  const int32_t part =
-      (args.vocab_size + kSkipSeeds * 8 - 1) / (kSkipSeeds * 8) * 8;
+  const int32_t part = (args.vocab_size + kSkipSeeds * 8 - 1) / (kSkipSeeds * 8) * 8;
   const int32_t begin = static_cast<int32_t>(blockIdx.x) * part;
   const int32_t end = min(begin + part, args.vocab_size);
   const int64_t offset = row * args.stride_logits_row;
@@ -177,7 +177,8 @@ struct SkipCta {
   SkipState& state;
   unsigned char* latents; /* rows of latent_row_bytes */
   SkipEntry* entries;     /* [groups, skip_entries()] */
-  int32_t num_spans;      /* of the share: every gridDim.x-th, for tokens that many want are neighbours */
+  int32_t
+      num_spans; /* of the share: every gridDim.x-th, for tokens that many want are neighbours */
 
   __device__ __forceinline__ int32_t span_at(int32_t i) const {
     return static_cast<int32_t>(blockIdx.x) + i * static_cast<int32_t>(gridDim.x);
@@ -209,8 +210,8 @@ struct SkipCta {
       if (full.f32_logits) {
         return *reinterpret_cast<const float2*>(static_cast<const float*>(full.logits) + at);
       }
-      return Element<__nv_bfloat16>::unpack(*reinterpret_cast<const uint32_t*>(
-          static_cast<const __nv_bfloat16*>(full.logits) + at));
+      return Element<__nv_bfloat16>::unpack(
+          *reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(full.logits) + at));
     }
     const auto one = [&](int i) {
       if (left <= i) return -INFINITY;
@@ -275,12 +276,14 @@ __device__ __forceinline__ void row_dots(
       const bool there = (first + i) * kLowRankStep < rank;
       const uint2 zeros = make_uint2(0u, 0u);
       low[i] = there && row != nullptr ? LowRank<W>::weight_words(row, first + i, lane) : zeros;
-      high[i] = there && row_8 != nullptr ? LowRank<W>::weight_words(row_8, first + i, lane) : zeros;
+      high[i] =
+          there && row_8 != nullptr ? LowRank<W>::weight_words(row_8, first + i, lane) : zeros;
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if ((first + i) * kLowRankStep >= rank) break;
-      const uint2 b = latent == nullptr ? make_uint2(0u, 0u) : latent_words<W>(latent, first + i, lane);
+      const uint2 b =
+          latent == nullptr ? make_uint2(0u, 0u) : latent_words<W>(latent, first + i, lane);
       const uint32_t a[4] = {low[i].x, high[i].x, low[i].y, high[i].y};
       mma_m16n8k16<Latent>(dots, a, b.x, b.y);
     }
@@ -304,8 +307,8 @@ __device__ __forceinline__ void set_up_step(const SkipCta<T, W>& cta, int32_t st
         if (row != nullptr) words = __ldg(reinterpret_cast<const uint4*>(row) + lane);
         words = to_latents<Latent, T>(words);
       } else {
-        words = __ldcg(
-            reinterpret_cast<const uint4*>(full.latents + cta.row_of(q, step) * rank) + lane);
+        words = __ldcg(reinterpret_cast<const uint4*>(full.latents + cta.row_of(q, step) * rank) +
+                       lane);
       }
       reinterpret_cast<uint4*>(cta.latents + q * full.shape.latent_row_bytes)[lane] = words;
       if (full.vanilla && q % gridDim.x == blockIdx.x) {
@@ -359,8 +362,8 @@ __device__ __forceinline__ void run_seeds(const SkipCta<T, W>& cta, int32_t step
     }
     const bool some = seed != kEmptyRaceKey;
     const int32_t token = race_token(seed);
-    const W* row = some ? full.markov_w2 + static_cast<int64_t>(token) * full.in.markov_rank
-                        : nullptr;
+    const W* row =
+        some ? full.markov_w2 + static_cast<int64_t>(token) * full.in.markov_rank : nullptr;
     const typename SkipCta<T, W>::Latent* latent = some ? cta.latent_of(q) : nullptr;
     float dots[4];
     row_dots<W>(row, static_cast<const W*>(nullptr), latent, full.in.markov_rank, dots);
@@ -435,8 +438,8 @@ __device__ __forceinline__ void screen_span(const SkipCta<T, W>& cta,
 #pragma unroll
   for (int i = 0; i < kGroupReqs; ++i) {
     const int32_t q = group * kGroupReqs + i;
-    bases[i] = cta.takes_part(q, step) ? cta.base_pair(q, step, token)
-                                       : make_float2(-INFINITY, -INFINITY);
+    bases[i] =
+        cta.takes_part(q, step) ? cta.base_pair(q, step, token) : make_float2(-INFINITY, -INFINITY);
   }
   /* Lane i: of request i of the group. */
   const int32_t own_q = group * kGroupReqs + lane % kGroupReqs;
@@ -470,8 +473,11 @@ __device__ __forceinline__ void screen_span(const SkipCta<T, W>& cta,
 
 /* Scores of up to kRows entries of a group for all its requests. */
 template <typename T, typename W>
-__device__ __forceinline__ void read_rows(
-    const SkipCta<T, W>& cta, int32_t step, int32_t group, const SkipEntry* entries, int32_t count) {
+__device__ __forceinline__ void read_rows(const SkipCta<T, W>& cta,
+                                          int32_t step,
+                                          int32_t group,
+                                          const SkipEntry* entries,
+                                          int32_t count) {
   using Latent = typename LowRank<W>::Latent;
   const FullArgs<T, W>& full = cta.args.full;
   const int lane = threadIdx.x % kWarpSize;
@@ -542,9 +548,9 @@ __global__ void __launch_bounds__(SkipPolicy::kNumThreads, 1)
   __shared__ SkipState state;
   const FullArgs<T, W>& full = args.full;
   auto* latents = reinterpret_cast<unsigned char*>(shared_skip);
-  SkipCta<T, W> cta = {args, state, latents,
-                       reinterpret_cast<SkipEntry*>(
-                           latents + full.shape.num_reqs * full.shape.latent_row_bytes)};
+  SkipCta<T, W> cta = {
+      args, state, latents,
+      reinterpret_cast<SkipEntry*>(latents + full.shape.num_reqs * full.shape.latent_row_bytes)};
   cta.num_spans = (full.shape.num_spans - static_cast<int32_t>(blockIdx.x) +
                    static_cast<int32_t>(gridDim.x) - 1) /
                   static_cast<int32_t>(gridDim.x);

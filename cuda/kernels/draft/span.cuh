@@ -253,7 +253,8 @@ __device__ __forceinline__ int32_t draw_row(SpanTile<kNTiles>& logits,
   return draw_token(weights, __shfl_sync(kAllLanes, noise.second, from));
 }
 
-/* Lets the span run for every request: better leaders go to `keys` (of the warp's requests). */
+/* Lets the span run for every request: better leaders are seen, and go to `keys` (of the warp's
+ * requests) if it pushes. */
 template <int kNTiles>
 __device__ __forceinline__ void race_span(SpanTile<kNTiles>& logits,
                                           const SpanRunner* runners,
@@ -261,7 +262,8 @@ __device__ __forceinline__ void race_span(SpanTile<kNTiles>& logits,
                                           const SpanNoise& noise,
                                           int32_t step,
                                           int32_t span,
-                                          RaceKey* keys) {
+                                          RaceKey* keys,
+                                          bool pushes) {
   const int lane = threadIdx.x % kWarpSize;
   const SpanClaim claim = claim_span(owner, noise);
   const uint32_t claims = __ballot_sync(kAllLanes, claim.may_lead);
@@ -294,7 +296,7 @@ __device__ __forceinline__ void race_span(SpanTile<kNTiles>& logits,
   const RaceKey key = race_key(best);
   if (key <= owner.seen) return;
   owner.seen = key;
-  atomicMax(keys + owned_request(lane), key);
+  if (pushes) atomicMax(keys + owned_request(lane), key);
 }
 
 }  // namespace dspark

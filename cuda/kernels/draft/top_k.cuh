@@ -123,8 +123,9 @@ __global__ void __launch_bounds__(TopPolicy::kNumThreads) zone_top_kernel(TopArg
 }
 
 /* Counts over the CTA, one barrier each: calls alternate between two places. */
+template <int kNumWarps>
 struct CtaCounter {
-  int (&counts)[2][TopPolicy::kNumWarps]; /* shared */
+  int (&counts)[2][kNumWarps]; /* shared */
   int turn;
 
   /* Sum of the threads' counts; every thread gets it. */
@@ -135,7 +136,7 @@ struct CtaCounter {
     __syncthreads();
     int total = 0;
 #pragma unroll
-    for (int warp = 0; warp < TopPolicy::kNumWarps; ++warp) total += counts[turn][warp];
+    for (int warp = 0; warp < kNumWarps; ++warp) total += counts[turn][warp];
     return total;
   }
 };
@@ -204,15 +205,18 @@ __device__ __forceinline__ void collect(const TopArgs<U>& args,
   __syncthreads();
 }
 
+/* Asks L2 for 128 bytes. */
+__device__ __forceinline__ void prefetch_line(const char* line) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(line)));
+}
+
 /* Asks L2 for the rows of a token. */
 __device__ __forceinline__ void prefetch_row(const CandidateRows& rows, int32_t token) {
   constexpr int kLineBytes = 128;
   if (rows.weights == nullptr) return;
   const char* row =
       static_cast<const char*>(rows.weights) + static_cast<int64_t>(token) * rows.row_bytes;
-  for (int at = 0; at < rows.row_bytes; at += kLineBytes) {
-    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(row + at)));
-  }
+  for (int at = 0; at < rows.row_bytes; at += kLineBytes) prefetch_line(row + at);
 }
 
 /* Grid: rows. */
@@ -231,7 +235,7 @@ __global__ void __launch_bounds__(TopPolicy::kNumThreads) select_top_kernel(TopA
     const int32_t zone = i * Policy::kNumThreads + static_cast<int32_t>(threadIdx.x);
     tops[i] = zone < args.num_zones ? __ldcg(args.zone_tops + row * args.num_zones + zone) : 0u;
   }
-  CtaCounter counter{shared.counts, 0};
+  CtaCounter<Policy::kNumWarps> counter{shared.counts, 0};
   constexpr int kLowBit = 16; /* a bf16 is these; of an f32 the rest is rounded down */
   const uint32_t bound = largest_reached<kLowBit, uint32_t>(num_top, [&](uint32_t trial) {
     int count = 0;

@@ -12,7 +12,8 @@
  * a reduction: four barriers.
  *
  * Bytes per request and step: (K + M) * 2 * rank, and the pairs written. Limited by latency. gated
- * and rnn latents come from a kernel of their own, with a launch per step.
+ * and rnn latents come from a kernel of their own, with a launch per step. On sm_90 vanilla heads
+ * without bigrams take cluster_walk.cuh.
  */
 #pragma once
 
@@ -31,6 +32,12 @@ struct WalkPolicy {
   static constexpr int kChunk = 8;                              /* columns of 16 bytes */
   static constexpr int kAheadChunks = 8; /* of a lane, in registers: 64 columns, rank 256 */
   static constexpr int kAheadRank = kAheadChunks * kLanesPerRow * kChunk;
+};
+
+struct Candidate {
+  float logit; /* U */
+  float noise; /* T log E: what the score loses; 0 at temperature 0 */
+  int32_t token;
 };
 
 template <typename T, typename U>
@@ -57,6 +64,12 @@ struct WalkArgs {
   int32_t num_bigram;
   int32_t first_step;
   int32_t num_steps; /* of this launch */
+  /* These: cluster_walk.cuh. */
+  int32_t num_ctas;          /* of a cluster */
+  bool aligned_rows;         /* rows of base logits start at multiples of 16 bytes */
+  bool ask_for_w1;           /* L2 for the candidates' rows */
+  const uint32_t* zone_tops; /* of zone_top_kernel, where it ran */
+  int32_t num_zones;
 };
 
 constexpr int32_t kNoCandidate = -1;
@@ -65,12 +78,6 @@ constexpr int32_t kNoCandidate = -1;
 __host__ __device__ constexpr size_t walk_latent_floats(int32_t rank) {
   return static_cast<size_t>(rank + 7) / 8 * 8;
 }
-
-struct Candidate {
-  float logit; /* U */
-  float noise; /* T log E: what the score loses; 0 at temperature 0 */
-  int32_t token;
-};
 
 __host__ __device__ constexpr size_t walk_shared_bytes(int32_t rank,
                                                        int32_t num_candidates,
@@ -274,9 +281,13 @@ __device__ __forceinline__ LawFilter law_filter(const WalkArgs<T, U>& args, int3
           args.min_p == nullptr ? 0.f : args.min_p[req]};
 }
 
-/* Drops the candidates whose logit keep() refuses, all decisions before all drops. */
-template <typename Keep>
-__device__ __forceinline__ void drop_candidates(Candidate* candidates, int32_t count, Keep keep) {
+/* Drops the candidates whose logit keep() refuses, all decisions before all drops; by the first
+ * kNumThreads threads, whose barrier is sync(). */
+template <typename C, typename Keep, typename Sync>
+__device__ __forceinline__ void drop_candidates(C* candidates,
+                                                int32_t count,
+                                                Keep keep,
+                                                Sync sync) {
   constexpr int kMaxPerThread = 2;
   uint32_t dropped = 0; /* bit j; an array of bool spilled on sm_80 */
 #pragma unroll
@@ -284,30 +295,30 @@ __device__ __forceinline__ void drop_candidates(Candidate* candidates, int32_t c
     const int32_t i = threadIdx.x + j * WalkPolicy::kNumThreads;
     if (i < count && !keep(candidates[i].logit)) dropped |= 1u << j;
   }
-  __syncthreads();
+  sync();
 #pragma unroll
   for (int j = 0; j < kMaxPerThread; ++j) {
-    if ((dropped >> j & 1u) != 0)
+    if ((dropped >> j & 1u) != 0) {
       candidates[threadIdx.x + j * WalkPolicy::kNumThreads].logit = -INFINITY;
+    }
   }
-  __syncthreads();
+  sync();
 }
 
-/* Cuts softmax(l / temperature) over the candidates down: what is left out gets -inf. */
-__device__ __forceinline__ void filter_candidates(Candidate* candidates,
-                                                  int32_t count,
-                                                  float temperature,
-                                                  const LawFilter& filter) {
-  if (filter.top_k > 0) {
-    drop_candidates(candidates, count, [&](float l) {
-      int32_t larger = 0;
-      for (int32_t i = 0; i < count; ++i) larger += candidates[i].logit > l;
-      return larger < filter.top_k;
-    });
-  }
+/* Cuts softmax(l / temperature) over the candidates down: what is left out gets -inf. Threads as
+ * above. */
+template <typename C, typename Sync>
+__device__ __forceinline__ void filter_candidates(
+    C* candidates, int32_t count, float temperature, const LawFilter& filter, Sync sync) {
+  const auto in_top_k = [&](float l) {
+    int32_t larger = 0;
+    for (int32_t i = 0; i < count; ++i) larger += candidates[i].logit > l;
+    return larger < filter.top_k;
+  };
+  if (filter.top_k > 0) drop_candidates(candidates, count, in_top_k, sync);
   float top = -INFINITY;
   for (int32_t i = 0; i < count; ++i) top = fmaxf(top, candidates[i].logit);
-  drop_candidates(candidates, count, [&](float l) {
+  const auto in_mass = [&](float l) {
     float larger = 0.f;
     float all = 0.f;
     for (int32_t i = 0; i < count; ++i) {
@@ -318,7 +329,8 @@ __device__ __forceinline__ void filter_candidates(Candidate* candidates,
     }
     return (filter.top_p >= 1.f || larger < filter.top_p * all) &&
            expf((l - top) / temperature) >= filter.min_p;
-  });
+  };
+  drop_candidates(candidates, count, in_mass, sync);
 }
 
 /* Writes the pairs and races them; every thread gets the winner. */
@@ -364,7 +376,10 @@ __global__ void __launch_bounds__(WalkPolicy::kNumThreads) walk_kernel(WalkArgs<
       bias_candidates<kVec, kAhead>(walk, i, ahead);
       __syncthreads();
     }
-    if (filtered) filter_candidates(walk.of_step(i), walk.num_candidates, temperature, filter);
+    if (filtered) {
+      filter_candidates(walk.of_step(i), walk.num_candidates, temperature, filter,
+                        [] { __syncthreads(); });
+    }
     const Indexed best = race_candidates(walk, i, scratch);
     if constexpr (kAhead) read_ahead(walk, i + 1, ahead);
     previous = best.index == kNoRunner ? 0 : best.index;

@@ -1,7 +1,9 @@
 /* Host side of the candidate form of the draft head. */
 #pragma once
 
-#include "kernels/draft/walk.cuh"
+#include <algorithm>
+
+#include "kernels/draft/cluster_walk.cuh"
 #include "launch/draft/projections.cuh"
 
 namespace dspark {
@@ -78,6 +80,12 @@ class DraftCandidates {
       : p_(params), stream_(stream), layout_(candidates_layout(params)) {}
 
   dspark_status run() const {
+    bool in_clusters = false;
+    DSPARK_TRY(walks_in_clusters(&in_clusters));
+    if (in_clusters) {
+      DSPARK_TRY(walk_in_clusters());
+      return compute_confidence<T>(p_, stream_);
+    }
     DSPARK_TRY(find_top());
     if (has_latent_kernel(p_.head)) {
       const LatentBuffers buffers = {at<float>(layout_.latent),
@@ -98,7 +106,11 @@ class DraftCandidates {
     return reinterpret_cast<V*>(static_cast<char*>(p_.workspace) + offset);
   }
 
-  dspark_status find_top() const {
+  bool aligned_rows() const {
+    return aligned_16({p_.logits}) && p_.stride_logits_row * sizeof(U) % 16 == 0;
+  }
+
+  TopArgs<U> top_args() const {
     TopArgs<U> args = {};
     args.logits = static_cast<const U*>(p_.logits);
     args.zone_tops = at<uint32_t>(layout_.zone_tops);
@@ -116,16 +128,70 @@ class DraftCandidates {
     args.num_zones = num_top_zones(p_);
     args.num_parts = num_top_parts(p_);
     args.num_top = p_.num_top;
-    args.aligned_rows = aligned_16({p_.logits}) && p_.stride_logits_row * sizeof(U) % 16 == 0;
-    const uint32_t num_rows = static_cast<uint32_t>(p_.num_reqs) * p_.draft_len;
-    const dim3 cta(TopPolicy::kNumThreads);
-    DSPARK_TRY(launch("zone_top_kernel", zone_top_kernel<U>, dim3(num_rows * args.num_parts), cta,
-                      0, stream_, args));
-    return launch_dependent("select_top_kernel", select_top_kernel<U>, dim3(num_rows), cta, stream_,
-                            args);
+    args.aligned_rows = aligned_rows();
+    return args;
   }
 
-  dspark_status walk(int32_t first_step, int32_t num_steps, const float* latent) const {
+  uint32_t num_rows() const { return static_cast<uint32_t>(p_.num_reqs) * p_.draft_len; }
+
+  dspark_status find_zone_tops(const TopArgs<U>& args) const {
+    return launch("zone_top_kernel", zone_top_kernel<U>, dim3(num_rows() * args.num_parts),
+                  dim3(TopPolicy::kNumThreads), 0, stream_, args);
+  }
+
+  dspark_status find_top() const {
+    const TopArgs<U> args = top_args();
+    DSPARK_TRY(find_zone_tops(args));
+    return launch_dependent("select_top_kernel", select_top_kernel<U>, dim3(num_rows()),
+                            dim3(TopPolicy::kNumThreads), stream_, args);
+  }
+
+  /* Whether cluster_walk_kernel is for this call, which does not depend on the number of requests. */
+  dspark_status walks_in_clusters(bool* in_clusters) const {
+    constexpr int kFirstBinaryWithClusters = 90;
+    const bool biased = p_.head != DSPARK_HEAD_NONE;
+    *in_clusters = !has_latent_kernel(p_.head) && p_.num_bigram == 0 &&
+                   (!biased || (p_.markov_rank % ClusterPolicy::kPairColumns == 0 &&
+                                p_.markov_rank <= ClusterPolicy::kMaxRank &&
+                                aligned_16({p_.markov_w1, p_.markov_w2})));
+    if (!*in_clusters) return DSPARK_OK;
+    int shared_bytes = 0;
+    cudaFuncAttributes loaded;
+    const auto* kernel = reinterpret_cast<const void*>(cluster_walk_kernel<T, U, false>);
+    DSPARK_TRY(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_bytes));
+    DSPARK_TRY(check_cuda("cluster_walk_kernel", cudaFuncGetAttributes(&loaded, kernel)));
+    *in_clusters = loaded.binaryVersion >= kFirstBinaryWithClusters &&
+                   cluster_shared_bytes(p_.num_top, p_.draft_len, false) + loaded.sharedSizeBytes <=
+                       static_cast<size_t>(shared_bytes);
+    return DSPARK_OK;
+  }
+
+  /* Where each SM has a row or several, their CTAs read them while others judge and walk; very few are
+   * better spread over all SMs first (21 against 23 us), and so are rows that some SMs would have two of
+   * (16 requests: 39 against 42 us). */
+  dspark_status walk_in_clusters() const {
+    constexpr int32_t kFewReqs = 16; /* whose candidates' W1 rows are worth asking for */
+    const int64_t num_rows = static_cast<int64_t>(p_.num_reqs) * p_.draft_len;
+    const bool zoned = num_rows <= 14 || (num_rows > 64 && num_rows <= 256);
+    WalkArgs<T, U> args = walk_args(0, p_.draft_len, nullptr);
+    args.num_ctas = std::min(p_.draft_len, ClusterPolicy::kMaxCtas);
+    args.aligned_rows = aligned_rows();
+    args.ask_for_w1 = p_.num_reqs <= kFewReqs;
+    args.zone_tops = at<uint32_t>(layout_.zone_tops);
+    args.num_zones = num_top_zones(p_);
+    if (zoned) DSPARK_TRY(find_zone_tops(top_args()));
+    LaunchShape shape;
+    shape.grid = dim3(static_cast<uint32_t>(p_.num_reqs) * args.num_ctas);
+    shape.cta = dim3(RowPolicy::kNumThreads);
+    shape.shared_bytes = cluster_shared_bytes(p_.num_top, p_.draft_len, zoned);
+    shape.cluster_ctas = static_cast<uint32_t>(args.num_ctas);
+    shape.dependent = zoned;
+    return launch("cluster_walk_kernel",
+                  zoned ? cluster_walk_kernel<T, U, true> : cluster_walk_kernel<T, U, false>, shape,
+                  stream_, args);
+  }
+
+  WalkArgs<T, U> walk_args(int32_t first_step, int32_t num_steps, const float* latent) const {
     WalkArgs<T, U> args = {};
     args.in = head_inputs<T>(p_);
     args.markov_w2 = p_.head == DSPARK_HEAD_NONE ? nullptr : static_cast<const T*>(p_.markov_w2);
@@ -149,6 +215,11 @@ class DraftCandidates {
     args.num_bigram = p_.num_bigram;
     args.first_step = first_step;
     args.num_steps = num_steps;
+    return args;
+  }
+
+  dspark_status walk(int32_t first_step, int32_t num_steps, const float* latent) const {
+    const WalkArgs<T, U> args = walk_args(first_step, num_steps, latent);
     LaunchShape shape;
     shape.grid = dim3(p_.num_reqs);
     shape.cta = dim3(WalkPolicy::kNumThreads);

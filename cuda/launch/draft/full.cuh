@@ -57,7 +57,11 @@ constexpr FullShape full_shape(int32_t vocab_size,
   } else if (num_places < kMinWeightSlots) {
     s.num_resident = -1;
   } else {
-    const int32_t wanted = weight_size == 1 ? FullPolicy::kByteSlots : FullPolicy::kHalfSlots;
+    /* Few requests: what does not fit at once fits at the second go. */
+    const int32_t missing = s.spans_per_share - static_cast<int32_t>(num_places);
+    const int32_t wanted = weight_size > 1         ? FullPolicy::kHalfSlots
+                           : num_reqs > kGroupReqs ? FullPolicy::kByteSlots
+                                                   : std::max(FullPolicy::kByteSlots, missing);
     s.weight_slots = static_cast<int32_t>(std::min<int64_t>(wanted, num_places));
     s.num_resident = static_cast<int32_t>(num_places) - s.weight_slots;
   }
@@ -65,7 +69,7 @@ constexpr FullShape full_shape(int32_t vocab_size,
 }
 
 /* From so many requests on the wide kernel runs where it can. */
-constexpr int32_t kWideReqs = 33;
+constexpr int32_t wide_reqs(int32_t weight_size) { return weight_size == 1 ? 17 : 9; }
 
 /* The same of full_wide_kernel; num_resident < 0: it does not fit, or is not for such a head. */
 constexpr FullShape wide_shape(int32_t vocab_size,
@@ -76,7 +80,9 @@ constexpr FullShape wide_shape(int32_t vocab_size,
                                size_t shared_bytes) {
   FullShape s = {};
   s.num_resident = -1;
-  if (rank == 0 || rank % kSlabColumns != 0 || num_reqs < kWideReqs) return s;
+  if (rank == 0 || rank % kSlabColumns != 0 || num_reqs < wide_reqs(weight_size)) {
+    return s;
+  }
   s.num_reqs = num_reqs;
   s.num_sets = ceil_div(num_reqs, WidePolicy::kReqs);
   s.padded_reqs = s.num_sets * WidePolicy::kReqs;
@@ -92,7 +98,8 @@ constexpr FullShape wide_shape(int32_t vocab_size,
                        static_cast<int64_t>(full_shared_bytes(s));
   const int64_t num_places = left / (kSpan * s.weight_row_bytes);
   s.weight_slots = static_cast<int32_t>(std::min<int64_t>(num_places, WidePolicy::kMaxPlaces));
-  if (left < 0 || num_places < 2) s.num_resident = -1;
+  /* A place is never a whole turn of its ring behind: a parity would not tell its fills apart. */
+  if (left < 0 || num_places < WidePolicy::kNumGroups / s.num_sets) s.num_resident = -1;
   return s;
 }
 
@@ -126,7 +133,7 @@ class DraftFull : FullCall<T, W> {
     const auto shape_of = [&](int32_t num_reqs) {
       const int32_t rank = p_.head == DSPARK_HEAD_NONE ? 0 : p_.markov_rank;
       return full_shape(p_.vocab_size, rank, sizeof(W), p_.logits_dtype == DSPARK_DTYPE_F32 ? 4 : 2,
-                        num_reqs, num_sms, shared_bytes - sizeof(FullState));
+                        num_reqs, num_sms, shared_bytes - sizeof(FullState) - sizeof(WarpLeaders));
     };
     int32_t batch = FullPolicy::kMaxReqs;
     while (batch > kGroupReqs && shape_of(batch).num_resident < 0) batch /= 2;
@@ -135,9 +142,9 @@ class DraftFull : FullCall<T, W> {
                      "dspark_draft_full: expected cooperative launches and more than %d bytes of "
                      "shared memory per CTA",
                      shared_bytes);
-    DSPARK_TRY(check_cuda(
-        "cudaMemsetAsync",
-        cudaMemsetAsync(this->template at<char>(layout_.keys), 0, layout_.races_end - layout_.keys, stream_)));
+    DSPARK_TRY(
+        check_cuda("cudaMemsetAsync", cudaMemsetAsync(this->template at<char>(layout_.keys), 0,
+                                                      layout_.races_end - layout_.keys, stream_)));
     DSPARK_TRY(this->project_hidden());
     for (int32_t first = 0; first < p_.num_reqs; first += batch) {
       FullArgs<T, W> args = this->full_args(first);
@@ -145,6 +152,7 @@ class DraftFull : FullCall<T, W> {
       const FullShape wide = wide_shape_of(args.shape.num_reqs);
       if (wide.num_resident >= 0) {
         args.shape = wide;
+        args.board = nullptr;
         DSPARK_TRY(this->run_cooperative(
             "full_wide_kernel", full_wide_kernel<T, W>, WidePolicy::kNumThreads,
             full_shared_bytes(wide) + WidePolicy::kAlignment, args.shape, args));
@@ -168,8 +176,8 @@ class DraftFull : FullCall<T, W> {
   template <int kNTiles>
   dspark_status run_batch(const FullArgs<T, W>& args) const {
     return this->run_cooperative("full_kernel", full_kernel<T, W, kNTiles>,
-                           full_warps(kNTiles) * kWarpSize, full_shared_bytes(args.shape), args.shape,
-                           args);
+                                 full_warps(kNTiles) * kWarpSize, full_shared_bytes(args.shape),
+                                 args.shape, args);
   }
 };
 

@@ -12,12 +12,16 @@ namespace dspark {
 /* A grid has at most as many CTAs: sizes the workspace without a look at the device. */
 constexpr int32_t kMaxShares = 256;
 constexpr int32_t kMaxFullDraftLen = 16;
+/* Up to so many requests the CTAs leave their leaders on a board. More of them gain by what is known of
+ * the others' leaders within a step: 16 requests take 207 us, with a board 216. */
+constexpr int32_t kBoardReqs = kGroupReqs;
 
 /* Offsets in bytes; what a head does not need has no size. */
 struct FullLayout {
   size_t keys;      /* RaceKey [draft_len, num_reqs] */
   size_t arrivals;  /* uint32 [2, batches, draft_len]: of steps, of their latents */
-  size_t races_end; /* of both, which start at zero */
+  size_t board;     /* RaceKey [draft_len, num_reqs, shares]: few requests, without skipping */
+  size_t races_end; /* of these three, which start at zero */
   size_t shares;    /* SpanWeight [draft_len, num_reqs, shares]: without skipping */
   size_t seeds;     /* RaceKey [num_reqs, draft_len, kSkipSeeds]: with it */
   size_t projected; /* f32 [num_reqs, draft_len, outputs]: gated and rnn */
@@ -34,9 +38,17 @@ inline bool skips_rows(const dspark_draft_full_params& p) {
   return p.w2_bounds != nullptr && p.head != DSPARK_HEAD_NONE;
 }
 
+/* Whether leaders are left on a board, see full.cuh. */
+inline bool has_board(const dspark_draft_full_params& p) {
+  return p.num_reqs <= kBoardReqs && p.w2_dtype == DSPARK_DTYPE_E4M3 &&
+         p.head != DSPARK_HEAD_NONE && !skips_rows(p);
+}
+
 /* What P has for a row: none, gates, or gates, cells and outputs. */
 inline int32_t num_projected(const dspark_draft_full_params& p) {
-  return !has_latent_kernel(p.head) ? 0 : p.head == DSPARK_HEAD_RNN ? 3 * p.markov_rank : p.markov_rank;
+  return !has_latent_kernel(p.head)  ? 0
+         : p.head == DSPARK_HEAD_RNN ? 3 * p.markov_rank
+                                     : p.markov_rank;
 }
 
 /* Counters of steps for all launches: each has the requests of some groups. */
@@ -56,6 +68,7 @@ inline FullLayout full_layout(const dspark_draft_full_params& p) {
   const size_t num_shares = std::min(num_full_spans(p), kMaxShares);
   layout.keys = carve(num_rows * sizeof(RaceKey));
   layout.arrivals = carve(2 * num_arrivals(p) * sizeof(uint32_t));
+  layout.board = carve(has_board(p) ? num_rows * num_shares * sizeof(RaceKey) : 0);
   layout.races_end = layout.bytes;
   layout.shares = carve(skips_rows(p) ? 0 : num_rows * num_shares * sizeof(SpanWeight));
   layout.seeds = carve(skips_rows(p) ? num_rows * kSkipSeeds * sizeof(RaceKey) : 0);
@@ -195,6 +208,7 @@ class FullCall {
     args.confidence_bias = p_.confidence_bias;
     args.confidence_with_markov = p_.confidence_with_markov != 0;
     args.confidence_vec = p_.hidden_size % 8 == 0 && aligned_16({p_.hidden, p_.confidence_weight});
+    if (has_board(p_)) args.board = at<RaceKey>(layout_.board);
     args.keys = at<RaceKey>(layout_.keys);
     args.arrivals = at<uint32_t>(layout_.arrivals) + first_req / kGroupReqs * p_.draft_len;
     args.latent_arrivals = args.arrivals + num_arrivals(p_);

@@ -78,8 +78,8 @@ class DraftSkip : FullCall<T, W> {
     args.basis = p_.w2_basis;
     args.seeds = this->template at<RaceKey>(layout_.seeds);
     args.rows_read = p_.rows_read;
-    args.paired_logits = aligned_to(args.full.f32_logits ? 8 : 4, {p_.logits}) &&
-                         p_.stride_logits_row % 2 == 0;
+    args.paired_logits =
+        aligned_to(args.full.f32_logits ? 8 : 4, {p_.logits}) && p_.stride_logits_row % 2 == 0;
     return args;
   }
 };
@@ -103,9 +103,8 @@ dspark_status find_bounds(const dspark_draft_bounds_params& p, dspark_stream str
 dspark_status draft_skip(const dspark_draft_full_params& params, dspark_stream stream) {
   return dispatch_half_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    return params.w2_dtype == DSPARK_DTYPE_E4M3
-               ? DraftSkip<T, __nv_fp8_e4m3>(params, stream).run()
-               : DraftSkip<T, T>(params, stream).run();
+    return params.w2_dtype == DSPARK_DTYPE_E4M3 ? DraftSkip<T, __nv_fp8_e4m3>(params, stream).run()
+                                                : DraftSkip<T, T>(params, stream).run();
   });
 }
 
@@ -130,7 +129,6 @@ extern "C" dspark_status DSPARK_FN(dspark_draft_bounds)(const dspark_draft_bound
     DSPARK_TRY(check_pointer("w2_scales", p.w2_scales, sizeof(float)));
     return find_bounds<__nv_fp8_e4m3>(p, stream);
   }
-  return dispatch_half_dtype(p.w2_dtype, [&](auto tag) {
-    return find_bounds<typename decltype(tag)::type>(p, stream);
-  });
+  return dispatch_half_dtype(
+      p.w2_dtype, [&](auto tag) { return find_bounds<typename decltype(tag)::type>(p, stream); });
 }
