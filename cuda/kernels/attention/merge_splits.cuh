@@ -144,6 +144,7 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs<T>& args,
                                            int tile_m) {
   using Policy = MergePolicy<kHeadDim>;
   constexpr int kBatch = Policy::kBatch / kRows;
+  if (work.num_partials < 2) return;
   const int column = threadIdx.x % Policy::kLanesPerRow * 4;
   const int step = Policy::kRowsPerCta * work.row_step;
   for (int m_in_tile = work.first_row + threadIdx.x / Policy::kLanesPerRow * work.row_step;
@@ -181,14 +182,17 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs<T>& args,
   }
 }
 
-/* Two are what most M tiles have that more than one CTA worked on. */
+/* Two partial results are what most M tiles have that more than one CTA worked on. */
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void merge_m_tile(const AttentionArgs<T>& args,
                                              const MergeWork& work,
                                              int kv_head,
                                              int tile_m) {
-  if (work.num_partials == 2) merge_rows<T, kHeadDim, 2>(args, work, kv_head, tile_m);
-  if (work.num_partials > 2) merge_rows<T, kHeadDim, 1>(args, work, kv_head, tile_m);
+  if (work.num_partials <= MergePolicy<kHeadDim>::kFewPartials) {
+    merge_rows<T, kHeadDim, 2>(args, work, kv_head, tile_m);
+  } else {
+    merge_rows<T, kHeadDim, 1>(args, work, kv_head, tile_m);
+  }
 }
 
 /* Grid (items, num_kv_heads); tile_m is that of the attention kernel. */

@@ -55,6 +55,8 @@ struct MergePolicy {
   static constexpr int kLanesPerRow = kHeadDim / 4;
   static constexpr int kRowsPerCta = kThreads / kLanesPerRow;
   static constexpr int kBatch = 4; /* partial results that a lane reads at once */
+  /* Up to here those are of two rows, beyond of one. */
+  static constexpr int kFewPartials = 6;
   /* So few registers that a CTA fits beside one of the streaming kernel's. */
   static constexpr int kMinCtasPerSm = 6;
 };
