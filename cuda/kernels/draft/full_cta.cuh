@@ -62,13 +62,13 @@ struct FullArgs {
   Latent* latents; /* written, each by one CTA */
   bool vanilla;
   bool rnn;
-  const T* proj_weight;   /* gated, rnn: rows of proj_columns; rnn: the state's columns are first */
+  const T* proj_weight; /* gated, rnn: rows of proj_columns; rnn: the state's columns are first */
   int32_t proj_columns;
-  int32_t proj_markov;    /* first column of W1's row */
-  bool proj_vec;          /* rows start at multiples of 16 bytes */
-  const float* projected; /* [rows, outputs]: what h adds, with the bias */
-  float* states[2];       /* rnn: [in.num_reqs, markov_rank], of even and odd steps */
-  uint32_t* latent_arrivals; /* as arrivals */
+  int32_t proj_markov;        /* first column of W1's row */
+  bool proj_vec;              /* rows start at multiples of 16 bytes */
+  const float* projected;     /* [rows, outputs]: what h adds, with the bias */
+  float* states[2];           /* rnn: [in.num_reqs, markov_rank], of even and odd steps */
+  uint32_t* latent_arrivals;  /* as arrivals */
   const T* confidence_weight; /* nullptr: none */
   float* confidence;
   float* confidence_logits;

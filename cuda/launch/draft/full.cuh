@@ -135,9 +135,9 @@ class DraftFull : FullCall<T, W> {
                      "dspark_draft_full: expected cooperative launches and more than %d bytes of "
                      "shared memory per CTA",
                      shared_bytes);
-    DSPARK_TRY(check_cuda(
-        "cudaMemsetAsync",
-        cudaMemsetAsync(this->template at<char>(layout_.keys), 0, layout_.races_end - layout_.keys, stream_)));
+    DSPARK_TRY(
+        check_cuda("cudaMemsetAsync", cudaMemsetAsync(this->template at<char>(layout_.keys), 0,
+                                                      layout_.races_end - layout_.keys, stream_)));
     DSPARK_TRY(this->project_hidden());
     for (int32_t first = 0; first < p_.num_reqs; first += batch) {
       FullArgs<T, W> args = this->full_args(first);
@@ -168,8 +168,8 @@ class DraftFull : FullCall<T, W> {
   template <int kNTiles>
   dspark_status run_batch(const FullArgs<T, W>& args) const {
     return this->run_cooperative("full_kernel", full_kernel<T, W, kNTiles>,
-                           full_warps(kNTiles) * kWarpSize, full_shared_bytes(args.shape), args.shape,
-                           args);
+                                 full_warps(kNTiles) * kWarpSize, full_shared_bytes(args.shape),
+                                 args.shape, args);
   }
 };
 

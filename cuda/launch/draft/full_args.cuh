@@ -36,7 +36,9 @@ inline bool skips_rows(const dspark_draft_full_params& p) {
 
 /* What P has for a row: none, gates, or gates, cells and outputs. */
 inline int32_t num_projected(const dspark_draft_full_params& p) {
-  return !has_latent_kernel(p.head) ? 0 : p.head == DSPARK_HEAD_RNN ? 3 * p.markov_rank : p.markov_rank;
+  return !has_latent_kernel(p.head)  ? 0
+         : p.head == DSPARK_HEAD_RNN ? 3 * p.markov_rank
+                                     : p.markov_rank;
 }
 
 /* Counters of steps for all launches: each has the requests of some groups. */
