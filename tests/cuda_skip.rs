@@ -4,9 +4,10 @@
 
 mod common;
 
-use common::Rng;
 use common::full::Case;
 use common::raw::device;
+use common::{Rng, gpu, logits, mat, weight};
+use dspark::ops::{DraftBatch, DraftHead, HeadKind, Ops, Rule, SamplingParams};
 use half::bf16;
 
 fn cases() -> Vec<Case> {
@@ -111,5 +112,57 @@ fn requests_that_draft_less_and_requests_that_sample_change_nobody() {
             common::full::UNWRITTEN
         };
         assert_eq!(got.tokens[row], token, "row {row}");
+    }
+}
+
+#[test]
+fn the_backend_skips_for_few_requests_with_a_large_head() {
+    const VOCAB: usize = 66_001;
+    const RANK: usize = 256;
+    const STEPS: usize = 2;
+    let Some(mut cuda) = gpu() else { return };
+    let mut rng = Rng::new(12);
+    let mut head = DraftHead {
+        kind: HeadKind::Vanilla,
+        rank: RANK,
+        markov_w1: Some(weight(
+            &mut cuda,
+            [VOCAB, RANK],
+            &rng.normals(VOCAB * RANK, 0.1),
+        )),
+        markov_w2: Some(weight(
+            &mut cuda,
+            [VOCAB, RANK],
+            &rng.normals(VOCAB * RANK, 0.1),
+        )),
+        ..DraftHead::none()
+    };
+    for num_reqs in [3, 9] {
+        let rows = num_reqs * STEPS;
+        let base = logits(&mut cuda, VOCAB, &rng.normals(rows * VOCAB, 3.0));
+        let hidden = mat(&mut cuda, 8, &vec![0.0; rows * 8]);
+        let sampling = |r: usize| SamplingParams {
+            temperature: [0.0, 0.8][r % 2],
+            rule: Rule::Coupled,
+            seed: r as u64,
+            ..SamplingParams::default()
+        };
+        let sampling: Vec<SamplingParams> = (0..num_reqs).map(sampling).collect();
+        let anchors: Vec<u32> = (0..num_reqs as u32).map(|r| 100 * r).collect();
+        let batch = DraftBatch {
+            anchors: &anchors,
+            anchor_positions: &anchors,
+            sampling: &sampling,
+            draft_len: STEPS,
+            mask: None,
+        };
+        head.row_bounds = None;
+        let (want, _) = cuda.draft_full(&head, &base, &hidden, &batch).unwrap();
+        let w2 = head.markov_w2.as_ref().unwrap();
+        head.row_bounds = Some(cuda.row_bounds(w2).unwrap());
+        let (got, law) = cuda.draft_full(&head, &base, &hidden, &batch).unwrap();
+        assert_eq!(got, want, "{num_reqs} requests");
+        let skipped = law.log_normalizers.iter().all(|value| value.is_nan());
+        assert_eq!(skipped, num_reqs <= 8, "{num_reqs} requests");
     }
 }

@@ -22,7 +22,8 @@ pub enum HeadForm {
     /// All of it.
     #[default]
     Full,
-    /// All of it; where all requests are greedy or coupled, only rows of W2 that can win are read. The same drafts.
+    /// All of it, but where all requests are greedy or coupled rows of W2 that cannot win may be passed over (on CUDA:
+    /// up to eight requests, W2 above 32 MB). The same drafts.
     FullSkip,
     /// All of it, by a copy of W2 in e4m3.
     FullFp8,

@@ -415,8 +415,8 @@ __global__ void __launch_bounds__(full_warps(kNTiles) * kWarpSize, 1)
   for (int32_t step = args.first_step; step < args.first_step + args.num_steps; ++step) {
     if (args.markov_w2 != nullptr) {
       if (!args.vanilla) {
-        make_latents(args, state.runners, cta.shared.latents, step, full_warps(kNTiles),
-                     [] { __syncthreads(); });
+        make_latents<4>(args, state.runners, cta.shared.latents, step, full_warps(kNTiles),
+                        [] { __syncthreads(); });
       }
       stage_latents<4>(
           cta, step, full_warps(kNTiles), [&](int32_t q, int piece, const uint4& words) {

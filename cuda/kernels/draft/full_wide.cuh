@@ -211,8 +211,8 @@ __device__ __forceinline__ void run_wide(FullCta<T, W>& cta, WideState& state) {
   WideGroup<T, W> group(cta, state);
   for (int32_t step = args.first_step; step < args.first_step + args.num_steps; ++step) {
     if (!args.vanilla) {
-      make_latents(args, cta.state.runners, cta.shared.latents, step, WidePolicy::kNumWarps,
-                   [] { sync_threads<kThreads>(kBarrier); });
+      make_latents<4>(args, cta.state.runners, cta.shared.latents, step, WidePolicy::kNumWarps,
+                      [] { sync_threads<kThreads>(kBarrier); });
     }
     stage_wide_latents(cta, step);
     sync_threads<kThreads>(kBarrier);

@@ -108,6 +108,17 @@ __device__ __forceinline__ float token_exponential(const Runner& runner,
   return zone_exponential(zone, token % kNoiseZone, word);
 }
 
+/* Whether a token's E, made from its zone's and its own word, is past `largest` for certain. A comparison
+ * with NaN says no. */
+__device__ __forceinline__ bool is_beaten(const ZoneNoise& zone,
+                                          int32_t offset,
+                                          uint32_t word,
+                                          float largest) {
+  /* 1 + u rounded down to a multiple of 2^-23: no conversion, and never above 1 + u. */
+  const float one_plus_u = __uint_as_float(word >> 9 | 0x3f800000u);
+  return offset == zone.least_at ? zone.least > largest : one_plus_u > 1.f + (largest - zone.least);
+}
+
 /* Lets the tokens of a quad run that can still win; `zone` is theirs. A comparison with NaN lets the
  * token run, which judges it exactly. */
 __device__ __forceinline__ void race_screened(Indexed& best,
@@ -130,12 +141,7 @@ __device__ __forceinline__ void race_screened(Indexed& best,
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
     const int32_t offset = (quad * kQuad + i) % kNoiseZone;
-    const float largest = largest_exponential(scores[i], bound, runner);
-    /* 1 + u rounded down to a multiple of 2^-23: no conversion, and never above 1 + u. */
-    const float one_plus_u = __uint_as_float(words[i] >> 9 | 0x3f800000u);
-    const bool beaten =
-        offset == zone.least_at ? zone.least > largest : one_plus_u > 1.f + (largest - zone.least);
-    if (beaten) continue;
+    if (is_beaten(zone, offset, words[i], largest_exponential(scores[i], bound, runner))) continue;
     const float exponential = zone_exponential(zone, offset, words[i]);
     const float score = race_score_logit(scores[i], runner.temperature, exponential);
     race_step(best, score, quad * kQuad + i);

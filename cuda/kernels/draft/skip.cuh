@@ -6,21 +6,31 @@
  *                                  somebody has reached already (coupled: with its noise)
  *
  * What has been reached comes from seeds: the largest base logits of 16 parts of the row, which a
- * first kernel finds in one pass, and whose logits every CTA computes at the start of a step; then from the
- * leaders so far (64-bit atomic maxima, race.cuh), looked at again before rows are read. A stale
- * bound costs time and changes nothing: which tokens are read decides no draft, a tie neither, since
- * a bound that equals the leader is not passed over.
+ * first kernel finds in one pass. Every CTA has their logits at the start of a step; their rows of W2 are
+ * on the way while the step before ends. A looser bound costs time and changes nothing: which
+ * tokens are read decides no draft, a tie neither, since a bound that equals what has been reached is
+ * not passed over.
  *
- * Mapping: one CTA per SM with its share of the vocabulary, spans of 64 tokens; a warp has a span for
- * some requests, a lane two tokens of it. Tokens that pass wait in a queue of the warp until there
- * are eight, whose products are one chain of mma (low_rank_logit.cuh). Between steps the exchange of
- * full.cuh.
+ * Mapping: one CTA per SM with every grid-th span of 64 tokens: what many requests want are
+ * neighbours (frequent tokens have low numbers). A warp screens a span for 8 requests, a lane two of
+ * its tokens; what one of the 8 may draw goes to a list of the CTA, from which warps take 16 rows at
+ * a time: one product m16n8k16 chain (low_rank_logit.cuh) for all 8 requests. Between steps the
+ * exchange of full.cuh.
  *
- * Per step: base logits twice (the second time from L2 as far as it goes), 16 bytes of bounds a
- * token, 2 r bytes for each token that passes.
+ * Per step: base logits (a second time, from L2 as far as it goes), 16 bytes of bounds a token, 2 r bytes
+ * for each row that passes. On an H100 with the demo pair's rounds, its W1 and W2 repeated to V 151,936 and
+ * r 256 (0.1 to 8 % of (token, request) pairs pass; the union of 8 requests decides): greedy 67 / 148 /
+ * 247 / 517 us at 1 / 8 / 16 / 32 requests against full's 183 / 191 / 210 / 274, coupled 79 / 179 / 300 / 673
+ * against 190 / 236 / 456 / 684. As it is (V 49,152, r 64: W2 stays on chip) 53 / 81 against 49 / 53.
+ * One request is limited by latency (9 us a step), many by the rows that they want between them.
+ *
+ * Dropped: whole tiles of 64 tokens (64 % of the demo pair's would be read against 2 % of the tokens); shares of
+ * consecutive spans with a list for each warp (348 / 697 / 1411 us at 8 / 16 / 32 requests: the CTA of
+ * the lowest tokens has most of the work).
  */
 #pragma once
 
+#include "common/async_copy.cuh"
 #include "kernels/draft/full_latents.cuh"
 #include "kernels/draft/full_rows.cuh"
 #include "kernels/draft/skip_bound.cuh"
@@ -28,12 +38,13 @@
 namespace dspark {
 
 struct SkipPolicy {
-  static constexpr int kMaxReqs = 64;
+  static constexpr int kMaxReqs = 32;
   static constexpr int kMaxGroups = kMaxReqs / kGroupReqs;
   static constexpr int kNumWarps = 20;
   static constexpr int kNumThreads = kNumWarps * kWarpSize;
   static constexpr int kRows = 16; /* of W2 in a product, for a group of 8 requests */
   static constexpr int kPairs = 8; /* of a seed and a latent, in one of seeds */
+  static constexpr int kMaxPairs = kNumWarps * kPairs;
   static constexpr int kSeedThreads = 256;
 };
 
@@ -103,7 +114,7 @@ largest_of(const U* row, const SeedArgs& args, int64_t mask_row, int32_t begin, 
 }
 
 /* Grid: (kSkipSeeds, rows). */
-__global__ void __launch_bounds__(SkipPolicy::kSeedThreads) seed_kernel(SeedArgs args) {
+static __global__ void __launch_bounds__(SkipPolicy::kSeedThreads) seed_kernel(SeedArgs args) {
   constexpr int kWarps = SkipPolicy::kSeedThreads / kWarpSize;
   __shared__ Indexed bests[kWarps];
   const auto row = static_cast<int32_t>(blockIdx.y);
@@ -164,9 +175,16 @@ __host__ __device__ constexpr int32_t skip_entries(const FullShape& shape) {
   return shape.spans_per_share * kSpan;
 }
 
+/* Latents, then rows of W2 for each warp, then entries. */
+__host__ __device__ constexpr int32_t skip_rows_at(const FullShape& shape) {
+  return shape.num_reqs * shape.latent_row_bytes;
+}
+__host__ __device__ constexpr int32_t skip_entries_at(const FullShape& shape) {
+  return skip_rows_at(shape) + SkipPolicy::kNumWarps * SkipPolicy::kRows * shape.weight_row_bytes;
+}
 __host__ __device__ constexpr size_t skip_shared_bytes(const FullShape& shape) {
   const int32_t num_groups = (shape.num_reqs + kGroupReqs - 1) / kGroupReqs;
-  return static_cast<size_t>(shape.num_reqs) * shape.latent_row_bytes +
+  return static_cast<size_t>(skip_entries_at(shape)) +
          static_cast<size_t>(num_groups) * skip_entries(shape) * sizeof(SkipEntry);
 }
 
@@ -176,6 +194,7 @@ struct SkipCta {
   const SkipArgs<T, W>& args;
   SkipState& state;
   unsigned char* latents; /* rows of latent_row_bytes */
+  unsigned char* rows;    /* the warp's: kRows of weight_row_bytes */
   SkipEntry* entries;     /* [groups, skip_entries()] */
   int32_t
       num_spans; /* of the share: every gridDim.x-th, for tokens that many want are neighbours */
@@ -259,35 +278,31 @@ struct SkipCta {
   }
 };
 
-/* low_rank_dots() with half a row of kMaxRank on its way at once. */
-template <typename W, typename Latent>
-__device__ __forceinline__ void row_dots(
-    const W* row, const W* row_8, const Latent* latent, int32_t rank, float (&dots)[4]) {
-  constexpr int kAtOnce = FullPolicy::kMaxSteps / 2;
+/* Asks for row i of the warp's place, for all i below `count`: W2's of the token that lane i brings. */
+template <typename T, typename W>
+__device__ __forceinline__ void fetch_rows(const SkipCta<T, W>& cta, int32_t token, int32_t count) {
+  const FullArgs<T, W>& full = cta.args.full;
   const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) dots[i] = 0.f;
-#pragma unroll 1
-  for (int first = 0; first * kLowRankStep < rank; first += kAtOnce) {
-    uint2 low[kAtOnce];
-    uint2 high[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const bool there = (first + i) * kLowRankStep < rank;
-      const uint2 zeros = make_uint2(0u, 0u);
-      low[i] = there && row != nullptr ? LowRank<W>::weight_words(row, first + i, lane) : zeros;
-      high[i] =
-          there && row_8 != nullptr ? LowRank<W>::weight_words(row_8, first + i, lane) : zeros;
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if ((first + i) * kLowRankStep >= rank) break;
-      const uint2 b =
-          latent == nullptr ? make_uint2(0u, 0u) : latent_words<W>(latent, first + i, lane);
-      const uint32_t a[4] = {low[i].x, high[i].x, low[i].y, high[i].y};
-      mma_m16n8k16<Latent>(dots, a, b.x, b.y);
-    }
+  const int32_t row_bytes = full.in.markov_rank * static_cast<int32_t>(sizeof(W));
+  const int32_t pieces = row_bytes / 16;
+  const auto* weights = reinterpret_cast<const unsigned char*>(full.markov_w2);
+  const uint32_t to = shared_address(cta.rows);
+  for (int32_t first = 0; first < count * pieces; first += kWarpSize) {
+    const int32_t i = first + lane;
+    const int32_t row = min(i / pieces, count - 1);
+    const int32_t of_row = __shfl_sync(kAllLanes, token, row);
+    if (i >= count * pieces) continue;
+    const int32_t at = i % pieces * 16;
+    copy_async_16(to + row * full.shape.weight_row_bytes + at,
+                  weights + static_cast<int64_t>(of_row) * row_bytes + at, true);
   }
+  copy_async_commit();
+}
+
+/* Waits for what the warp asked for. */
+__device__ __forceinline__ void wait_for_rows() {
+  copy_async_wait<0>();
+  __syncwarp();
 }
 
 /* The step's latents into shared memory, with what bounds their products. */
@@ -325,66 +340,63 @@ __device__ __forceinline__ void set_up_step(const SkipCta<T, W>& cta, int32_t st
   }
 }
 
-/* Asks L2 for the rows of W2 that the seeds of all steps will want. */
-template <typename T, typename W>
-__device__ __forceinline__ void ask_for_seeds(const SkipArgs<T, W>& args) {
-  constexpr int32_t kLine = 128;
-  const FullArgs<T, W>& full = args.full;
-  const int32_t row_bytes = full.in.markov_rank * static_cast<int32_t>(sizeof(W));
-  const int32_t lines = (row_bytes + kLine - 1) / kLine;
-  const int32_t count = full.shape.num_reqs * full.in.draft_len * kSkipSeeds;
-  const RaceKey* seeds =
-      args.seeds + static_cast<int64_t>(full.first_req) * full.in.draft_len * kSkipSeeds;
-  for (int32_t i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x); i < count * lines;
-       i += static_cast<int32_t>(gridDim.x * blockDim.x)) {
-    const auto* row = reinterpret_cast<const unsigned char*>(
-        full.markov_w2 + static_cast<int64_t>(race_token(seeds[i / lines])) * full.in.markov_rank);
-    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(row + i % lines * kLine));
-  }
-}
+/* A seed and whose it is: pair lane % kPairs of the warp's. */
+struct SkipSeed {
+  int32_t q; /* -1: none */
+  int32_t token;
+  float base;
+};
 
-/* Logits of the seeds: what is reached at least. */
+/* The warp's seeds of a step; asks for their rows. All warps together have room for all. */
 template <typename T, typename W>
-__device__ __forceinline__ void run_seeds(const SkipCta<T, W>& cta, int32_t step) {
-  const FullArgs<T, W>& full = cta.args.full;
-  const int lane = threadIdx.x % kWarpSize;
+__device__ __forceinline__ SkipSeed fetch_seeds(const SkipCta<T, W>& cta, int32_t step) {
   const int32_t num_seeds = cta.args.num_seeds;
-  const int32_t count = full.shape.num_reqs * num_seeds;
-  for (int32_t i = threadIdx.x / kWarpSize * SkipPolicy::kPairs; i < count;
-       i += SkipPolicy::kNumWarps * SkipPolicy::kPairs) {
-    const int32_t q = (i + lane / 4) / num_seeds;
-    RaceKey seed = kEmptyRaceKey;
-    if (q < full.shape.num_reqs && cta.takes_part(q, step)) {
-      const RaceKey* seeds = cta.args.seeds + cta.row_of(q, step) * kSkipSeeds;
-      for (int j = (i + lane / 4) % num_seeds; j < kSkipSeeds; j += num_seeds) {
-        seed = max(seed, __ldg(seeds + j));
-      }
-    }
-    const bool some = seed != kEmptyRaceKey;
-    const int32_t token = race_token(seed);
-    const W* row =
-        some ? full.markov_w2 + static_cast<int64_t>(token) * full.in.markov_rank : nullptr;
-    const typename SkipCta<T, W>::Latent* latent = some ? cta.latent_of(q) : nullptr;
-    float dots[4];
-    row_dots<W>(row, static_cast<const W*>(nullptr), latent, full.in.markov_rank, dots);
-    const float even = __shfl_sync(kAllLanes, dots[0], lane / 4 * 4 + lane / 8);
-    const float odd = __shfl_sync(kAllLanes, dots[1], lane / 4 * 4 + lane / 8);
-    const float dot = lane / 4 % 2 == 0 ? even : odd;
-    if (!some || lane % 4 != 0) continue;
-    const float score = cta.score_of(q, step, token, race_score(seed), dot);
-    if (score > -INFINITY) atomicMax_block(&cta.state.reached[q], score_order(score));
+  const int32_t i = static_cast<int32_t>(SkipPolicy::kNumWarps - 1 - threadIdx.x / kWarpSize) *
+                        SkipPolicy::kPairs +
+                    static_cast<int32_t>(threadIdx.x) % SkipPolicy::kPairs;
+  const int32_t q = i / num_seeds;
+  RaceKey seed = kEmptyRaceKey;
+  if (cta.takes_part(q, step)) {
+    const RaceKey* seeds = cta.args.seeds + cta.row_of(q, step) * kSkipSeeds;
+    for (int j = i % num_seeds; j < kSkipSeeds; j += num_seeds) seed = max(seed, __ldg(seeds + j));
   }
+  const bool some = seed != kEmptyRaceKey;
+  const SkipSeed found = {some ? q : -1, race_token(seed), race_score(seed)};
+  if (__any_sync(kAllLanes, some)) fetch_rows(cta, found.token, SkipPolicy::kPairs);
+  return found;
 }
 
-/* Which of `token` and the next (bits 0, 1) may win for request q; `base`: their base logits, `least`: of
- * a coupled request's noise in their zone. */
+/* Scores of the warp's seeds: what is reached at least. */
+template <typename T, typename W>
+__device__ __forceinline__ void run_seeds(const SkipCta<T, W>& cta,
+                                          int32_t step,
+                                          const SkipSeed& seed) {
+  const int lane = threadIdx.x % kWarpSize;
+  if (!__any_sync(kAllLanes, seed.q >= 0)) return;
+  wait_for_rows();
+  const int pair = lane / 4;
+  const int32_t q = __shfl_sync(kAllLanes, seed.q, pair);
+  const int32_t token = __shfl_sync(kAllLanes, seed.token, pair);
+  const float base = __shfl_sync(kAllLanes, seed.base, pair);
+  const auto* row =
+      reinterpret_cast<const W*>(cta.rows + pair * cta.args.full.shape.weight_row_bytes);
+  const float dot =
+      low_rank_pair_dot<W>(row, q < 0 ? nullptr : cta.latent_of(q), cta.args.full.in.markov_rank);
+  __syncwarp(); /* the place is free again */
+  if (q < 0 || lane % 4 != 0) return;
+  const float score = cta.score_of(q, step, token, base, dot);
+  if (score > -INFINITY) atomicMax_block(&cta.state.reached[q], score_order(score));
+}
+
+/* Which of `token` and the next (bits 0, 1) may win for request q; `base`: their base logits, `zone`:
+ * a coupled request's noise there. */
 template <typename T, typename W>
 __device__ __forceinline__ uint32_t may_win(const SkipCta<T, W>& cta,
                                             int32_t q,
                                             int32_t step,
                                             int32_t token,
                                             float2 base,
-                                            float least,
+                                            const ZoneNoise& zone,
                                             const float4 (&rows)[2]) {
   const SpanRunner& runner = cta.state.runners[q];
   if (runner.mode == DrawMode::kSampled) return 0;
@@ -405,19 +417,22 @@ __device__ __forceinline__ uint32_t may_win(const SkipCta<T, W>& cta,
   }
   Runner at = runner.runner;
   at.position += step;
-  const int32_t zone = token / kNoiseZone;
   const float screen = screen_bound(bound, at.temperature);
   uint32_t winners = 0;
+  float largest[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (wanted[i] && !(least > largest_exponential(tops[i], screen, at))) winners |= 1u << i;
+    largest[i] = largest_exponential(tops[i], screen, at);
+    if (wanted[i] && !(zone.least > largest[i])) winners |= 1u << i;
   }
   if (winners == 0) return 0;
-  const ZoneNoise noise = {least, zone_least_at(at.seed, zone, at.position, at.purpose)};
+  const uint4 words =
+      philox_quad(at.seed, static_cast<uint32_t>(token) / kQuad, at.position, at.purpose);
+  const bool upper = token % kQuad != 0; /* tokens are even */
+  const uint32_t own[2] = {upper ? words.z : words.x, upper ? words.w : words.y};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float exponential = token_exponential(at, noise, token + i);
-    if (race_score_logit(tops[i], at.temperature, exponential) < bound) winners &= ~(1u << i);
+    if (is_beaten(zone, token % kNoiseZone + i, own[i], largest[i])) winners &= ~(1u << i);
   }
   return winners;
 }
@@ -443,18 +458,19 @@ __device__ __forceinline__ void screen_span(const SkipCta<T, W>& cta,
   }
   /* Lane i: of request i of the group. */
   const int32_t own_q = group * kGroupReqs + lane % kGroupReqs;
-  float own_least = 0.f;
+  ZoneNoise own_zone = {0.f, 0};
   if (cta.takes_part(own_q, step) && cta.state.runners[own_q].mode == DrawMode::kCoupled) {
     const Runner& runner = cta.state.runners[own_q].runner;
-    own_least = zone_least(runner.seed, span, runner.position + step, runner.purpose);
+    own_zone = zone_noise(runner.seed, span, runner.position + step, runner.purpose);
   }
   uint32_t wanted[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < kGroupReqs; ++i) {
     const int32_t q = group * kGroupReqs + i;
     if (!cta.takes_part(q, step)) continue; /* whole warps */
-    const float least = __shfl_sync(kAllLanes, own_least, i);
-    const uint32_t winners = may_win(cta, q, step, token, bases[i], least, rows);
+    const ZoneNoise zone = {__shfl_sync(kAllLanes, own_zone.least, i),
+                            __shfl_sync(kAllLanes, own_zone.least_at, i)};
+    const uint32_t winners = may_win(cta, q, step, token, bases[i], zone, rows);
     wanted[0] |= (winners & 1u) << i;
     wanted[1] |= (winners >> 1) << i;
   }
@@ -485,13 +501,10 @@ __device__ __forceinline__ void read_rows(const SkipCta<T, W>& cta,
   const SkipEntry none = {0, 0};
   const SkipEntry own[2] = {lane / 4 < count ? entries[lane / 4] : none,
                             lane / 4 + 8 < count ? entries[lane / 4 + 8] : none};
-  const W* rows[2];
+  fetch_rows(cta, lane < count ? entries[lane].token : 0, count);
   float bases[2][2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    rows[half] = own[half].requests == 0
-                     ? nullptr
-                     : full.markov_w2 + static_cast<int64_t>(own[half].token) * rank;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int32_t of_group = lane % 4 * 2 + i;
@@ -503,7 +516,14 @@ __device__ __forceinline__ void read_rows(const SkipCta<T, W>& cta,
   const int32_t latent_q = group * kGroupReqs + lane / 4;
   const Latent* latent = cta.takes_part(latent_q, step) ? cta.latent_of(latent_q) : nullptr;
   float dots[4];
-  row_dots<W>(rows[0], rows[1], latent, rank, dots);
+  wait_for_rows();
+  const auto row_of = [&](int half) {
+    const int row = lane / 4 + 8 * half;
+    return row < count ? reinterpret_cast<const W*>(cta.rows + row * full.shape.weight_row_bytes)
+                       : nullptr;
+  };
+  low_rank_dots<W>(row_of(0), row_of(1), latent, rank, dots);
+  __syncwarp(); /* the place is free again */
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -548,33 +568,35 @@ __global__ void __launch_bounds__(SkipPolicy::kNumThreads, 1)
   __shared__ SkipState state;
   const FullArgs<T, W>& full = args.full;
   auto* latents = reinterpret_cast<unsigned char*>(shared_skip);
+  const int32_t warp = threadIdx.x / kWarpSize;
   SkipCta<T, W> cta = {
       args, state, latents,
-      reinterpret_cast<SkipEntry*>(latents + full.shape.num_reqs * full.shape.latent_row_bytes)};
+      latents + skip_rows_at(full.shape) + warp * SkipPolicy::kRows * full.shape.weight_row_bytes,
+      reinterpret_cast<SkipEntry*>(latents + skip_entries_at(full.shape))};
   cta.num_spans = (full.shape.num_spans - static_cast<int32_t>(blockIdx.x) +
                    static_cast<int32_t>(gridDim.x) - 1) /
                   static_cast<int32_t>(gridDim.x);
   set_up_runners(full, state.runners, SkipPolicy::kMaxReqs);
   for (int q = threadIdx.x; q < SkipPolicy::kMaxReqs; q += blockDim.x) state.rows_read[q] = 0;
-  ask_for_seeds(args);
   __syncthreads();
 
-  const int32_t warp = threadIdx.x / kWarpSize;
   const int32_t num_groups = (full.shape.num_reqs + kGroupReqs - 1) / kGroupReqs;
+  SkipSeed seed = fetch_seeds(cta, full.first_step);
   for (int32_t step = full.first_step; step < full.first_step + full.num_steps; ++step) {
     if (!full.vanilla) {
-      make_latents(full, state.runners, cta.latents, step, SkipPolicy::kNumWarps,
-                   [] { __syncthreads(); });
+      make_latents<2>(full, state.runners, cta.latents, step, SkipPolicy::kNumWarps,
+                      [] { __syncthreads(); });
     }
     set_up_step(cta, step);
     __syncthreads();
-    run_seeds(cta, step);
+    run_seeds(cta, step, seed);
     __syncthreads();
     for (int32_t i = warp; i < cta.num_spans * num_groups; i += SkipPolicy::kNumWarps) {
       screen_span(cta, step, cta.span_at(i % cta.num_spans), i / cta.num_spans);
     }
     __syncthreads();
     read_entries(cta, step, num_groups);
+    if (step + 1 < full.first_step + full.num_steps) seed = fetch_seeds(cta, step + 1);
     __syncthreads(); /* all leaders are pushed */
     if (threadIdx.x == 0) {
       signal_arrival(full.arrivals + step);

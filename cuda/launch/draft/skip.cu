@@ -8,12 +8,10 @@ namespace dspark {
 
 namespace {
 
-/* Products of all seeds cost a CTA as much as those of so many requests' tokens: few are looked at
- * where there are many requests. */
+/* Seeds of a row that are looked at: what the warps of a CTA do at once. */
 constexpr int32_t seeds_of(int32_t num_reqs) {
-  constexpr int32_t kMostProducts = 160;
   int32_t seeds = kSkipSeeds;
-  while (seeds > 1 && seeds * num_reqs > kMostProducts) seeds /= 2;
+  while (seeds > 1 && seeds * num_reqs > SkipPolicy::kMaxPairs) seeds /= 2;
   return seeds;
 }
 
@@ -29,27 +27,49 @@ class DraftSkip : FullCall<T, W> {
   dspark_status run() const {
     int num_sms = 0;
     int cooperative = 0;
+    int shared_bytes = 0;
     DSPARK_TRY(device_attribute(cudaDevAttrMultiProcessorCount, &num_sms));
     DSPARK_TRY(device_attribute(cudaDevAttrCooperativeLaunch, &cooperative));
-    DSPARK_CHECK_ARG(cooperative != 0, DSPARK_ERROR_UNSUPPORTED_DEVICE,
-                     "dspark_draft_full: expected cooperative launches");
+    DSPARK_TRY(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_bytes));
     DSPARK_TRY(find_seeds());
     DSPARK_TRY(this->project_hidden());
-    for (int32_t first = 0; first < p_.num_reqs; first += SkipPolicy::kMaxReqs) {
+    const int32_t batch = most_reqs(num_sms, shared_bytes);
+    DSPARK_CHECK_ARG(cooperative != 0 && batch > 0, DSPARK_ERROR_UNSUPPORTED_DEVICE,
+                     "dspark_draft_full: expected cooperative launches and more than %d bytes of "
+                     "shared memory per CTA for w2_bounds",
+                     shared_bytes);
+    for (int32_t first = 0; first < p_.num_reqs; first += batch) {
       SkipArgs<T, W> args = skip_args(first);
-      FullShape& shape = args.full.shape;
-      shape.num_reqs = std::min(p_.num_reqs - first, SkipPolicy::kMaxReqs);
-      shape.num_spans = num_full_spans(p_);
-      shape.spans_per_share = ceil_div(shape.num_spans, std::min(num_sms, kMaxShares));
-      shape.latent_row_bytes = p_.markov_rank * 2 + FullPolicy::kPadBytes;
-      args.num_seeds = seeds_of(shape.num_reqs);
+      args.full.shape = shape_of(std::min(p_.num_reqs - first, batch), num_sms);
+      args.num_seeds = seeds_of(args.full.shape.num_reqs);
       DSPARK_TRY(this->run_cooperative("skip_kernel", skip_kernel<T, W>, SkipPolicy::kNumThreads,
-                                       skip_shared_bytes(shape), shape, args));
+                                       skip_shared_bytes(args.full.shape), args.full.shape, args));
     }
     return DSPARK_OK;
   }
 
  private:
+  FullShape shape_of(int32_t num_reqs, int32_t num_sms) const {
+    FullShape shape = {};
+    shape.num_reqs = num_reqs;
+    shape.num_spans = num_full_spans(p_);
+    shape.spans_per_share = ceil_div(shape.num_spans, std::min(num_sms, kMaxShares));
+    shape.latent_row_bytes = p_.markov_rank * 2 + FullPolicy::kPadBytes;
+    shape.weight_row_bytes =
+        p_.markov_rank * static_cast<int32_t>(sizeof(W)) + FullPolicy::kPadBytes;
+    return shape;
+  }
+
+  /* Of a launch; 0: not even one group of requests fits. */
+  int32_t most_reqs(int32_t num_sms, int32_t shared_bytes) const {
+    int32_t reqs = SkipPolicy::kMaxReqs;
+    while (reqs > 0 && skip_shared_bytes(shape_of(reqs, num_sms)) + sizeof(SkipState) >
+                           static_cast<size_t>(shared_bytes)) {
+      reqs -= kGroupReqs;
+    }
+    return reqs;
+  }
+
   dspark_status find_seeds() const {
     const FullArgs<T, W> full = this->full_args(0);
     SeedArgs args = {};

@@ -54,6 +54,17 @@ impl Answers {
     }
 }
 
+/// Whether a batch is drafted sooner where rows of W2 that cannot win are passed over: few requests, which want few rows
+/// between them, and a W2 that does not stay on chip from step to step.
+fn skipping_pays(walk: &Walk<'_>) -> bool {
+    const MOST_REQS: usize = 8;
+    const LEAST_W2_BYTES: usize = 32 << 20;
+    let w2_bytes = walk.logits.cols() * walk.head.rank * size_of::<bf16>();
+    walk.batch.wants_winners_alone()
+        && walk.batch.anchors.len() <= MOST_REQS
+        && w2_bytes > LEAST_W2_BYTES
+}
+
 impl Cuda {
     /// The method of the trait; see there.
     pub(super) fn run_full(&mut self, walk: &Walk<'_>) -> Result<(Drafted, LowRankLaw)> {
@@ -61,7 +72,7 @@ impl Cuda {
         let head = walk.head;
         let copy = head.w2_fp8.as_ref();
         let bounds = head.row_bounds.as_ref();
-        let bounds = bounds.filter(|_| copy.is_none() && walk.batch.wants_winners_alone());
+        let bounds = bounds.filter(|_| copy.is_none() && skipping_pays(walk));
         let answers = Answers {
             drafts: DraftWords::new(head, walk.logits.rows()),
             rank: head.rank,

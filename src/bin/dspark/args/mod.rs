@@ -260,7 +260,7 @@ pub struct DraftArgs {
     #[arg(long, default_value = "fixed", value_name = "RULE")]
     pub schedule: Policy,
     /// How a DSpark or DFlash head drafts: full (from the whole vocabulary); full-skip (the same drafts, on CUDA
-    /// without reading rows of W2 that cannot win while all requests are greedy or coupled); full-fp8 (by a copy of W2 in
+    /// without reading rows of W2 that cannot win while at most eight requests, all greedy or coupled, draft with a large W2); full-fp8 (by a copy of W2 in
     /// e4m3, made at load); candidates:K (from the K likeliest tokens before the head's own bias) or candidates:K:M (joined with the M
     /// tokens that the token before speaks for most, from a table made at load); at most 256 candidates in all.
     #[arg(long, default_value = "full", value_name = "FORM")]
