@@ -76,8 +76,11 @@ impl Rounds {
     fn new(rule: Rule, temperature: f32, sparse: bool, slip: Slip) -> Self {
         let mut rng = Rng::new(rule as u64 + 3);
         let target = [(); NUM_ROWS].map(|()| rng.normals(VOCAB, 1.0));
+        let right = slip == Slip::None;
         let draft = [0, 1, 2].map(|k| {
-            let near = target[k].iter().zip(rng.normals(VOCAB, 0.25));
+            // Near the target's, for rounds to get far; else far off, for slips to show.
+            let scale = if right { 0.25 } else { 1.5 };
+            let near = target[k].iter().zip(rng.normals(VOCAB, scale));
             let mut row: Vec<f32> = near.map(|(l, e)| l + e).collect();
             let least = (0..VOCAB).min_by(|&a, &b| row[a].total_cmp(&row[b]));
             row[least.unwrap()] = f32::NEG_INFINITY;
@@ -93,11 +96,7 @@ impl Rounds {
             },
             sparse,
             slip,
-            number: if slip == Slip::None {
-                NUM_ROUNDS
-            } else {
-                NUM_CONTROLS
-            },
+            number: if right { NUM_ROUNDS } else { NUM_CONTROLS },
         }
     }
 
