@@ -8,6 +8,7 @@
 //! holds for all in it. Between buckets it may differ, so a row's last bits may depend on the batch it is in.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::ptr::from_ref;
 
@@ -107,21 +108,11 @@ impl Gemm {
         }
         self.device.bind()?;
         let shape = Shape { m, n, k, out_f32 };
-        if !self.plans.contains_key(&shape) {
-            let plan = Plan::new(shape).map_err(cublas)?;
-            self.plans.insert(shape, plan);
-        }
-        let plan = &self.plans[&shape];
+        let plan = kept(&mut self.plans, shape, || Plan::new(shape))?;
         let bucket = shape.bucket();
-        let algorithm = match self.algorithms.get(&bucket) {
-            Some(algorithm) => algorithm,
-            None => {
-                let chosen = Plan::new(bucket).and_then(|plan| plan.algorithm(&self.handle));
-                self.algorithms
-                    .entry(bucket)
-                    .or_insert(chosen.map_err(cublas)?)
-            }
-        };
+        let algorithm = kept(&mut self.algorithms, bucket, || {
+            Plan::new(bucket)?.algorithm(&self.handle)
+        })?;
         let (one, zero) = (1.0_f32, 0.0_f32);
         // SAFETY: handle, descriptors and algorithm are alive (owned by self), the three buffers hold at least what the
         // layouts describe (checked above), alpha and beta are host f32 as the descriptor's scale type says, and the
@@ -148,6 +139,18 @@ impl Gemm {
         }
         .map_err(cublas)
     }
+}
+
+/// What is kept for a shape; it is made where it is not there yet.
+fn kept<T>(
+    all: &mut HashMap<Shape, T>,
+    shape: Shape,
+    make: impl FnOnce() -> std::result::Result<T, CublasError>,
+) -> Result<&T> {
+    Ok(match all.entry(shape) {
+        Entry::Occupied(there) => there.into_mut(),
+        Entry::Vacant(place) => place.insert(make().map_err(cublas)?),
+    })
 }
 
 // SAFETY: the handle and descriptors are plain heap objects of cuBLASLt, which is thread-safe and ties none of them to
