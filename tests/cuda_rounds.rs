@@ -201,14 +201,15 @@ impl Rounds {
             for (k, &token) in committed.enumerate() {
                 counts[k][token as usize] += 1;
             }
-            for k in n + 1..if continued { NUM_ROWS } else { 0 } {
+            let cut = if continued { n + 1 } else { NUM_ROWS };
+            for (k, law) in laws.iter().enumerate().skip(cut) {
                 let draw = Draw {
                     seed: r as u64,
                     position: 1001 + k as u32,
                     purpose: Purpose::Bonus,
                     ordinal: 0,
                 };
-                counts[k][Philox.sample(draw, &laws[k])] += 1;
+                counts[k][Philox.sample(draw, law)] += 1;
             }
         }
         counts
