@@ -201,7 +201,7 @@ __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
     noise = span_noise(owner, step, cta.first_span + span);
   }
   LaneScales scales;
-  if constexpr (LowRank<W>::kScaled) read_scales(cta, span, scales);
+  if constexpr (kHurries<kNTiles, W>) read_scales(cta, span, scales);
 
   SpanTile<kNTiles> tile;
   const bool streams = i < cta.num_stream;
@@ -233,6 +233,7 @@ __device__ __forceinline__ void run_span(FullCta<T, W>& cta,
   wait_for_fill(cta.state.logits + logit_slot, logit_fill / shape.logit_slots);
   const uint32_t slot =
       cta.shared.logits + (logit_slot * shape.padded_reqs + first_q) * shape.logit_row_bytes;
+  if constexpr (LowRank<W>::kScaled && !kHurries<kNTiles, W>) read_scales(cta, span, scales);
   add_base<kNTiles>(cta,
                     cta.staged(span) ? cta.shared.base + (slot - cta.shared.resident) : nullptr,
                     first_q, step, span, scales, tile);

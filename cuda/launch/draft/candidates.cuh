@@ -166,13 +166,15 @@ class DraftCandidates {
     return DSPARK_OK;
   }
 
-  /* Where each SM has a row or several, their CTAs read them while others judge and walk; very few are
-   * better spread over all SMs first (21 against 23 us), and so are rows that some SMs would have two of
-   * (16 requests: 39 against 42 us). */
+  /* Where each SM has a row or several, their CTAs read them while others judge and walk. Very few rows are
+   * better spread over all SMs first (1 request: 21 us against 23), and so are rows that some SMs would have two
+   * of (16 requests: 38 against 40; but 8: 30 against 26, 32: 56 against 50, 128: 167 against 141), and many of
+   * f32 (64: 135 against 144). */
   dspark_status walk_in_clusters() const {
     constexpr int32_t kFewReqs = 16; /* whose candidates' W1 rows are worth asking for */
     const int64_t num_rows = static_cast<int64_t>(p_.num_reqs) * p_.draft_len;
-    const bool zoned = num_rows <= 14 || (num_rows > 64 && num_rows <= 256);
+    const bool zoned =
+        num_rows <= 14 || (num_rows > 64 && (num_rows <= 128 || sizeof(U) == sizeof(float)));
     WalkArgs<T, U> args = walk_args(0, p_.draft_len, nullptr);
     args.num_ctas = std::min(p_.draft_len, ClusterPolicy::kMaxCtas);
     args.aligned_rows = aligned_rows();
