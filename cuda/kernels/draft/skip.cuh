@@ -113,29 +113,29 @@ largest_of(const U* row, const SeedArgs& args, int64_t mask_row, int32_t begin, 
   return best;
 }
 
-/* Grid: (kSkipSeeds, rows). */
+/* Grid: (rows, kSkipSeeds). */
 static __global__ void __launch_bounds__(SkipPolicy::kSeedThreads) seed_kernel(SeedArgs args) {
   constexpr int kWarps = SkipPolicy::kSeedThreads / kWarpSize;
   __shared__ Indexed bests[kWarps];
-  const auto row = static_cast<int32_t>(blockIdx.y);
+  const auto row = static_cast<int32_t>(blockIdx.x);
   const int32_t req = row / args.draft_len;
   const int32_t step = row % args.draft_len;
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
+  if (blockIdx.y == 0 && threadIdx.x == 0) {
     args.keys[static_cast<int64_t>(step) * args.num_reqs + req] = kEmptyRaceKey;
     if (step == 0 && args.rows_read != nullptr) args.rows_read[req] = 0;
   }
-  if (row == 0 && blockIdx.x == 0) {
+  if (row == 0 && blockIdx.y == 0) {
     for (int32_t i = threadIdx.x; i < args.num_arrivals; i += SkipPolicy::kSeedThreads) {
       args.arrivals[i] = 0;
     }
   }
   if (args.draft_lens != nullptr && step >= args.draft_lens[req]) {
     if (threadIdx.x == 0)
-      args.seeds[static_cast<int64_t>(row) * kSkipSeeds + blockIdx.x] = kEmptyRaceKey;
+      args.seeds[static_cast<int64_t>(row) * kSkipSeeds + blockIdx.y] = kEmptyRaceKey;
     return;
   }
   const int32_t part = (args.vocab_size + kSkipSeeds * 8 - 1) / (kSkipSeeds * 8) * 8;
-  const int32_t begin = static_cast<int32_t>(blockIdx.x) * part;
+  const int32_t begin = static_cast<int32_t>(blockIdx.y) * part;
   const int32_t end = min(begin + part, args.vocab_size);
   const int64_t offset = row * args.stride_logits_row;
   Indexed best =
@@ -150,7 +150,7 @@ static __global__ void __launch_bounds__(SkipPolicy::kSeedThreads) seed_kernel(S
   best = threadIdx.x < kWarps ? bests[threadIdx.x] : empty_race();
   best = warp_reduce(best, ArgmaxOp{});
   if (threadIdx.x == 0) {
-    args.seeds[static_cast<int64_t>(row) * kSkipSeeds + blockIdx.x] = race_key(best);
+    args.seeds[static_cast<int64_t>(row) * kSkipSeeds + blockIdx.y] = race_key(best);
   }
 }
 
@@ -196,8 +196,7 @@ struct SkipCta {
   unsigned char* latents; /* rows of latent_row_bytes */
   unsigned char* rows;    /* the warp's: kRows of weight_row_bytes */
   SkipEntry* entries;     /* [groups, skip_entries()] */
-  int32_t
-      num_spans; /* of the share: every gridDim.x-th, for tokens that many want are neighbours */
+  int32_t num_spans;      /* of the share */
 
   __device__ __forceinline__ int32_t span_at(int32_t i) const {
     return static_cast<int32_t>(blockIdx.x) + i * static_cast<int32_t>(gridDim.x);
