@@ -1,6 +1,6 @@
 //! A sequential head: its weights, its forms, what it is asked and what it answers.
 
-use super::{Ops, Rule, SamplingParams, SparseLaw, W2, accept, grammar};
+use super::{Ops, SamplingParams, SparseLaw, W2, accept, grammar};
 use crate::error::{Error, Result};
 
 /// Which sequential head a drafter has (spec: vanilla, gated, rnn; `None` is DFlash or an autoregressive drafter).
@@ -175,9 +175,11 @@ pub struct DraftBatch<'a> {
 
 impl DraftBatch<'_> {
     /// Whether every request draws a token that no acceptance asks the law of.
+    #[cfg(feature = "cuda")]
     pub(crate) fn wants_winners_alone(&self) -> bool {
-        let wins =
-            |params: &SamplingParams| params.temperature == 0.0 || params.rule == Rule::Coupled;
+        let wins = |params: &SamplingParams| {
+            params.temperature == 0.0 || params.rule == super::Rule::Coupled
+        };
         self.sampling.iter().all(wins)
     }
 
