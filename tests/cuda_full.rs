@@ -168,3 +168,24 @@ fn tokens_have_the_frequencies_of_the_law_and_of_no_other() {
         assert!(ratio > 1.9, "a shifted law passes: {ratio}");
     }
 }
+
+/// A kernel's limit of shared memory belongs to the process: a small launch must not lower it under a large one.
+#[test]
+fn threads_with_launches_of_different_sizes_do_not_meet() {
+    if device().is_none() {
+        return;
+    }
+    let cases = [(1, 64), (40, 64), (8, 256), (33, 256)];
+    std::thread::scope(|scope| {
+        for (num_reqs, rank) in cases {
+            scope.spawn(move || {
+                let device = device().expect("there is one");
+                let case = Case::new(num_reqs, 2, 1028, rank);
+                let first = case.all(&device);
+                for _ in 0..50 {
+                    assert_eq!(case.all(&device).tokens, first.tokens);
+                }
+            });
+        }
+    });
+}

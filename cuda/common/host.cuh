@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -165,14 +166,31 @@ inline dspark_status check_cuda(const char* what, cudaError_t error) {
               cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
-/* Lets `kernel` take `shared_bytes` of dynamic shared memory. Its static shared memory counts against
- * the 48 KB that need no opting in too. */
+/* An attribute of the current device. */
+inline dspark_status device_attribute(cudaDeviceAttr attribute, int* value) {
+  int device = 0;
+  DSPARK_TRY(check_cuda("cudaGetDevice", cudaGetDevice(&device)));
+  return check_cuda("cudaDeviceGetAttribute", cudaDeviceGetAttribute(value, attribute, device));
+}
+
+/* Lets `kernel` take `shared_bytes` of dynamic shared memory (static shared memory counts against the
+ * 48 KB that need no opting in too). The limit belongs to the process: it goes straight to the most
+ * that the device has and is never lowered, or a smaller launch of one thread would take from under a
+ * larger one of another what that has just asked for. */
 template <typename... Params>
 dspark_status opt_in_shared(const char* name, void (*kernel)(Params...), size_t shared_bytes) {
   if (shared_bytes == 0) return DSPARK_OK;
-  return check_cuda(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                               static_cast<int>(shared_bytes)));
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes now;
+  DSPARK_TRY(check_cuda(name, cudaFuncGetAttributes(&now, function)));
+  const auto wanted = static_cast<int>(shared_bytes);
+  if (now.maxDynamicSharedSizeBytes >= wanted) return DSPARK_OK;
+  int most = 0;
+  DSPARK_TRY(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &most));
+  most -= static_cast<int>(now.sharedSizeBytes);
+  return check_cuda(name,
+                    cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         std::max(wanted, most)));
 }
 
 /* Where and how a kernel runs. */
@@ -261,13 +279,6 @@ dspark_status launch_dependent(const char* name,
   LaunchShape shape{grid, cta};
   shape.dependent = true;
   return launch(name, kernel, shape, stream, std::forward<Args>(args)...);
-}
-
-/* An attribute of the current device. */
-inline dspark_status device_attribute(cudaDeviceAttr attribute, int* value) {
-  int device = 0;
-  DSPARK_TRY(check_cuda("cudaGetDevice", cudaGetDevice(&device)));
-  return check_cuda("cudaDeviceGetAttribute", cudaDeviceGetAttribute(value, attribute, device));
 }
 
 /* CTAs of `kernel` that the current device runs at once, whatever else it does. */
