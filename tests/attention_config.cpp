@@ -101,6 +101,16 @@ void check_clusters() {
       CHECK(plan.num_chunks == plan.cluster_ctas * reqs);
     }
   }
+  /* One long request has the whole device; eight leave nothing idle however long they are. */
+  CHECK(configure_attention(decode(1, 32768), kH100).plan.cluster_ctas == 8);
+  CHECK(configure_attention(decode(1, 32769), kH100).plan.cluster_ctas == 1);
+  CHECK(configure_attention(decode(8, 1 << 20), kH100).plan.cluster_ctas == 2);
+  AttentionDesc bytes = decode(1, 8192);
+  bytes.key_bytes = 1;
+  CHECK(configure_attention(bytes, kH100).plan.cluster_ctas == 8);
+  bytes.max_seq_len = 8193;
+  CHECK(configure_attention(bytes, kH100).plan.cluster_ctas == 1);
+  CHECK(configure_attention(bytes, kH100).num_slots > 0);
   AttentionDesc many = decode(1, 4096);
   many.max_rows_per_req = 9; /* more rows than a cluster merges */
   CHECK(configure_attention(many, kH100).plan.cluster_ctas == 1);

@@ -107,8 +107,16 @@ inline int cluster_room(const AttentionDevice& device, int cluster_ctas) {
   }
 }
 
+/* The longest request whose clusters may leave SMs idle. A cluster saves the merge (2 to 4 us); what its
+ * fewer CTAs cost grows with the length: less than that up to here, of times on an H100 at 4096 and
+ * 32768 keys, with a line through each pair. */
+inline int max_cluster_keys(const AttentionDesc& desc) {
+  if (desc.key_bytes == 1) return 8192; /* limited by latency, so by the number of CTAs */
+  return desc.head_dim == 64 ? 16384 : 32768;
+}
+
 /* CTAs of the cluster that a request gets for each KV head, where their number is small and each is one
- * M tile; they merge by themselves. All clusters run at once. Where that would leave most of the
+ * M tile; they merge by themselves. All clusters run at once. Where that would leave too much of the
  * device idle, chunks are no clusters. */
 inline int cluster_ctas_of(const AttentionDesc& desc, const AttentionDevice& device, int tile_m) {
   const int64_t max_m = int64_t{desc.max_rows_per_req} * desc.group_size;
@@ -117,7 +125,8 @@ inline int cluster_ctas_of(const AttentionDesc& desc, const AttentionDevice& dev
   const int64_t clusters = int64_t{desc.num_reqs} * desc.num_kv_heads;
   int ctas = kMaxClusterCtas;
   while (ctas > 1 && ctas * clusters > cluster_room(device, ctas)) ctas /= 2;
-  return ctas * clusters < device.num_sms * 3 / 8 ? 1 : ctas;
+  const bool is_long = desc.max_seq_len > max_cluster_keys(desc);
+  return ctas * clusters < device.num_sms * (is_long ? 7 : 3) / 8 ? 1 : ctas;
 }
 
 /* The streaming kernel: one CTA for each SM. Where results must not depend on the batch, nothing that
