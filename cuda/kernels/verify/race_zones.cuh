@@ -13,7 +13,7 @@
  * of its zones at once, and whose they are in one zone, both of the first zone while its logits are on
  * their way.
  *
- * Per zone: some 50 instructions of a warp, noise included; per batch of quads some 200, behind which
+ * Per zone: some 50 instructions of a warp, noise included; per batch of quads some 300, behind which
  * hardly any token is left for a logarithm. Of a flat law a row's hundred quads are run, of 38 thousand.
  */
 #pragma once

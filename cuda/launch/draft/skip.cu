@@ -88,7 +88,7 @@ class DraftSkip : FullCall<T, W> {
     args.num_arrivals = static_cast<int32_t>(2 * num_arrivals(p_));
     args.rows_read = p_.rows_read;
     return launch("seed_kernel", seed_kernel, dim3(p_.num_reqs * p_.draft_len, kSkipSeeds),
-                  dim3(SkipPolicy::kSeedThreads), 0, stream_, args);
+                  dim3(SeedPolicy::kNumThreads), 0, stream_, args);
   }
 
   SkipArgs<T, W> skip_args(int32_t first) const {
