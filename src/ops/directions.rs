@@ -84,10 +84,10 @@ mod tests {
 
     #[test]
     fn directions_are_those_the_rows_lie_along() {
-        // Rows along (1, 1, 0, 0) and, shorter, (0, 0, 1, -1).
+        // Rows along (1, 1, 0, 0) and, shorter, (0, 0, 1, -1); every other sum is taken back by the next row.
         let rows: Vec<f32> = (0..40)
             .flat_map(|i| {
-                let (a, b) = (3.0 + i as f32, if i % 2 == 0 { 1.0 } else { -1.0 });
+                let (a, b) = (3.0 + (i / 2) as f32, if i % 2 == 0 { 1.0 } else { -1.0 });
                 [a, a, b, -b]
             })
             .collect();
