@@ -4,9 +4,9 @@
 mod common;
 
 use common::Rng;
-use common::raw::{check, device, download, e4m3, rounded, upload};
+use common::raw::{check, device, download, rounded, upload};
 use dspark::device::{Buffer, Device};
-use dspark::ops::Purpose;
+use dspark::ops::{Purpose, e4m3};
 use dspark::reference::choices::{Choices, Draw, Philox};
 use dspark::sys;
 use half::f16;
@@ -247,7 +247,7 @@ fn e4m3_ratio(device: &Device, rule: sys::dspark_rule, shifted: bool) -> f64 {
         let latent = &law.latents[k * RANK..][..RANK];
         let logit = |v: usize| {
             let weights = law.w2[v * RANK..][..RANK].iter().zip(latent);
-            let dot: f64 = weights.map(|(&w, &x)| f64::from(e4m3(w) * x)).sum();
+            let dot: f64 = weights.map(|(&w, &x)| f64::from(e4m3::decode(w) * x)).sum();
             f64::from(base[k * VOCAB + v]) + f64::from(law.scales[v]) * dot
         };
         (0..VOCAB).map(logit).collect()

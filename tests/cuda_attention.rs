@@ -8,38 +8,12 @@ use std::ptr::null;
 use common::raw::{check, device, download, upload};
 use common::{Rng, Tolerance, assert_close};
 use dspark::device::{Buffer, Device};
+use dspark::ops::e4m3::decode;
 use dspark::sys;
 use half::{bf16, f16};
 
 /// The e4m3 number that NaN-poisoned slots hold.
 const NAN: u8 = 0x7f;
-
-/// What an e4m3 number stands for.
-fn decode(byte: u8) -> f32 {
-    let exponent = i32::from(byte >> 3 & 15);
-    let mantissa = f32::from(byte & 7) / 8.0;
-    let size = match exponent {
-        0 => mantissa * 2_f32.powi(-6),
-        15 if byte & 7 == 7 => f32::NAN,
-        _ => (1.0 + mantissa) * 2_f32.powi(exponent - 7),
-    };
-    if byte & 0x80 == 0 { size } else { -size }
-}
-
-#[test]
-fn the_decoder_knows_e4m3() {
-    for (byte, value) in [
-        (0x00, 0.0),
-        (0x01, 2_f32.powi(-9)),
-        (0x08, 2_f32.powi(-6)),
-        (0x38, 1.0),
-        (0x7e, 448.0),
-        (0xb9, -1.125),
-    ] {
-        assert!((decode(byte) - value).abs() < 1e-9, "{byte:#x}");
-    }
-    assert!(decode(NAN).is_nan());
-}
 
 /// Which keys a row sees beside the committed ones.
 #[derive(Clone, Copy, Debug, PartialEq)]

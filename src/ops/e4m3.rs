@@ -48,6 +48,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn bytes_stand_for_the_numbers_of_the_format() {
+        for (byte, value) in [
+            (0x00, 0.0),
+            (0x01, 2_f32.powi(-9)),
+            (0x08, 2_f32.powi(-6)),
+            (0x38, 1.0),
+            (0x7e, 448.0),
+            (0xb9, -1.125),
+        ] {
+            assert_eq!(decode(byte), value, "{byte:#x}");
+        }
+        assert!(decode(0x7f).is_nan() && decode(0xff).is_nan());
+    }
+
+    #[test]
     fn every_number_is_its_own_nearest() {
         for byte in 0..=u8::MAX {
             let value = decode(byte);

@@ -3,13 +3,13 @@
 use std::ops::Range;
 
 use dspark::device::{Buffer, Device};
-use dspark::ops::Purpose;
+use dspark::ops::{Purpose, e4m3};
 use dspark::reference::philox::{exponential, key, philox4x32, token_exponential, uniform};
 use dspark::sys;
 use half::{bf16, f16};
 
 use super::Rng;
-use super::raw::{check, download, draft_full, e4m3, empty_full, rounded, upload};
+use super::raw::{check, download, draft_full, empty_full, rounded, upload};
 
 const SPAN: usize = 64;
 const ANCHOR_POSITION: u32 = 100;
@@ -105,7 +105,11 @@ impl Case {
         self.w2_bytes = (0..self.vocab_size * self.rank)
             .map(|_| (rng.next() & 0xBF) as u8)
             .collect();
-        self.markov_w2 = self.w2_bytes.iter().map(|&byte| e4m3(byte)).collect();
+        self.markov_w2 = self
+            .w2_bytes
+            .iter()
+            .map(|&byte| e4m3::decode(byte))
+            .collect();
         let scale = (self.rank.max(1) as f32).sqrt().recip();
         self.scales = (0..self.vocab_size)
             .map(|_| scale * (0.5 + rng.uniform()))

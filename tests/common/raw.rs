@@ -28,16 +28,6 @@ pub fn rounded(values: &[f32]) -> Vec<bf16> {
     values.iter().copied().map(bf16::from_f32).collect()
 }
 
-/// What an e4m3 byte stands for.
-pub fn e4m3(byte: u8) -> f32 {
-    let mantissa = f32::from(byte & 7) / 8.0;
-    let value = match byte >> 3 & 15 {
-        0 => mantissa * 2.0_f32.powi(-6),
-        exponent => (1.0 + mantissa) * 2.0_f32.powi(i32::from(exponent) - 7),
-    };
-    if byte & 0x80 == 0 { value } else { -value }
-}
-
 /// Panics with the launcher's message unless it succeeded.
 pub fn check(status: sys::dspark_status) {
     if status != sys::DSPARK_OK {
