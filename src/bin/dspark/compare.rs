@@ -1,7 +1,6 @@
 //! `dspark compare`: the same prompts without a drafter and with each of several, side by side.
 
 use std::io::{self, Write as _};
-use std::num::NonZeroUsize;
 
 use anyhow::Result;
 use dspark::engine::{Completion, Event, Piece};
@@ -40,13 +39,12 @@ struct Row<'a> {
 }
 
 pub fn run(args: &CompareArgs) -> Result<()> {
-    let texts = Texts::load(&args.run.target)?;
-    let mut prompts = prompts::load(&args.prompts, texts.tokenizer.as_ref(), args.sampling.raw)?;
-    prompts.truncate(args.limit.map_or(prompts.len(), NonZeroUsize::get));
+    let texts = Texts::load(&args.pairs.run.target)?;
+    let prompts = prompts::load_first(&args.pairs, texts.tokenizer.as_ref())?;
     let mut runs = vec![Drafting::none()];
-    for (mode, dir) in &args.draft {
+    for (mode, dir) in &args.pairs.draft {
         for draft_args in draft_args(*mode, &args.drafting, &args.head_forms) {
-            let target = &args.run.target;
+            let target = &args.pairs.run.target;
             runs.push(Drafting::new(Some(*mode), Some(dir), target, &draft_args)?);
         }
     }
@@ -60,7 +58,7 @@ pub fn run(args: &CompareArgs) -> Result<()> {
             prompts: &prompts,
             drafting,
         };
-        outcomes.push(session::on_device_of(&args.run, job)?);
+        outcomes.push(session::on_device_of(&args.pairs.run, job)?);
     }
     let mut out = io::stdout().lock();
     if args.json {
@@ -71,7 +69,7 @@ pub fn run(args: &CompareArgs) -> Result<()> {
             .collect();
         writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
     } else {
-        print(&mut out, &outcomes, args.sampling.temperature == 0.0)?;
+        print(&mut out, &outcomes, args.pairs.sampling.temperature == 0.0)?;
     }
     Ok(())
 }
@@ -127,8 +125,8 @@ impl Job for Compare<'_> {
             prompts,
             drafting,
         } = self;
-        let requests = texts.requests(prompts, &args.sampling);
-        let mut engine = session::start(ops, &args.run, drafting, requests)?;
+        let requests = texts.requests(prompts, &args.pairs.sampling);
+        let mut engine = session::start(ops, &args.pairs.run, drafting, requests)?;
         let mut first = Vec::new();
         let completions = session::finish(&mut engine, |event| {
             if let Event::Tokens { request: 0, pieces } = event {
@@ -137,7 +135,7 @@ impl Job for Compare<'_> {
             Ok(())
         })?;
         let figures = Figures::new(&completions, engine.times());
-        let device = session::device_of(engine.ops(), &args.run);
+        let device = session::device_of(engine.ops(), &args.pairs.run);
         Ok(Outcome {
             name: name(drafting),
             device,

@@ -8,7 +8,6 @@
 
 use std::fmt;
 use std::io::{self, Write as _};
-use std::num::NonZeroUsize;
 
 use anyhow::Result;
 use dspark::engine::Completion;
@@ -66,9 +65,8 @@ struct Outcome {
 }
 
 pub fn run(args: &InvarianceArgs) -> Result<()> {
-    let texts = Texts::load(&args.run.target)?;
-    let mut prompts = prompts::load(&args.prompts, texts.tokenizer.as_ref(), args.sampling.raw)?;
-    prompts.truncate(args.limit.map_or(prompts.len(), NonZeroUsize::get));
+    let texts = Texts::load(&args.pairs.run.target)?;
+    let prompts = prompts::load_first(&args.pairs, texts.tokenizer.as_ref())?;
     let ways = ways(args)?;
     let mut out = io::stdout().lock();
     writeln!(
@@ -86,10 +84,10 @@ pub fn run(args: &InvarianceArgs) -> Result<()> {
             prompts: &prompts,
             way,
         };
-        let outcome = session::on_device_of(&args.run, job)?;
+        let outcome = session::on_device_of(&args.pairs.run, job)?;
         let base = plain.as_ref().unwrap_or(&outcome);
         let params: Vec<SamplingParams> = (0..prompts.len())
-            .map(|i| Texts::sampling(i, &args.sampling))
+            .map(|i| Texts::sampling(i, &args.pairs.sampling))
             .collect();
         let tally = Tally::new(&base.completions, &outcome.completions, &params);
         num_different += tally.different;
@@ -115,8 +113,8 @@ pub fn run(args: &InvarianceArgs) -> Result<()> {
 
 /// Plain decoding first; then every drafter at its longest draft and each length asked for, and under each schedule.
 fn ways(args: &InvarianceArgs) -> Result<Vec<Way>> {
-    let target = &args.run.target;
-    let together = args.run.max_num_reqs;
+    let target = &args.pairs.run.target;
+    let together = args.pairs.run.max_num_reqs;
     let mut batches = args.batches.clone();
     batches.retain(|&batch| batch != together);
     batches.push(together);
@@ -126,7 +124,7 @@ fn ways(args: &InvarianceArgs) -> Result<Vec<Way>> {
     };
     let none = Drafting::none();
     let mut ways: Vec<Way> = batches.iter().map(|&batch| way(&none, batch)).collect();
-    for (mode, dir) in &args.draft {
+    for (mode, dir) in &args.pairs.draft {
         let longest = DrafterConfig::read(dir)?.max_draft_len();
         let drafting = |draft_len, schedule, head_form, alternates| {
             let args = DraftArgs {
@@ -173,13 +171,13 @@ impl Job for Run<'_> {
     type Output = Outcome;
 
     fn run<O: Ops + 'static>(self, ops: O) -> Result<Outcome> {
-        let mut requests = self.texts.requests(self.prompts, &self.args.sampling);
+        let mut requests = self.texts.requests(self.prompts, &self.args.pairs.sampling);
         for request in &mut requests {
             request.logprobs = Some(MAX_TOP_LOGPROBS);
         }
         let run = RunArgs {
             max_num_reqs: self.way.max_num_reqs,
-            ..self.args.run.clone()
+            ..self.args.pairs.run.clone()
         };
         let mut engine = session::start(ops, &run, &self.way.drafting, requests)?;
         let completions = session::finish(&mut engine, |_| Ok(()))?;

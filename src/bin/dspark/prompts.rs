@@ -1,12 +1,13 @@
 //! Prompts: from the command line or a JSONL file, to token ids.
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 
 use dspark::engine::text::Tokenizer;
 use dspark::{Error, Result};
 use serde::Deserialize;
 
-use crate::args::PromptArgs;
+use crate::args::{PairsArgs, PromptArgs};
 
 /// One line of a prompts file.
 #[derive(Deserialize)]
@@ -28,6 +29,13 @@ pub fn load(args: &PromptArgs, tokenizer: Option<&Tokenizer>, raw: bool) -> Resu
     args.prompts
         .as_deref()
         .map_or_else(|| Ok(Vec::new()), |file| load_file(file, tokenizer, raw))
+}
+
+/// The first `--limit` prompts of `args`, or all.
+pub fn load_first(args: &PairsArgs, tokenizer: Option<&Tokenizer>) -> Result<Vec<Vec<u32>>> {
+    let mut prompts = load(&args.prompts, tokenizer, args.sampling.raw)?;
+    prompts.truncate(args.limit.map_or(prompts.len(), NonZeroUsize::get));
+    Ok(prompts)
 }
 
 fn load_file(file: &Path, tokenizer: Option<&Tokenizer>, raw: bool) -> Result<Vec<Vec<u32>>> {

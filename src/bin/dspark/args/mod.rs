@@ -323,8 +323,9 @@ pub struct GenerateArgs {
     pub stats: bool,
 }
 
+/// A target, its drafters, and what they answer in several ways.
 #[derive(Clone, Debug, Args)]
-pub struct CompareArgs {
+pub struct PairsArgs {
     #[command(flatten)]
     pub run: RunArgs,
     /// A drafter and its mode, as MODE=DIR; may be given several times.
@@ -337,6 +338,12 @@ pub struct CompareArgs {
     pub limit: Option<NonZeroUsize>,
     #[command(flatten)]
     pub sampling: SamplingArgs,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct CompareArgs {
+    #[command(flatten)]
+    pub pairs: PairsArgs,
     #[command(flatten)]
     pub drafting: DraftArgs,
     /// Also run each DSpark and DFlash drafter with these forms of its head (--head-form).
@@ -350,17 +357,7 @@ pub struct CompareArgs {
 #[derive(Clone, Debug, Args)]
 pub struct InvarianceArgs {
     #[command(flatten)]
-    pub run: RunArgs,
-    /// A drafter and its mode, as MODE=DIR; may be given several times.
-    #[arg(long, value_name = "MODE=DIR", required = true, value_parser = parse_mode_dir)]
-    pub draft: Vec<(Mode, PathBuf)>,
-    #[command(flatten)]
-    pub prompts: PromptArgs,
-    /// Use the first N prompts of the file.
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
-    pub limit: Option<NonZeroUsize>,
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
+    pub pairs: PairsArgs,
     /// Numbers of requests decoded together, beside --max-num-reqs; the first is what the others are compared with.
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1")]
     pub batches: Vec<usize>,
